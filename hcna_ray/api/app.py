@@ -1,0 +1,219 @@
+"""Builds C1 around what it is handed. Knows neither Ray nor where anything comes from."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.types import Scope
+
+from hcna_ray.api import openapi, problems
+from hcna_ray.api.admission import Admission
+from hcna_ray.api.gather import Gatherer
+from hcna_ray.api.limits import BodyLimits, RequestLimits
+from hcna_ray.api.metrics import RequestStats
+from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
+from hcna_ray.api.reads import Reads
+from hcna_ray.api.routes import admin, artifacts, batches, probes, reference, tasks, workers
+from hcna_ray.api.routing import Route, Routes
+from hcna_ray.api.schemas import ProblemOut
+from hcna_ray.api.services import ClusterCache, Services
+from hcna_ray.api.submission import Submissions
+from hcna_ray.api.waiters import ChangeFeed
+from hcna_ray.config import Settings
+from hcna_ray.core.clock import Clock
+from hcna_ray.core.models import TERMINAL
+from hcna_ray.handlers import Registry
+from hcna_ray.store.artifacts import ArtifactStore
+from hcna_ray.store.base import TaskReader
+
+log = logging.getLogger(__name__)
+
+GROUPS: tuple[Routes, ...] = (
+    # Batches first: POST /tasks/batch must not be taken for a task id.
+    batches.routes,
+    tasks.routes,
+    artifacts.routes,
+    workers.routes,
+    admin.routes,
+    probes.routes,
+    reference.routes,
+)
+
+#: Bytes that one call to the moderator carries, unless a single request has more.
+CALL_BYTES_MAX = 16 * 1024 * 1024
+FILE_THREADS = 4
+#: How long a stopping replica lets tasks on their way get through.
+CLOSE_S = 5.0
+#: Pause between two sweeps of stale uploads.
+SWEEP_S = 600.0
+#: What goes around a part in a request, counted generously.
+PART_SLACK_BYTES = 64 * 1024
+
+
+def declared_routes() -> Iterator[Route]:
+    """Yield every route of C1 with its policy."""
+    for group in GROUPS:
+        yield from group.declared
+
+
+def build_app(
+    *,
+    moderator: ModeratorPort,
+    reader: TaskReader | Callable[[], TaskReader],
+    registry: Registry,
+    keys: KeyRing,
+    artifacts: ArtifactStore,
+    settings: Settings,
+    clock: Clock,
+    ids: IdSource,
+    threaded_reads: bool = True,
+) -> FastAPI:
+    """Build the application.
+
+    Args:
+        moderator: Takes every write.
+        reader: Answers every read; or a function that opens one, called when it is first needed and
+            again after it failed.
+        registry: Task types, for checking what is submitted.
+        keys: Who may do what.
+        artifacts: Files by their digest.
+        settings: Limits, names and defaults.
+        clock: Time.
+        ids: New ids.
+        threaded_reads: False reads on the event loop, for a reader that is not safe elsewhere.
+    """
+    limits = settings.limits
+    open_reader = reader if callable(reader) else _always(reader)
+    reads = Reads(open_reader, threaded=threaded_reads)
+
+    async def batches_of(ended: tuple[str, ...]) -> Iterable[str]:
+        tasks = await reads.run(lambda opened: opened.get(ended))
+        return {
+            task.spec.batch_id
+            for task in tasks.values()
+            if task.spec.batch_id is not None and task.state in TERMINAL
+        }
+
+    services = Services(
+        moderator=moderator,
+        reads=reads,
+        registry=registry,
+        keys=keys,
+        artifacts=artifacts,
+        settings=settings,
+        clock=clock,
+        ids=ids,
+        admission=Admission(
+            writes=limits.writes_max, reads=limits.reads_max, waits=limits.waits_max
+        ),
+        gatherer=Gatherer(
+            moderator,
+            clock,
+            items_max=limits.gather_items,
+            bytes_max=limits.gather_bytes,
+            call_items=limits.writer_items,
+            call_bytes=CALL_BYTES_MAX,
+            resend_s=limits.resend_s,
+        ),
+        feed=ChangeFeed(moderator, batches_of),
+        cache=ClusterCache(moderator, reads, clock),
+        submissions=Submissions(registry, settings),
+        stats=RequestStats(),
+        started_at=clock.now(),
+        files=ThreadPoolExecutor(FILE_THREADS, "files"),
+    )
+    app = FastAPI(
+        title="hcna C1",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan(services),
+    )
+    app.state.services = services
+    _install(app, services, list(declared_routes()))
+    return app
+
+
+def _always(reader: TaskReader) -> Callable[[], TaskReader]:
+    return lambda: reader
+
+
+def _install(app: FastAPI, services: Services, routes: Sequence[Route]) -> None:
+    limits = services.settings.limits
+
+    def allowed(path: str) -> Sequence[str]:
+        return sorted({str(route.method) for route in routes if route.pattern.match(path)})
+
+    def refused_early(scope: Scope, status: int) -> None:
+        services.stats.count("refused before routing", scope["method"][:10], status)
+
+    problems.install(
+        app,
+        allowed=allowed,
+        counted=lambda method, status: services.stats.count("no route", method[:10], status),
+    )
+    for group in GROUPS:
+        app.include_router(group.router)
+    app.add_middleware(
+        RequestLimits,
+        bodies=BodyLimits(
+            default=limits.body_bytes,
+            batch=limits.batch_bytes,
+            artifact_part=limits.artifact_part_bytes + PART_SLACK_BYTES,
+        ),
+        on_refusal=refused_early,
+    )
+    models: list[type[BaseModel]] = [ProblemOut]
+    models += [model for route in routes for model in route.models]
+    document: dict[str, Any] = {}
+
+    def described() -> dict[str, Any]:
+        if not document:
+            document.update(openapi.build(app, models, importlib.metadata.version("hcna-ray")))
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]  # FastAPI's documented way to replace it.
+
+
+def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        services.feed.start()
+        sweeping = asyncio.create_task(_sweep(services), name="sweep-uploads")
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            await services.gatherer.close(CLOSE_S)
+            await services.feed.stop()
+            await services.reads.close()
+            services.files.shutdown(wait=False)
+
+    return lifespan
+
+
+async def _sweep(services: Services) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        try:
+            swept = await loop.run_in_executor(services.files, services.artifacts.sweep)
+        except OSError as error:
+            log.warning(
+                "stale uploads could not be swept",
+                extra={"action": "artifacts.sweep_failed", "reason": str(error)},
+            )
+            continue
+        if swept:
+            log.info(
+                "stale uploads swept", extra={"action": "artifacts.swept", "upload_count": swept}
+            )

@@ -1,0 +1,198 @@
+"""The gatherer: many requests, one call to the moderator at a time.
+
+While a call is out, submissions collect; when it returns, all that collected goes in the next one.
+So batches form by themselves under load, and a lone request goes out at once.
+
+Ids are minted before a batch is sent and the moderator inserts or returns, so the same batch may be
+sent again after the moderator was lost in the middle of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from hcna_ray.api.ports import ModeratorPort
+from hcna_ray.core.clock import Clock
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded
+from hcna_ray.core.models import TaskSpec
+from hcna_ray.runtime.messages import SubmitBatch, SubmitResult
+
+log = logging.getLogger(__name__)
+
+#: Pause before the second try of a batch; doubled for each further one.
+RESEND_PAUSE_S = 0.05
+RESEND_PAUSE_S_MAX = 1.0
+
+
+@dataclass(eq=False, slots=True)
+class _Submission:
+    specs: tuple[TaskSpec, ...]
+    atomic: bool
+    size_bytes: int
+    since: float
+    answer: asyncio.Future[Sequence[SubmitResult]]
+
+
+class Gatherer:
+    """Collects submissions for the moderator. Invariant: at most one call is out."""
+
+    def __init__(
+        self,
+        moderator: ModeratorPort,
+        clock: Clock,
+        *,
+        items_max: int,
+        bytes_max: int,
+        call_items: int,
+        call_bytes: int,
+        resend_s: float,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Make a gatherer; nothing runs until something is submitted.
+
+        Args:
+            moderator: Where batches go.
+            clock: Elapsed time, for giving up.
+            items_max: Tasks held here at once, those of the call that is out included.
+            bytes_max: Their bytes.
+            call_items: Tasks in one call; a single larger submission still goes whole.
+            call_bytes: Their bytes.
+            resend_s: How long a batch is sent again before its callers are told 503.
+            sleep: Pauses between two tries.
+        """
+        self._moderator = moderator
+        self._clock = clock
+        self._items_max, self._bytes_max = items_max, bytes_max
+        self._call_items, self._call_bytes = call_items, call_bytes
+        self._resend_s = resend_s
+        self._sleep = sleep
+        self._waiting: deque[_Submission] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._closed = False
+        self.items = 0
+        self.bytes = 0
+        self.calls = 0
+        self.resent = 0
+
+    async def submit(
+        self, specs: Sequence[TaskSpec], *, atomic: bool = False
+    ) -> Sequence[SubmitResult]:
+        """Hand tasks over; return one answer for each, in order, after they are durable.
+
+        Raises:
+            Overloaded: the buffer is full; nothing was sent.
+            CannotAccept: the moderator took nothing, or did not answer for ``resend_s``.
+        """
+        if not specs:
+            return ()
+        size = sum(spec.bytes_stored for spec in specs)
+        if self._closed:
+            raise ModeratorUnavailable("C1 is shutting down", 1)
+        if self.items + len(specs) > self._items_max or self.bytes + size > self._bytes_max:
+            raise Overloaded(
+                f"{self.items} tasks wait to be stored, the most C1 holds; try again in a moment"
+            )
+        submission = _Submission(
+            tuple(specs),
+            atomic,
+            size,
+            self._clock.elapsed(),
+            asyncio.get_running_loop().create_future(),
+        )
+        self._waiting.append(submission)
+        self.items += len(specs)
+        self.bytes += size
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run(), name="gatherer")
+        return await submission.answer
+
+    async def close(self, timeout_s: float) -> None:
+        """Take nothing more, give what is held ``timeout_s`` to get through, then refuse it."""
+        self._closed = True
+        if (runner := self._runner) is not None:
+            await asyncio.wait({runner}, timeout=timeout_s)
+            runner.cancel()
+            await asyncio.wait({runner})
+        self._fail(list(self._waiting), ModeratorUnavailable("C1 is shutting down", 1))
+        self._waiting.clear()
+
+    async def _run(self) -> None:
+        group: list[_Submission] = []
+        try:
+            while self._waiting:
+                group = self._take()
+                try:
+                    await self._deliver(group)
+                except HcnaError as error:
+                    self._fail(group, error)
+                    if isinstance(error, ModeratorUnavailable):
+                        self._fail_overdue(error)
+                except Exception as error:
+                    log.exception("batch could not be sent", extra={"action": "gather.failed"})
+                    self._fail(group, error)
+        finally:
+            self._runner = None
+            if any(not submission.answer.done() for submission in group):  # Cancelled by `close`.
+                self._fail(group, ModeratorUnavailable("C1 is shutting down", 1))
+
+    def _take(self) -> list[_Submission]:
+        """Take submissions for one call: many that are not atomic, or a single atomic one."""
+        group = [self._waiting.popleft()]
+        items, size = len(group[0].specs), group[0].size_bytes
+        while self._waiting and not group[0].atomic:
+            following = self._waiting[0]
+            items += len(following.specs)
+            size += following.size_bytes
+            if following.atomic or items > self._call_items or size > self._call_bytes:
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    async def _deliver(self, group: Sequence[_Submission]) -> None:
+        specs = tuple(spec for submission in group for spec in submission.specs)
+        batch = SubmitBatch(specs=specs, atomic=group[0].atomic)
+        deadline = group[0].since + self._resend_s
+        pause = RESEND_PAUSE_S
+        while True:
+            self.calls += 1
+            try:
+                results = await self._moderator.submit(batch)
+                break
+            except ModeratorUnavailable:
+                if self._clock.elapsed() + pause > deadline:
+                    raise
+            self.resent += 1
+            await self._sleep(pause)
+            pause = min(2 * pause, RESEND_PAUSE_S_MAX)
+        if len(results) != len(specs):
+            raise RuntimeError(f"{len(specs)} tasks were sent, {len(results)} answers came back")
+        start = 0
+        for submission in group:
+            end = start + len(submission.specs)
+            if not submission.answer.done():
+                submission.answer.set_result(results[start:end])
+            self._forget(submission)
+            start = end
+
+    def _fail_overdue(self, error: HcnaError) -> None:
+        """Refuse what has waited as long as a batch may: it would only wait to fail as well."""
+        limit = self._clock.elapsed() - self._resend_s
+        overdue = [submission for submission in self._waiting if submission.since <= limit]
+        self._waiting = deque(s for s in self._waiting if s.since > limit)
+        self._fail(overdue, error)
+
+    def _fail(self, group: Sequence[_Submission], error: Exception) -> None:
+        for submission in group:
+            if not submission.answer.done():
+                submission.answer.set_exception(error)
+            self._forget(submission)
+
+    def _forget(self, submission: _Submission) -> None:
+        if submission.size_bytes >= 0:
+            self.items -= len(submission.specs)
+            self.bytes -= submission.size_bytes
+            submission.size_bytes = -1

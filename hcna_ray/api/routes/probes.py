@@ -1,0 +1,200 @@
+"""Probes and figures: open, cheap, and answered even while the moderator is away."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import platform
+from collections import Counter as Tally
+from typing import Any
+
+from starlette.responses import Response
+
+from hcna_ray.api.admission import Sort
+from hcna_ray.api.metrics import stored_figures
+from hcna_ray.api.routing import Call, Routes, answer
+from hcna_ray.api.schemas import HealthOut, LiveOut, ReadyOut, StatusOut
+from hcna_ray.api.services import Glance
+from hcna_ray.api.views import iso, worker_view
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.models import TERMINAL, TaskState, WorkerState
+from hcna_ray.observability.exposition import CONTENT_TYPE, Sample, render
+from hcna_ray.store.base import TaskReader
+
+routes = Routes("probes")
+
+_VERSIONS = ("hcna-ray", "ray", "fastapi", "pydantic", "apsw")
+
+Depth = dict[tuple[str, TaskState], int]
+
+
+async def _depth(call: Call) -> Depth | None:
+    """Return queue depths, or ``None`` when the store cannot be read."""
+    try:
+        return await call.services.reads.run(lambda reader: reader.depth())
+    except HcnaError:
+        return None
+
+
+async def _look(call: Call) -> tuple[Glance | None, Depth | None]:
+    return await asyncio.gather(call.services.cache.glance(), _depth(call))
+
+
+@routes.add(
+    "GET",
+    "/health",
+    access="open",
+    sort=Sort.PROBE,
+    query=None,
+    answers={200: HealthOut, 503: HealthOut},
+)
+async def health(call: Call) -> Response:
+    """Say how the whole is doing.
+
+    ``healthy``: M1 answers and a worker is online. ``degraded``: one of the two is missing; tasks
+    are kept. ``unhealthy`` (503): the store cannot be read.
+    """
+    glance, depth = await _look(call)
+    workers = 0 if glance is None else glance.status.workers_online
+    status = "healthy" if glance is not None and workers else "degraded"
+    if depth is None:
+        status = "unhealthy"
+    tasks: Tally[str] = Tally({s.value: 0 for s in TaskState if s not in TERMINAL})
+    for (_, state), count in (depth or {}).items():
+        if state not in TERMINAL:
+            tasks[state.value] += count
+    view = {
+        "status": status,
+        "node_id": call.services.settings.composite.node_id,
+        "moderator_connected": glance is not None,
+        "worker_nodes": workers,
+        "store_readable": depth is not None,
+        "tasks": tasks,
+        "version": _version("hcna-ray"),
+    }
+    return answer(view, 503 if depth is None else 200)
+
+
+@routes.add(
+    "GET",
+    "/ready",
+    access="open",
+    sort=Sort.PROBE,
+    query=None,
+    answers={200: ReadyOut, 503: ReadyOut},
+)
+async def ready(call: Call) -> Response:
+    """Say whether tasks can be accepted now: M1 answers and the store can be read."""
+    glance, depth = await _look(call)
+    reasons = []
+    if glance is None:
+        reasons.append("M1 does not answer")
+    if depth is None:
+        reasons.append("the store cannot be read")
+    return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+
+@routes.add("GET", "/live", access="open", sort=Sort.PROBE, query=None, answers={200: LiveOut})
+async def live(call: Call) -> Response:
+    """Say that this replica answers at all."""
+    return answer({"alive": True})
+
+
+@routes.add("GET", "/status", access="open", sort=Sort.PROBE, query=None, answers={200: StatusOut})
+async def status(call: Call) -> Response:
+    """Show everything at a glance: versions, M1, workers, queues, requests in progress."""
+    services = call.services
+    glance, depth = await _look(call)
+    queues: dict[str, dict[str, int]] = {}
+    for (queue, state), count in (depth or {}).items():
+        queues.setdefault(queue, {})[state.value] = count
+    admission = services.admission
+    view = {
+        "node_id": services.settings.composite.node_id,
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in _VERSIONS},
+        "started_at": iso(services.started_at),
+        "moderator": None if glance is None else _moderator(glance),
+        "workers": [] if glance is None else [worker_view(w) for w in glance.workers],
+        "queues": queues,
+        "paused": [] if glance is None else sorted(glance.status.paused),
+        "requests": {
+            sort.value: {
+                "in_progress": admission.in_progress[sort],
+                "budget": admission.budgets[sort],
+                "refused": admission.refused[sort],
+            }
+            for sort in Sort
+        },
+        "task_types": services.registry.names(),
+        "problems": [
+            f"{problem.distribution}: {problem.message}" for problem in services.registry.problems
+        ],
+    }
+    return answer(view)
+
+
+def _moderator(glance: Glance) -> dict[str, Any]:
+    found = glance.status
+    return {
+        "node_id": found.node_id,
+        "generation": found.generation,
+        "started_at": iso(found.started_at),
+        "workers": found.workers,
+        "workers_online": found.workers_online,
+        "open_tasks": found.open_tasks,
+        "open_bytes": found.open_bytes,
+        "live_attempts": found.live_attempts,
+        "commits": found.commits,
+        "pid": found.pid,
+        "store": found.store,
+    }
+
+
+@routes.add(
+    "GET",
+    "/metrics",
+    access="open",
+    sort=Sort.PROBE,
+    query=None,
+    answers={200: "text/plain"},
+)
+async def metrics(call: Call) -> Response:
+    """Show every figure in Prometheus' text format."""
+    services = call.services
+
+    def read(reader: TaskReader) -> dict[str, dict[tuple[str, ...], int]]:
+        return stored_figures(reader.counters(), reader.depth())
+
+    glance = await services.cache.glance()
+    try:
+        stored = await services.reads.run(read)
+    except HcnaError:
+        stored = None
+    workers: dict[tuple[str, ...], int] | None = None
+    if glance is not None:
+        workers = {(state.value,): 0 for state in WorkerState}
+        for worker in glance.workers:
+            workers[worker.state.value,] += 1
+    admission = services.admission
+    sample = Sample(
+        **(stored or {}),
+        workers=workers,
+        moderator_up=glance is not None,
+        store_readable=stored is not None,
+        requests=services.stats.requests,
+        durations=services.stats.durations,
+        in_progress={(s.value,): n for s, n in admission.in_progress.items()},
+        refused={(s.value,): n for s, n in admission.refused.items()},
+        gather_items=services.gatherer.items,
+        gather_calls=services.gatherer.calls,
+        waiting=services.feed.waiting,
+    )
+    return Response(render(sample), 200, {"Content-Type": CONTENT_TYPE})
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,547 @@
+"""The shapes of requests and answers. Requests are strict: no unknown fields, no conversions.
+
+Requests are checked against these models by hand, after `hcna_ray.api.strict_json`. Answers are
+built as plain objects (`hcna_ray.api.views`); their models here document them in ``/openapi.json``
+and the tests hold every answer against them.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+
+#: Longest duration in a request: 30 days.
+DURATION_S_MAX = 30 * 86400.0
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}\Z")
+
+
+class Strict(BaseModel):
+    """Base of every request: frozen, no unknown fields, no silent conversions, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Answer(BaseModel):
+    """Base of every answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def _instant(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("must be an ISO 8601 instant such as 2030-01-31T12:00:00Z")
+    try:
+        found = datetime.fromisoformat(value) if len(value) <= 40 else None
+    except ValueError:
+        found = None
+    if found is None or len(value) < 16:
+        raise ValueError("is not an ISO 8601 instant such as 2030-01-31T12:00:00Z")
+    if found.tzinfo is None:
+        raise ValueError("has no time zone; end it with Z or an offset such as +02:00")
+    if not 1970 < found.year < 9999:
+        raise ValueError("lies outside of the years 1971 to 9998")
+    return found.astimezone(UTC).timestamp()
+
+
+#: Seconds since the epoch inside, ISO 8601 with a time zone outside.
+Instant = Annotated[
+    float, BeforeValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}\z")]
+NodeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,127}\z")]
+TaskTypeName = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+TaskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}\z")]
+Ref = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,63}\z")]
+#: A task id, or in a batch ``ref:<ref>`` of another item.
+DependencyName = Annotated[
+    str, StringConstraints(pattern=r"^(ref:)?[A-Za-z0-9][A-Za-z0-9._\-]{0,63}\z")
+]
+Key = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}\z")]
+IdempotencyKey = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,200}\z")]
+Amount = Annotated[float, Field(ge=0, le=1e6)]
+Seconds = Annotated[float, Field(gt=0, le=DURATION_S_MAX)]
+JsonObject = dict[str, Any]
+
+
+class RetryIn(Strict):
+    """When a failed attempt is tried again; what is left out takes the type's or C1's default."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] | None = None
+    backoff_s: Annotated[float, Field(ge=0, le=86400)] | None = None
+    factor: Annotated[float, Field(ge=1, le=100)] | None = None
+    max_backoff_s: Annotated[float, Field(ge=0, le=DURATION_S_MAX)] | None = None
+    jitter: Annotated[float, Field(ge=0, le=1)] | None = None
+    retry_on: Annotated[list[Name], Field(max_length=100)] | None = Field(
+        default=None, description="Failure kinds (error, timeout) and exception class names."
+    )
+
+
+class RequiresIn(Strict):
+    """What a worker must have. cpu, mem_gb, gpu or resources give the task a process of its own."""
+
+    worker: NodeName | None = Field(default=None, description="Short name or node id.")
+    cpu: Amount | None = None
+    mem_gb: Amount | None = None
+    gpu: Amount | None = None
+    resources: Annotated[dict[Name, Amount], Field(max_length=32)] | None = None
+    labels: (
+        Annotated[
+            dict[Name, Annotated[str, StringConstraints(max_length=128)]], Field(max_length=32)
+        ]
+        | None
+    ) = None
+
+
+class TaskIn(Strict):
+    """A task to run."""
+
+    task_type: TaskTypeName = Field(description="Name of the handler, e.g. echo.")
+    payload: JsonObject = Field(default_factory=dict, description="What the handler receives.")
+    queue: Name = "default"
+    priority: int = Field(default=5, ge=0, le=9, description="Larger runs sooner.")
+    run_at: Instant | None = Field(default=None, description="Not before this instant.")
+    expires_at: Instant | None = Field(default=None, description="Not started after this instant.")
+    timeout_s: Seconds | None = Field(default=None, description="Longest run of one attempt.")
+    queue_timeout_s: Seconds | None = Field(default=None, description="Longest wait in the queue.")
+    retry: RetryIn | None = None
+    requires: RequiresIn | None = None
+    depends_on: Annotated[list[DependencyName], Field(max_length=100_000)] = Field(
+        default_factory=list, description="Tasks that must complete first."
+    )
+    ordering_key: Key | None = Field(default=None, description="Same key: one after another.")
+    concurrency_key: Key | None = Field(default=None, description="Same key: so many at a time.")
+    on_disconnect: Literal["replace", "wait"] = Field(
+        default="replace", description="When the worker falls silent: run elsewhere, or wait."
+    )
+    idempotency_key: IdempotencyKey | None = Field(
+        default=None, description="Sending it again returns the task stored before."
+    )
+    webhook: None = Field(
+        default=None, description="Not offered yet: use ?wait= or POST /tasks/wait."
+    )
+    metadata: JsonObject | None = Field(default=None, description="Kept with the task.")
+
+    @model_validator(mode="after")
+    def _times_fit(self) -> Self:
+        run_at, expires_at = self.run_at, self.expires_at
+        if run_at is not None and expires_at is not None and expires_at <= run_at:
+            raise ValueError("expires_at must lie after run_at")
+        return self
+
+
+class BatchTaskIn(TaskIn):
+    """A task in a batch, which others of the same batch may refer to."""
+
+    ref: Ref | None = Field(default=None, description="Name for depends_on: ['ref:<ref>'].")
+
+
+class BatchIn(Strict):
+    """Many tasks at once. The same may be sent as NDJSON, one task a line."""
+
+    tasks: list[BatchTaskIn]
+
+
+class WaitIn(Strict):
+    """What to wait for: ``ids`` or ``batch_id``."""
+
+    ids: list[TaskId] | None = None
+    batch_id: TaskId | None = None
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}\z")] | None = Field(
+        default=None, description="The cursor of the answer before."
+    )
+    wait: float = Field(default=0.0, ge=0, description="Seconds.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.ids is None) == (self.batch_id is None):
+            raise ValueError("give either ids or batch_id")
+        return self
+
+
+class CancelIn(Strict):
+    """Why a task is cancelled."""
+
+    reason: Annotated[str, StringConstraints(max_length=500)] = ""
+
+
+class Nothing(Strict):
+    """An empty object, or no body at all."""
+
+
+class ReplayFilterIn(Strict):
+    """Which failed tasks to run again."""
+
+    task_type: TaskTypeName | None = None
+    queue: Name | None = None
+    kind: Literal["error", "timeout", "lost", "oom", "poison", "rejected"] | None = None
+    since: Instant | None = None
+
+
+class ReplayIn(Strict):
+    """Run failed tasks again, as many as fit the filter."""
+
+    filter: ReplayFilterIn
+    limit: int = Field(default=1000, ge=1, le=10_000)
+
+
+class DrainIn(Strict):
+    """How long running work may go on before it is stopped and moved."""
+
+    deadline_s: Annotated[float, Field(ge=0, le=DURATION_S_MAX)] | None = None
+
+
+class IntentIn(Strict):
+    """An intent for a node."""
+
+    dst: NodeName = Field(description="Node id or short name.")
+    intent: Name = Field(description="e.g. test.ping")
+    payload: JsonObject = Field(default_factory=dict)
+
+
+# -- queries ---------------------------------------------------------------------------------------
+# Values of a query are text, so these are not strict; unknown names are refused all the same.
+
+
+class Query(BaseModel):
+    """Base of every query string."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NoQuery(Query):
+    """No parameters."""
+
+
+class TaskQuery(Query):
+    """How to look at one task."""
+
+    wait: float = Field(default=0.0, ge=0, description="Seconds to wait for its end.")
+    payload: bool = Field(default=False, description="Show the payload too.")
+
+
+class BatchQuery(Query):
+    """How to take a batch."""
+
+    atomic: bool = Field(default=False, description="All items or none.")
+
+
+class ListQuery(Query):
+    """Which tasks to list. Several states are separated by commas."""
+
+    status: Annotated[str, StringConstraints(max_length=100)] | None = None
+    task_type: TaskTypeName | None = None
+    queue: Name | None = None
+    worker: NodeName | None = None
+    batch_id: TaskId | None = None
+    since: Instant | None = None
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}\z")] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class ArtifactQuery(Query):
+    """Which bytes are sent."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}\z")] | None = Field(
+        default=None, description="SHA-256 of the whole artifact; compulsory for parts."
+    )
+
+
+class PageQuery(Query):
+    """A page of something."""
+
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}\z")] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+Status = Literal["scheduled", "queued", "running", "completed", "failed", "cancelled", "expired"]
+Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+
+
+class FieldProblem(Answer):
+    """One field and what is wrong with it."""
+
+    field: str
+    message: str
+
+
+class ProblemOut(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[FieldProblem] = []
+    retry_after_s: int | None = None
+
+
+class SubmitOut(Answer):
+    """An accepted task."""
+
+    task_id: str
+    status: Status
+    message: str
+    duplicate: bool = False
+
+
+class BatchItemOut(Answer):
+    """What became of one item: an id, or a problem."""
+
+    index: int
+    task_id: str | None = None
+    status: Status | None = None
+    duplicate: bool = False
+    error: ProblemOut | None = None
+
+
+class BatchOut(Answer):
+    """An accepted batch."""
+
+    batch_id: str
+    accepted: int
+    rejected: int
+    results: list[BatchItemOut]
+
+
+class PendingReasonOut(Answer):
+    """Why a task waits, and what would help."""
+
+    code: str
+    message: str
+    fix: str
+
+
+class ProgressOut(Answer):
+    """The last progress a handler reported."""
+
+    percent: float | None
+    message: str
+    at: Time
+
+
+class FailureOut(Answer):
+    """Why a task failed, or how it was stopped."""
+
+    kind: str
+    message: str
+    attempts: int
+    type: str | None = None
+
+
+class AttemptErrorOut(Answer):
+    """Why an attempt failed."""
+
+    kind: str
+    message: str
+    type: str | None = None
+    traceback: str | None = None
+
+
+class AttemptOut(Answer):
+    """One try."""
+
+    attempt: int
+    generation: int
+    worker: str
+    node_id: str
+    started_at: Time | None
+    ended_at: Time | None
+    outcome: Literal["completed", "errored", "timed_out", "lost", "cancelled"] | None
+    error: AttemptErrorOut | None
+
+
+class TaskOut(Answer):
+    """A task as it stands. In listings and waits ``attempts`` is left out."""
+
+    task_id: str
+    task_type: str
+    status: Status
+    queue: str
+    priority: int
+    payload: JsonObject | None = None
+    accepted_at: Time
+    queued_at: Time | None
+    started_at: Time | None
+    finished_at: Time | None
+    run_at: Time | None
+    expires_at: Time | None
+    pending_reason: PendingReasonOut | None
+    progress: ProgressOut | None
+    result: JsonObject | None
+    error: FailureOut | None
+    attempts: list[AttemptOut] = []
+    failures: int
+    losses: int
+    cancel_requested: bool
+    depends_on: list[str]
+    batch_id: str | None
+    metadata: JsonObject | None
+    traceparent: str | None
+
+
+class WaitOut(Answer):
+    """What has ended since the cursor, and how many have not."""
+
+    ended: list[TaskOut]
+    cursor: str
+    pending: int
+
+
+class TasksOut(Answer):
+    """A page of tasks, newest first."""
+
+    tasks: list[TaskOut]
+    next_cursor: str | None
+
+
+class CancelOut(Answer):
+    """A cancel that was taken: 200 when the task has ended by it, 202 when it is being stopped."""
+
+    task_id: str
+    status: Status
+    cancel_requested: Literal[True]
+
+
+class ReplayOut(Answer):
+    """Which tasks run again."""
+
+    retried: list[str]
+    more: bool
+
+
+class UploadOut(Answer):
+    """A stored artifact (201), or how much of it is there (202)."""
+
+    sha256: str
+    size: int
+    uri: str | None = None
+    received: int | None = None
+
+
+class WorkerOut(Answer):
+    """One worker."""
+
+    name: str
+    node_id: str
+    state: Literal["online", "suspect", "asleep", "draining", "cordoned", "gone"]
+    last_seen_at: Time | None
+    last_seen_age_s: float
+    resources: dict[str, float]
+    free: dict[str, float]
+    labels: dict[str, str]
+    task_types: list[str]
+    slots: int
+    running: list[JsonObject]
+    telemetry: JsonObject
+    draining_until: Time | None = None
+
+
+class WorkersOut(Answer):
+    """Every worker on record."""
+
+    workers: list[WorkerOut]
+    moderator_connected: bool = True
+
+
+class IntentOut(Answer):
+    """A node's answer to an intent."""
+
+    msg_id: str
+    dst: str
+    intent: str
+    answer: JsonObject
+
+
+class QueueOut(Answer):
+    """A queue, paused or not."""
+
+    queue: str
+    paused: bool
+
+
+class AuditLineOut(Answer):
+    """Who did what, when, and how it ended."""
+
+    number: int
+    at: Time
+    principal: str
+    action: str
+    target: str
+    outcome: str
+    detail: str
+
+
+class AuditOut(Answer):
+    """A page of the audit log, newest first."""
+
+    entries: list[AuditLineOut]
+    next_cursor: str | None
+
+
+class KeyOut(Answer):
+    """A key; what it is nobody knows but its holder."""
+
+    name: str
+    role: str
+    created_at: Time
+    fingerprint: str
+
+
+class KeysOut(Answer):
+    """All keys."""
+
+    keys: list[KeyOut]
+
+
+class HealthOut(Answer):
+    """How the whole is doing."""
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    node_id: str
+    moderator_connected: bool
+    worker_nodes: int
+    store_readable: bool
+    tasks: dict[str, int]
+    version: str
+
+
+class ReadyOut(Answer):
+    """Whether work can be taken now, and if not why."""
+
+    ready: bool
+    reasons: list[str]
+
+
+class LiveOut(Answer):
+    """This replica answers."""
+
+    alive: Literal[True]
+
+
+class StatusOut(BaseModel):
+    """Everything at a glance."""
+
+    node_id: str
+    versions: dict[str, str]
+    started_at: Time
+    moderator: JsonObject | None
+    workers: list[JsonObject]
+    queues: dict[str, dict[str, int]]
+    paused: list[str]
+    requests: dict[str, dict[str, int]]
+    task_types: list[str]
+    problems: list[str]

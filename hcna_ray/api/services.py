@@ -1,0 +1,144 @@
+"""What the routes of one replica share, wired once by `hcna_ray.api.app.build_app`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from hcna_ray.api.admission import Admission
+from hcna_ray.api.gather import Gatherer
+from hcna_ray.api.metrics import RequestStats
+from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
+from hcna_ray.api.reads import Reads
+from hcna_ray.api.submission import Submissions
+from hcna_ray.api.views import NOBODY, Cluster
+from hcna_ray.api.waiters import ChangeFeed
+from hcna_ray.config import Settings
+from hcna_ray.core.clock import Clock
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.handlers import Registry
+from hcna_ray.runtime.messages import ModeratorStatus, WorkerInfo
+from hcna_ray.store.artifacts import ArtifactStore
+
+log = logging.getLogger(__name__)
+
+#: How old a view of the cluster may be.
+VIEW_AGE_S = 0.5
+#: How long a probe waits for the moderator before it says that it does not answer.
+PROBE_S = 2.0
+EMPTY_BATCHES_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """The moderator's status and workers at one moment; ``None`` when it did not answer."""
+
+    status: ModeratorStatus
+    workers: Sequence[WorkerInfo]
+
+
+class ClusterCache:
+    """Asks the moderator what many want to know, once for all who ask within half a second."""
+
+    def __init__(self, moderator: ModeratorPort, reads: Reads, clock: Clock) -> None:
+        self._moderator = moderator
+        self._reads = reads
+        self._clock = clock
+        self._cluster: tuple[float, Cluster] | None = None
+        self._glance: tuple[float, Glance | None] | None = None
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def cluster(self) -> Cluster:
+        """Return what placement sees, or `NOBODY` when the moderator does not answer."""
+        if self._cluster is None or self._old(self._cluster[0]):
+            await self._once("cluster")
+        return self._cluster[1] if self._cluster is not None else NOBODY
+
+    async def glance(self) -> Glance | None:
+        """Return status and workers, or ``None`` when the moderator does not answer."""
+        if self._glance is None or self._old(self._glance[0]):
+            await self._once("glance")
+        return self._glance[1] if self._glance is not None else None
+
+    def forget(self) -> None:
+        """Ask anew next time: something was changed through this replica."""
+        self._cluster = self._glance = None
+
+    def _old(self, since: float) -> bool:
+        return self._clock.elapsed() - since > VIEW_AGE_S
+
+    async def _once(self, what: str) -> None:
+        asking = self._asking.get(what)
+        if asking is None:
+            ask = self._ask_cluster if what == "cluster" else self._ask_glance
+            asking = asyncio.create_task(ask(), name=f"ask-{what}")
+            self._asking[what] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(what, None))
+        await asyncio.shield(asking)
+
+    async def _ask_cluster(self) -> None:
+        try:
+            paused = await self._reads.run(lambda reader: reader.paused())
+        except HcnaError:
+            paused = frozenset()
+        try:
+            async with asyncio.timeout(PROBE_S):
+                views, running, running_max = await self._moderator.worker_views()
+            cluster = Cluster(views, running, running_max, paused)
+        except (HcnaError, TimeoutError):
+            cluster = Cluster((), 0, 0, paused, moderator_answers=False)
+        self._cluster = (self._clock.elapsed(), cluster)
+
+    async def _ask_glance(self) -> None:
+        glance: Glance | None = None
+        try:
+            async with asyncio.timeout(PROBE_S):
+                status = await self._moderator.status()
+                glance = Glance(status, await self._moderator.workers())
+        except (HcnaError, TimeoutError):
+            log.debug("moderator does not answer", extra={"action": "api.moderator_silent"})
+        self._glance = (self._clock.elapsed(), glance)
+
+
+class EmptyBatches:
+    """Ids of recent batches none of whose items was new: there is nothing to wait for in them."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, batch_id: str) -> None:
+        """Remember a batch, and forget the oldest beyond the bound."""
+        self._ids[batch_id] = None
+        if len(self._ids) > EMPTY_BATCHES_MAX:
+            self._ids.popitem(last=False)
+
+    def __contains__(self, batch_id: object) -> bool:
+        return batch_id in self._ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Everything a route may use."""
+
+    moderator: ModeratorPort
+    reads: Reads
+    registry: Registry
+    keys: KeyRing
+    artifacts: ArtifactStore
+    settings: Settings
+    clock: Clock
+    ids: IdSource
+    admission: Admission
+    gatherer: Gatherer
+    feed: ChangeFeed
+    cache: ClusterCache
+    submissions: Submissions
+    stats: RequestStats
+    started_at: float
+    #: Blocking file work.
+    files: ThreadPoolExecutor
+    empty_batches: EmptyBatches = field(default_factory=EmptyBatches)

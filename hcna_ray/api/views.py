@@ -1,0 +1,265 @@
+"""Tasks, workers and the rest in the words of HTTP: pure functions from values to plain objects.
+
+Instants become ISO 8601 with milliseconds and ``Z``; payload, result and metadata, which are stored
+as JSON, are passed on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from hcna_ray.core.models import (
+    ACCEPTING,
+    TERMINAL,
+    Attempt,
+    Hold,
+    Outcome,
+    Task,
+    TaskError,
+    TaskState,
+    WorkerView,
+)
+from hcna_ray.core.placement import PendingReason, explain
+from hcna_ray.runtime.messages import WorkerInfo
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What `pending_reason` needs to know beside the task; at most half a second old."""
+
+    workers: Sequence[WorkerView]
+    running: int
+    running_max: int
+    paused: frozenset[str]
+    #: False when the moderator does not answer: then nobody knows of the workers.
+    moderator_answers: bool = True
+
+
+#: What is known when nobody answers.
+NOBODY = Cluster((), 0, 0, frozenset(), moderator_answers=False)
+
+
+def iso(at: float | None) -> str | None:
+    """Return an instant as ISO 8601 in UTC with milliseconds; ``None`` stays ``None``."""
+    if at is None:
+        return None
+    moment = datetime.fromtimestamp(at, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def task_view(
+    task: Task,
+    attempts: Sequence[Attempt],
+    cluster: Cluster,
+    *,
+    now: float,
+    with_payload: bool = False,
+    with_attempts: bool = True,
+) -> Json:
+    """Return a task as ``GET /tasks/{id}`` shows it.
+
+    Args:
+        task: The task.
+        attempts: Its attempts, oldest first; needed for who processed it, shown or not.
+        cluster: For the reason why it waits.
+        now: For the same.
+        with_payload: Show the payload.
+        with_attempts: Show the attempts.
+    """
+    spec = task.spec
+    reason = pending_reason(task, cluster, now)
+    view: Json = {
+        "task_id": spec.id,
+        "task_type": spec.task_type,
+        "status": task.state.value,
+        "queue": spec.queue,
+        "priority": spec.priority,
+        "accepted_at": iso(spec.accepted_at),
+        "queued_at": iso(task.queued_at),
+        "started_at": iso(task.started_at),
+        "finished_at": iso(task.finished_at),
+        "run_at": iso(spec.run_at),
+        "expires_at": iso(spec.expires_at),
+        "pending_reason": None
+        if reason is None
+        else {"code": reason.code, "message": reason.message, "fix": reason.fix},
+        "progress": None
+        if task.progress is None
+        else {
+            "percent": task.progress.percent,
+            "message": task.progress.message,
+            "at": iso(task.progress.at),
+        },
+        "result": _result(task, attempts),
+        "error": _failure(task),
+        "failures": task.failures,
+        "losses": task.losses,
+        "cancel_requested": task.cancel_requested_at is not None,
+        "depends_on": spec.depends_on,
+        "batch_id": spec.batch_id,
+        "metadata": None if spec.metadata is None else msgspec.Raw(spec.metadata),
+        "traceparent": spec.traceparent,
+    }
+    if with_attempts:
+        view["attempts"] = [_attempt(attempt) for attempt in attempts]
+    if with_payload:
+        view["payload"] = msgspec.Raw(spec.payload)
+    return view
+
+
+def _result(task: Task, attempts: Sequence[Attempt]) -> Json | None:
+    """Return the handler's fields with ours: which node it was, and how long it took."""
+    if task.state is not TaskState.COMPLETED or task.result is None:
+        return None
+    last = next((a for a in reversed(attempts) if a.outcome is Outcome.COMPLETED), None)
+    try:
+        # The values stay as stored: decoding them could change a number.
+        fields: Json = msgspec.json.decode(task.result, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError:
+        fields = {"value": msgspec.Raw(task.result)}
+    if last is not None:
+        fields["processed_by"] = last.node_id or last.worker
+        if last.ended_at is not None:
+            fields["duration_ms"] = max(0, round((last.ended_at - last.started_at) * 1000))
+    return fields
+
+
+def _failure(task: Task) -> Json | None:
+    if task.error is None or task.state not in TERMINAL or task.state is TaskState.COMPLETED:
+        return None
+    return {
+        "kind": task.error.kind.value,
+        "message": task.error.message,
+        "attempts": task.attempt,
+        "type": task.error.type,
+    }
+
+
+def _attempt(attempt: Attempt) -> Json:
+    return {
+        "attempt": attempt.token.attempt,
+        "generation": attempt.token.generation,
+        "worker": attempt.worker,
+        "node_id": attempt.node_id,
+        "started_at": iso(attempt.started_at),
+        "ended_at": iso(attempt.ended_at),
+        "outcome": None if attempt.outcome is None else attempt.outcome.value,
+        "error": _attempt_error(attempt.error),
+    }
+
+
+def _attempt_error(error: TaskError | None) -> Json | None:
+    if error is None:
+        return None
+    return {
+        "kind": error.kind.value,
+        "message": error.message,
+        "type": error.type,
+        "traceback": error.traceback,
+    }
+
+
+def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | None:
+    """Say in plain words why a task has not started, or ``None`` if it runs or has ended.
+
+    The task's own facts come first, in the order in which they hold it back; only a task that
+    stands ready is held against the workers.
+    """
+    if task.state is TaskState.SCHEDULED:
+        return _scheduled(task, now)
+    if task.state is not TaskState.QUEUED:
+        return None
+    if task.lease is not None:
+        return PendingReason(
+            "granted", f"granted to {task.lease.worker}, which is about to start it", "wait"
+        )
+    if task.hold & Hold.ORDERING:
+        return PendingReason(
+            "ordering_key",
+            f"an earlier task with ordering key {task.spec.ordering_key!r} has not ended",
+            "wait for it, or cancel it",
+        )
+    if task.hold & Hold.CONCURRENCY:
+        return PendingReason(
+            "concurrency_key",
+            f"as many tasks with concurrency key {task.spec.concurrency_key!r} run as are allowed",
+            "wait, or raise moderator.scheduling.concurrency_limits for this key",
+        )
+    queue = task.spec.queue
+    if queue in cluster.paused:
+        return PendingReason(
+            "queue_paused", f"the queue {queue!r} is paused", f"POST /admin/queues/{queue}/resume"
+        )
+    if not cluster.moderator_answers:
+        return PendingReason(
+            "moderator_unavailable",
+            "M1 does not answer, so nothing is placed now; the task is stored and keeps its place",
+            "wait: M1 is started again by itself (hcna status shows it)",
+        )
+    online = {worker.name for worker in cluster.workers if worker.state in ACCEPTING}
+    if task.pinned_to is not None and task.pinned_to not in online:
+        until = "" if task.pinned_until is None else f" until {iso(task.pinned_until)}"
+        return PendingReason(
+            "waiting_worker_return",
+            f"waits for worker {task.pinned_to}, which fell silent while running it{until}",
+            f"bring {task.pinned_to} back, or cancel the task and submit it again",
+        )
+    return explain(
+        task.needs,
+        task.spec.task_type,
+        cluster.workers,
+        running=cluster.running,
+        running_max=cluster.running_max,
+    )
+
+
+def _scheduled(task: Task, now: float) -> PendingReason:
+    if task.unmet:
+        total = len(task.spec.depends_on)
+        return PendingReason(
+            "waiting_dependencies",
+            f"waits for {task.unmet} of the {total} task{'s' * (total != 1)} it depends on",
+            "look at the tasks in depends_on",
+        )
+    if task.failures and task.due_at > (task.spec.run_at or 0.0):
+        return PendingReason(
+            "backoff",
+            f"attempt {task.attempt} failed; the next one starts after {iso(task.due_at)}",
+            "wait, or look at the error of the last attempt",
+        )
+    if task.due_at <= now:
+        return PendingReason("due", "its time has come; M1 queues it in a moment", "wait")
+    return PendingReason("scheduled", f"scheduled for {iso(task.due_at)}", "wait")
+
+
+def worker_view(worker: WorkerInfo) -> Json:
+    """Return a worker as ``GET /workers`` shows it."""
+    return {
+        "name": worker.name,
+        "node_id": worker.node_id,
+        "state": worker.state.value,
+        "last_seen_at": iso(worker.last_seen_at),
+        "last_seen_age_s": round(worker.last_seen_age_s, 3),
+        "resources": dict(worker.resources),
+        "free": dict(worker.free),
+        "labels": dict(worker.labels),
+        "task_types": worker.task_types,
+        "slots": worker.slots,
+        "running": [_running(item) for item in worker.running],
+        "telemetry": dict(worker.telemetry),
+        "draining_until": iso(worker.draining_until),
+    }
+
+
+def _running(item: Mapping[str, Any]) -> Json:
+    shown = dict(item)
+    if isinstance(shown.get("started_at"), int | float):
+        shown["started_at"] = iso(shown["started_at"])
+    return shown

@@ -1,0 +1,143 @@
+"""``up``, ``down``, ``status``, ``env``: this machine's cluster.
+
+The supervisor is imported inside the commands: nobody who only submits a task pays for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hcna_ray.cli import render
+from hcna_ray.cli.terminal import (
+    AsJson,
+    CommandFailed,
+    ExitCode,
+    Json,
+    open_client,
+    paper,
+    print_json,
+    talk,
+)
+from hcna_ray.client import find_endpoint
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    app.command()(env)
+
+
+def up(
+    wait: Annotated[float, typer.Option(min=1, help="Longest wait until ready, seconds.")] = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Start M1, W1 and C1 on this machine, or find them running. May be called at any time."""
+    from hcna_ray import supervisor
+    from hcna_ray.config import load_settings
+
+    console = talk()
+    info = supervisor.up(
+        load_settings(),
+        wait_s=wait,
+        on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]"),
+    )
+    if as_json:
+        print_json(asdict(info))
+        return
+    for line in card(info.url, info.dashboard_url, Path(info.home)):
+        typer.echo(line)
+
+
+def card(url: str, dashboard_url: str, home: Path) -> list[str]:
+    """What a newcomer needs after ``up``, in at most 12 lines."""
+    return [
+        f"C1         {url}",
+        f"docs       {url}/docs",
+        f"dashboard  {dashboard_url}",
+        f"key        {home / 'keys' / 'client.key'} (yours alone; sent by every hcna command)",
+        "",
+        "try        " + 'eval "$(hcna env)"',
+        '           curl -H "Authorization: Bearer $HCNA_API_KEY" $HCNA_URL/tasks \\',
+        """                -d '{"task_type": "echo", "payload": {"message": "hello"}}'""",
+        "next       hcna demo",
+    ]
+
+
+def down(as_json: AsJson = False) -> None:
+    """Stop everything this machine's cluster started; no process, port or lock is left."""
+    from hcna_ray import supervisor
+    from hcna_ray.config import load_settings
+
+    console = talk()
+    report = supervisor.down(
+        load_settings(), on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]")
+    )
+    if as_json:
+        print_json(asdict(report))
+    elif report.was_running:
+        console.print(f"stopped in {report.took_s:.1f} s. Next: hcna up")
+    else:
+        console.print("nothing was running. Next: hcna up")
+
+
+def status(as_json: AsJson = False) -> None:
+    """Say how C1, M1 and the workers are; exit 3 if C1 cannot be reached."""
+    local = None if os.environ.get("HCNA_URL") else _local_status()
+    with open_client(retry_for_s=0) as client:
+        seen = client.snapshot()
+        url = client.url
+    if as_json:
+        print_json(
+            {
+                "url": url,
+                "health": seen.health.raw if seen.health else None,
+                "workers": [worker.raw for worker in seen.workers],
+                "trouble": seen.trouble or None,
+                "machine": local,
+            }
+        )
+    else:
+        out = paper()
+        word = seen.health.status if seen.health else "unreachable"
+        out.print(f"C1  {escape(url)}  {render.word(word)}")
+        if seen.health:
+            link = "connected" if seen.health.moderator_connected else "away"
+            out.print(f"M1  {link}")
+        if seen.workers:
+            out.print(render.worker_table(seen.workers))
+        for member in (local or {}).get("members", ()):
+            state = render.word("up" if member["up"] else "down")
+            told = f"pid {member['pid']}, port {member['port']}, {member['restarts']} restarts"
+            out.print(f"{escape(member['name'])}  {state}  {told}")
+    if seen.trouble:
+        if seen.health is None:
+            raise CommandFailed(f"C1 does not answer at {url}", "hcna up", ExitCode.UNREACHABLE)
+        raise CommandFailed(seen.trouble, "hcna env", ExitCode.REFUSED)
+
+
+def _local_status() -> Json:
+    from hcna_ray import supervisor
+    from hcna_ray.config import load_settings
+
+    return asdict(supervisor.status(load_settings()))
+
+
+def env(as_json: AsJson = False) -> None:
+    """Print the address and key for a shell: eval "$(hcna env)"."""
+    endpoint = find_endpoint(None, None, env=os.environ)
+    if not endpoint.api_key:
+        raise CommandFailed(f"no API key is known for {endpoint.url}", "hcna up makes one")
+    if as_json:
+        print_json({"HCNA_URL": endpoint.url, "HCNA_API_KEY": endpoint.api_key})
+    else:
+        url, key = shlex.quote(endpoint.url), shlex.quote(endpoint.api_key)
+        typer.echo(f"export HCNA_URL={url} HCNA_API_KEY={key}")

@@ -1,0 +1,420 @@
+"""`Client`: carries plans out with a blocking httpx client. No rules here (see `plans`)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar, Unpack, cast, overload
+
+import httpx
+
+from hcna_ray.client.discovery import find_endpoint
+from hcna_ray.client.errors import ApiError, HcnaClientError
+from hcna_ray.client.handles import TaskHandle
+from hcna_ray.client.html import snapshot_html
+from hcna_ray.client.models import (
+    Artifact,
+    Explanation,
+    Health,
+    IntentAnswer,
+    Json,
+    JsonObject,
+    MapOptions,
+    TaskOptions,
+    TaskRequest,
+    TaskView,
+    Worker,
+)
+from hcna_ray.client.plans import (
+    Answer,
+    Emit,
+    NoAnswer,
+    Patience,
+    Pause,
+    Plan,
+    Planner,
+    Request,
+    Send,
+    Snapshot,
+    Source,
+    Step,
+    Take,
+    Work,
+    advance,
+)
+from hcna_ray.client.transport import answer_of, base_headers, no_answer, send_options
+
+T = TypeVar("T")
+ProgressCallback = Callable[[int, int], object]
+UploadSource = str | os.PathLike[str] | bytes | IO[bytes]
+
+#: A notebook cell must not hang: one try, this many seconds.
+GLANCE_TIMEOUT_S = 2.0
+
+
+class Batch(list["TaskHandle | ApiError"]):
+    """Outcomes of `Client.batch` in the order sent: a handle, or the error that refused it."""
+
+    def __init__(self, batch_id: str, outcomes: Iterable[TaskHandle | ApiError]) -> None:
+        super().__init__(outcomes)
+        self.batch_id = batch_id
+
+    @property
+    def handles(self) -> list[TaskHandle]:
+        """The accepted ones."""
+        return [outcome for outcome in self if isinstance(outcome, TaskHandle)]
+
+    @property
+    def errors(self) -> list[ApiError]:
+        """What refused the others."""
+        return [outcome for outcome in self if isinstance(outcome, ApiError)]
+
+
+class Client:
+    """A synchronous client of C1. Safe to share between threads; use as a context manager or not.
+
+    Args:
+        url: C1's address. Default: ``HCNA_URL``, else the cluster ``hcna up`` started here.
+        api_key: Default: ``HCNA_API_KEY``, else the owner's key file of this machine's cluster.
+        timeout_s: Silence after which a request counts as lost, seconds.
+        retry_for_s: How long lost, 429 and 503 answers are tried again in all, seconds.
+        transport: Replaces the network, for tests.
+        planner: Replaces the rules' clock and luck, for tests.
+        sleep: Replaces `time.sleep`, for tests.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        retry_for_s: float = 30.0,
+        planner: Planner | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._endpoint = find_endpoint(url, api_key, env=os.environ)
+        patience = Patience(retry_for_s=retry_for_s)
+        self._plans = planner or Planner(self.url, patience=patience, timeout_s=timeout_s)
+        self._glances = Planner(self.url, patience=Patience(0.0), timeout_s=GLANCE_TIMEOUT_S)
+        self._sleep = sleep
+        self._http = httpx.Client(
+            headers=base_headers(self._endpoint.api_key), transport=transport, trust_env=False
+        )
+
+    @property
+    def url(self) -> str:
+        """C1's address."""
+        return self._endpoint.url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key in use."""
+        return self._endpoint.api_key
+
+    def close(self) -> None:
+        """Close the connections. Tasks go on without them."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.url}>"
+
+    def _repr_html_(self) -> str:
+        return snapshot_html(self.url, self.snapshot())
+
+    # -- tasks -----------------------------------------------------------------------------------
+
+    def submit(
+        self, task_type: str, payload: JsonObject | None = None, **options: Unpack[TaskOptions]
+    ) -> TaskHandle:
+        """Submit one task and return at once. ``options`` are the fields of `TaskRequest`.
+
+        When this returns the task is on C1's disk. It is sent under an Idempotency-Key, so tries
+        whose answer was lost do no harm.
+        """
+        request = TaskRequest(task_type=task_type, payload=payload or {}, **options)
+        return TaskHandle(self, self._run(self._plans.submit(request)))
+
+    def batch(self, tasks: Sequence[TaskRequest], atomic: bool = False) -> Batch:
+        """Submit up to 10 000 tasks in one transaction; each is accepted or refused by itself.
+
+        With ``atomic`` all or none are accepted, and a refusal raises. Tasks may depend on each
+        other by ``ref`` (``depends_on=["ref:a"]``).
+        """
+        answer = self._run(self._plans.batch(tasks, atomic=atomic))
+        outcomes: list[TaskHandle | ApiError] = []
+        for item in answer.items:
+            if item.task is not None:
+                outcomes.append(TaskHandle(self, item.task))
+            elif item.error is not None:
+                outcomes.append(item.error)
+        return Batch(answer.batch_id, outcomes)
+
+    def submit_many(self, tasks: Iterable[TaskRequest]) -> list[TaskHandle]:
+        """Submit any number of tasks, in as many batches as it takes. The first refusal raises."""
+        views = self._run(self._plans.submit_many(list(tasks)))
+        return [TaskHandle(self, view) for view in views]
+
+    @overload
+    def map(
+        self,
+        task_type: str,
+        payloads: Iterable[JsonObject],
+        *,
+        ordered: bool = ...,
+        chunk: int = ...,
+        max_in_flight: int = ...,
+        timeout_s: float | None = ...,
+        task_timeout_s: float | None = ...,
+        return_exceptions: bool,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[Json | HcnaClientError]: ...
+
+    @overload
+    def map(
+        self,
+        task_type: str,
+        payloads: Iterable[JsonObject],
+        *,
+        ordered: bool = ...,
+        chunk: int = ...,
+        max_in_flight: int = ...,
+        timeout_s: float | None = ...,
+        task_timeout_s: float | None = ...,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[Json]: ...
+
+    def map(
+        self,
+        task_type: str,
+        payloads: Iterable[JsonObject],
+        *,
+        ordered: bool = True,
+        chunk: int = 1000,
+        max_in_flight: int = 4000,
+        timeout_s: float | None = None,
+        task_timeout_s: float | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[Any]:
+        """Run one task for each payload and yield the result objects.
+
+        Payloads are taken lazily, ``chunk`` at a time and only while fewer than ``max_in_flight``
+        tasks are open, so an endless iterable is fine.
+
+        Args:
+            task_type: Name of the handler.
+            payloads: One JSON object for each task.
+            ordered: In the order of the payloads, else as they complete.
+            chunk: Tasks in one request.
+            max_in_flight: Most tasks submitted whose result was not handed out yet.
+            timeout_s: For the whole, seconds; `WaitTimeout` afterwards (with the ids left).
+            task_timeout_s: For one attempt of each task, seconds.
+            return_exceptions: Yield the exception of a task that did not complete. If false it is
+                raised, and the tasks already submitted go on without you.
+            options: Fields of `TaskRequest` for every task.
+        """
+
+        def make(payload: JsonObject) -> TaskRequest:
+            return TaskRequest(
+                task_type=task_type, payload=payload, timeout_s=task_timeout_s, **options
+            )
+
+        plan = self._plans.map(
+            make,
+            ordered=ordered,
+            chunk=chunk,
+            max_in_flight=max_in_flight,
+            timeout_s=timeout_s,
+            return_exceptions=return_exceptions,
+        )
+        return self._stream(plan, iter(payloads))
+
+    def get(self, task_id: str) -> TaskView:
+        """The task as it stands now."""
+        return self._run(self._plans.get(task_id))
+
+    def glance(self, task_id: str) -> TaskView:
+        """As `get`, with one short try: what a notebook cell uses."""
+        return self._run(self._glances.get(task_id))
+
+    def attach(self, task_id: str) -> TaskHandle:
+        """A handle for a task submitted earlier, by any process. Raises `NotFound`."""
+        return TaskHandle(self, self.get(task_id))
+
+    # A str is an iterable of str too, hence the overlap; the first overload wins, as below.
+    @overload
+    def wait(  # type: ignore[overload-overlap]
+        self, tasks: str | TaskHandle, timeout_s: float | None = None
+    ) -> TaskView: ...
+
+    @overload
+    def wait(
+        self, tasks: Iterable[str | TaskHandle], timeout_s: float | None = None
+    ) -> list[TaskView]: ...
+
+    def wait(
+        self,
+        tasks: str | TaskHandle | Iterable[str | TaskHandle],
+        timeout_s: float | None = None,
+    ) -> TaskView | list[TaskView]:
+        """Wait until one task, or every one of several, ended. Raises `WaitTimeout`."""
+        if isinstance(tasks, str | TaskHandle):
+            return self._run(self._plans.wait(_id_of(tasks), timeout_s))
+        given = [_id_of(task) for task in tasks]
+        views = {view.task_id: view for view in self.as_completed(given, timeout_s)}
+        return [views[task_id] for task_id in given]
+
+    def as_completed(
+        self, tasks: Iterable[str | TaskHandle], timeout_s: float | None = None
+    ) -> Iterator[TaskView]:
+        """Yield each task's view as it ends (without its attempts). Raises `WaitTimeout`."""
+        plan = self._plans.as_completed([_id_of(task) for task in tasks], timeout_s)
+        return self._stream(plan, iter(()))
+
+    def cancel(self, task_id: str, reason: str = "") -> TaskView:
+        """Cancel a task. Raises `Conflict` (``task_finished``) if it had ended."""
+        return self._run(self._plans.cancel(task_id, reason))
+
+    def retry(self, task_id: str) -> TaskHandle:
+        """Replay a failed task. Raises `Conflict` (``not_failed``) for any other."""
+        return TaskHandle(self, self._run(self._plans.retry(task_id)))
+
+    def tasks(self, *, limit: int | None = None, **filters: object) -> Iterator[TaskView]:
+        """Tasks that match, page by page as you iterate.
+
+        Args:
+            limit: Most tasks to yield.
+            filters: ``status``, ``task_type``, ``queue``, ``worker``, ``batch_id``, ``since``.
+        """
+        return self._stream(self._plans.tasks(filters, limit), iter(()))
+
+    def why(self, task_id: str) -> Explanation:
+        """Where the task stands and why, in words, and what would help."""
+        return self._run(self._plans.why(task_id))
+
+    # -- workers, intents, health ----------------------------------------------------------------
+
+    def workers(self) -> list[Worker]:
+        """Every worker the moderator knows."""
+        return self._run(self._plans.workers())
+
+    def worker(self, name: str) -> Worker:
+        """One worker, by short name such as ``W1``. Raises `NotFound`."""
+        return self._run(self._plans.worker(name))
+
+    def drain(self, name: str, deadline_s: float | None = None) -> Worker:
+        """Give the worker nothing new and let it finish, at most ``deadline_s`` seconds."""
+        return self._run(self._plans.steer(name, "drain", deadline_s))
+
+    def cordon(self, name: str) -> Worker:
+        """Give the worker nothing new."""
+        return self._run(self._plans.steer(name, "cordon"))
+
+    def uncordon(self, name: str) -> Worker:
+        """Undo `cordon` or `drain`."""
+        return self._run(self._plans.steer(name, "uncordon"))
+
+    def send_intent(self, dst: str, intent: str, payload: JsonObject | None = None) -> IntentAnswer:
+        """Send a worker an intent such as ``test.ping`` and return its answer (admin key)."""
+        return self._run(self._plans.send_intent(dst, intent, payload))
+
+    def health(self) -> Health:
+        """What C1 says of itself; needs no key."""
+        return self._run(self._plans.health())
+
+    def snapshot(self) -> Snapshot:
+        """Health and workers in one value, with one short try; never raises for a C1 away."""
+        return self._run(self._glances.snapshot())
+
+    # -- artifacts -------------------------------------------------------------------------------
+
+    def upload(self, source: UploadSource, progress: ProgressCallback | None = None) -> Artifact:
+        """Upload a file (path, bytes or binary file) and return its address by content.
+
+        Sends parts of 8 MiB, only what C1 lacks, and resumes after errors, also in a new process.
+        ``progress`` is called with bytes done and bytes in all.
+        """
+        return self._run(self._plans.upload(Source(source), progress))
+
+    def download(
+        self,
+        sha256: str,
+        path: str | os.PathLike[str],
+        progress: ProgressCallback | None = None,
+    ) -> Path:
+        """Download to ``path`` (a file, or a folder to put it in), checked and put there at once.
+
+        Raises:
+            DigestMismatch: What came is not what was asked for; ``path`` was not touched.
+        """
+        return self._run(self._plans.download(sha256, Path(path), progress))
+
+    # -- carrying out ----------------------------------------------------------------------------
+
+    def _run(self, plan: Plan[T]) -> T:
+        """Carry out a plan that emits nothing."""
+        try:
+            step, outcome = advance(plan, None, None)
+            while step is not None:
+                step, outcome = advance(plan, *self._perform(step, iter(())))
+            return cast(T, outcome)
+        finally:
+            plan.close()
+
+    def _stream(self, plan: Plan[None], items: Iterator[Any]) -> Iterator[Any]:
+        """Carry out a plan and yield what it emits."""
+        try:
+            step, _ = advance(plan, None, None)
+            while step is not None:
+                if isinstance(step, Emit):
+                    yield step.value
+                    step, _ = advance(plan, None, None)
+                else:
+                    step, _ = advance(plan, *self._perform(step, items))
+        finally:
+            plan.close()
+
+    def _perform(self, step: Step, items: Iterator[Any]) -> tuple[object, Exception | None]:
+        """Carry out one step: what to send the plan, or the exception to raise inside it."""
+        try:
+            match step:
+                case Send(request):
+                    return self._send(request), None
+                case Pause(delay_s):
+                    return self._sleep(delay_s), None
+                case Take(count):
+                    return list(islice(items, count)), None
+                case Work(call):
+                    return call(), None
+                case Emit():
+                    raise AssertionError("only a stream may emit")
+        except Exception as error:
+            return None, error
+
+    def _send(self, request: Request) -> Answer | NoAnswer:
+        try:
+            url = self.url + request.path
+            return answer_of(self._http.request(request.method, url, **send_options(request)))
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            return no_answer(error)
+
+
+def _id_of(task: str | TaskHandle) -> str:
+    return task if isinstance(task, str) else task.id

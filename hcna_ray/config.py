@@ -1,0 +1,1016 @@
+"""Settings of one machine: read once at start, frozen, every field bounded and described.
+
+One ``hcna.yaml`` holds the three sections ``moderator:``, ``worker:`` and ``composite:`` (each
+valid alone) and the ones that tune what lies below them. ``HCNA_<SECTION>__<FIELD>=value`` in the
+environment overrides a field. Names end in their unit: ``_s``, ``_ms``, ``_bytes``, ``_gb``.
+
+Ports are configured as plain numbers and used through `Settings.port` and the properties beside it,
+which add ``ports.offset``: a second instance beside the first needs only another offset and home.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from hcna_ray.core.errors import HcnaError
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+LOOPBACK = "127.0.0.1"
+
+#: Longest settings file that is read; a larger one is a mistake, not a configuration.
+FILE_BYTES_MAX = 1 * MIB
+
+
+class ConfigError(HcnaError, ValueError):
+    """The settings cannot be used. The text names field, value, what is allowed and near names."""
+
+    code = "invalid_config"
+
+    def __init__(self, message: str, source: str = "settings") -> None:
+        super().__init__(message, source)
+        self.message, self.source = message, source
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.message}"
+
+
+_NODE_ID = re.compile(
+    r"[A-Z][A-Z0-9]{0,15}-[A-Z][1-9][0-9]{0,3}"
+    r"(--[a-z0-9][a-z0-9-]{0,31}?){0,2}(--v[0-9]{1,4}\.[0-9]{1,4})?"
+)
+
+
+def _check_node_id(value: str) -> str:
+    if _NODE_ID.fullmatch(value) is None:
+        raise ValueError(
+            "a node id looks like HCNA-W1--prod--home--v1.0 "
+            "(ARCH-ROLE+INDEX, then optionally --ENV, --REGION, --vMAJOR.MINOR)"
+        )
+    return value
+
+
+NodeId = Annotated[str, StringConstraints(max_length=128), AfterValidator(_check_node_id)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Host = Annotated[
+    str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9._:\-]+$")
+]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$")]
+
+
+def short_name(node_id: str) -> str:
+    """Return role and index of a node id: ``HCNA-W1--prod--home--v1.0`` is ``W1``."""
+    return node_id.split("--", 1)[0].rsplit("-", 1)[1]
+
+
+class _Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# -- the three sections a deployment is described with -----------------------------------------
+
+
+class NodeSecuritySettings(_Section):
+    """How a node proves who it is and how messages between M1 and the workers are wrapped."""
+
+    enable_mtls: bool = Field(
+        default=False, description="Demand certificates on both sides between machines."
+    )
+    cert_path: Path | None = Field(
+        default=None, description="Certificate of this node (PEM, with a SAN)."
+    )
+    key_path: Path | None = Field(
+        default=None, description="Private key of this node (PEM, mode 0600)."
+    )
+    ca_path: Path | None = Field(
+        default=None,
+        description="Certificate of the authority that signed the nodes' certificates.",
+    )
+    enable_bpcs: bool = Field(
+        default=False, description="Encrypt intents and telemetry as messages, on top of TLS."
+    )
+    bpcs_key_exchange: Literal["diffie-hellman", "pre-shared"] = Field(
+        default="diffie-hellman", description="Where the key of the message cipher comes from."
+    )
+
+    @model_validator(mode="after")
+    def _mtls_needs_its_files(self) -> Self:
+        missing = [n for n in ("cert_path", "key_path", "ca_path") if getattr(self, n) is None]
+        if self.enable_mtls and missing:
+            raise ValueError(f"enable_mtls needs {', '.join(missing)} too")
+        return self
+
+
+class CompositeSecuritySettings(_Section):
+    """Encryption of the public API."""
+
+    enable_tls: bool = Field(
+        default=False, description="Serve HTTPS. Without it a public address is not bound."
+    )
+    cert_path: Path | None = Field(default=None, description="Certificate of the API (PEM).")
+    key_path: Path | None = Field(default=None, description="Private key of the API (PEM).")
+    ca_path: Path | None = Field(
+        default=None, description="Authority whose client certificates are accepted, if any."
+    )
+    enable_mtls: bool = Field(
+        default=False, description="Demand a client certificate on the public API."
+    )
+
+    @model_validator(mode="after")
+    def _tls_needs_its_files(self) -> Self:
+        missing = [n for n in ("cert_path", "key_path") if getattr(self, n) is None]
+        if self.enable_tls and missing:
+            raise ValueError(f"enable_tls needs {', '.join(missing)} too")
+        if self.enable_mtls and (not self.enable_tls or self.ca_path is None):
+            raise ValueError("enable_mtls needs enable_tls and ca_path too")
+        return self
+
+
+class NodeAddress(_Section):
+    """Where another node is found."""
+
+    node_id: NodeId = Field(description="Full name of the node.")
+    address: Host = Field(description="Host name or IP address.")
+    port: Port = Field(default=9443, description="Its control or metrics port.")
+
+
+class BackendAddress(_Section):
+    """Where C1 finds the moderator. On M1 itself this is ``localhost``."""
+
+    address: Host = Field(default="localhost", description="Host name or IP address of M1.")
+    port: Port = Field(default=8443, description="Control port of M1.")
+
+
+class SchedulingSettings(_Section):
+    """How much runs at once, for how long, and in which order."""
+
+    max_concurrent_tasks: int = Field(
+        default=64, ge=1, le=100_000, description="Attempts started at the same time, all workers."
+    )
+    task_timeout_seconds: float = Field(
+        default=300.0, gt=0, le=30 * 86400, description="Time of one attempt unless its task says."
+    )
+    max_losses: int = Field(
+        default=3, ge=1, le=100, description="Attempts lost with their worker before a task fails."
+    )
+    ageing_step_s: float = Field(
+        default=60.0, ge=0, le=86400, description="Head start that one step of priority is worth."
+    )
+    start_deadline_s: float = Field(
+        default=15.0, gt=0, le=600, description="A granted heavy task must start within this time."
+    )
+    wait_max_s: float = Field(
+        default=3600.0,
+        gt=0,
+        le=30 * 86400,
+        description="How long a task with on_disconnect=wait waits for its own worker.",
+    )
+    concurrency_default: int = Field(
+        default=1, ge=1, le=100_000, description="Tasks of one concurrency_key at once, by default."
+    )
+    concurrency_limits: dict[Name, Annotated[int, Field(ge=1, le=100_000)]] = Field(
+        default_factory=dict,
+        max_length=10_000,
+        description="Tasks at once for the concurrency keys named here.",
+    )
+
+
+class ModeratorSettings(_Section):
+    """M1: the machine with the Ray head, the moderator, the store and C1."""
+
+    node_id: NodeId = Field(default="HCNA-M1--prod--home--v1.0", description="Full name of M1.")
+    listen_address: Host = Field(
+        default=LOOPBACK, description="Address for the control plane; public only with mTLS."
+    )
+    control_port: Port = Field(
+        default=8443, description="Control edge: /admin/*, /metrics and /health. Shifted by offset."
+    )
+    worker_nodes: tuple[NodeAddress, ...] = Field(
+        default=(), max_length=1000, description="Workers that are expected to join."
+    )
+    scheduling: SchedulingSettings = Field(
+        default_factory=SchedulingSettings, description="How much runs at once and in which order."
+    )
+    security: NodeSecuritySettings = Field(
+        default_factory=NodeSecuritySettings, description="Certificates of M1, message cipher."
+    )
+
+    @property
+    def name(self) -> str:
+        """Short name, which is also M1's custom resource in Ray: ``M1``."""
+        return short_name(self.node_id)
+
+
+class WorkerResources(_Section):
+    """What a worker offers. What is left out is found out on the machine itself."""
+
+    cpu_cores: int | None = Field(
+        default=None, ge=1, le=4096, description="Cores to use at most; default all of them."
+    )
+    memory_gb: float | None = Field(
+        default=None, gt=0, le=65536, description="Memory to use at most, in GiB."
+    )
+    gpu_count: int = Field(default=0, ge=0, le=64, description="GPUs to offer.")
+    disk_path: Path | None = Field(
+        default=None, description="Working directory of tasks; default data/ in HCNA_HOME."
+    )
+    custom: dict[Name, Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        default_factory=dict, max_length=100, description="Further resources by name."
+    )
+
+
+class WorkerSettings(_Section):
+    """One worker: the machine that runs attempts."""
+
+    node_id: NodeId = Field(default="HCNA-W1--prod--home--v1.0", description="Full name of it.")
+    listen_address: Host = Field(
+        default=LOOPBACK, description="Address of its metrics; public only with mTLS."
+    )
+    worker_port: Port = Field(
+        default=9443, description="Worker's /metrics and /health. Shifted by ports.offset."
+    )
+    moderator_node: NodeAddress = Field(
+        default_factory=lambda: NodeAddress(
+            node_id="HCNA-M1--prod--home--v1.0", address="localhost", port=8443
+        ),
+        description="Where M1 is found.",
+    )
+    resources: WorkerResources = Field(
+        default_factory=WorkerResources, description="What the worker offers."
+    )
+    labels: dict[Name, Annotated[str, StringConstraints(max_length=128)]] = Field(
+        default_factory=dict, max_length=100, description="Labels a task's requires may match on."
+    )
+    security: NodeSecuritySettings = Field(
+        default_factory=NodeSecuritySettings, description="Certificates of the worker, cipher."
+    )
+
+    @property
+    def name(self) -> str:
+        """Short name, which is also the worker's custom resource in Ray: ``W1``."""
+        return short_name(self.node_id)
+
+
+class CompositeSettings(_Section):
+    """C1: the HTTP API that everybody else sees."""
+
+    node_id: NodeId = Field(default="HCNA-C1--prod--home--v1.0", description="Full name of C1.")
+    listen_address: Host = Field(
+        default=LOOPBACK, description="Address of the API; public only with enable_tls."
+    )
+    api_port: Port = Field(default=8080, description="Port of the API. Shifted by ports.offset.")
+    moderator_backend: BackendAddress = Field(
+        default_factory=BackendAddress, description="Where C1 finds M1."
+    )
+    security: CompositeSecuritySettings = Field(
+        default_factory=CompositeSecuritySettings, description="TLS of the API."
+    )
+
+    @property
+    def name(self) -> str:
+        """Short name: ``C1``."""
+        return short_name(self.node_id)
+
+
+# -- what tunes the machinery below ------------------------------------------------------------
+
+
+class LeaseSettings(_Section):
+    """How long a worker may stay silent before it loses an attempt (``HCNA_LEASE__TTL_S``)."""
+
+    ttl_s: float = Field(
+        default=30.0, gt=0, le=3600, description="Life of a lease without a heartbeat."
+    )
+    heartbeat_s: float = Field(default=5.0, gt=0, le=1200, description="Pause between heartbeats.")
+    self_stop_s: float = Field(
+        default=20.0,
+        gt=0,
+        le=3600,
+        description="A worker without a confirmed heartbeat for this long stops its attempts.",
+    )
+    grace_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=600,
+        description="After SIGTERM until SIGKILL, and after the end of a lease until the next one.",
+    )
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.ttl_s < 3 * self.heartbeat_s:
+            raise ValueError(
+                f"ttl_s ({self.ttl_s:g}) must be at least three times heartbeat_s "
+                f"({self.heartbeat_s:g}): two lost heartbeats must be survivable"
+            )
+        if not self.heartbeat_s < self.self_stop_s < self.ttl_s:
+            raise ValueError(
+                f"self_stop_s ({self.self_stop_s:g}) must lie between heartbeat_s "
+                f"({self.heartbeat_s:g}) and ttl_s ({self.ttl_s:g}): "
+                "a worker stops before its tasks are given to another"
+            )
+        return self
+
+
+class SlotSettings(_Section):
+    """Slots: long-lived processes of a worker in which short tasks run one after the other."""
+
+    base: int = Field(default=4, ge=1, le=256, description="Slots kept ready on each worker.")
+    spare: int = Field(
+        default=1, ge=0, le=64, description="Warm processes that replace a stopped slot at once."
+    )
+    reserve: int = Field(
+        default=2, ge=0, le=64, description="Slots that types known to be long may not occupy."
+    )
+    max: int = Field(
+        default=16, ge=1, le=1024, description="Slots on one worker when all the others are busy."
+    )
+    grant_max: int = Field(
+        default=64, ge=1, le=4096, description="Tasks in one grant; one started, the rest granted."
+    )
+    grant_target_ms: float = Field(
+        default=20.0, gt=0, le=10_000, description="Work that a grant should hold, by past times."
+    )
+    long_ms: float = Field(
+        default=50.0,
+        gt=0,
+        le=60_000,
+        description="An item that runs longer has the rest of its grant revoked and re-queued.",
+    )
+    report_ms: float = Field(
+        default=5.0, gt=0, le=1000, description="An outcome leaves its slot within this time."
+    )
+    exchange_wait_s: float = Field(
+        default=20.0, gt=0, le=300, description="Longest that an idle slot's call stays parked."
+    )
+    idle_s: float = Field(
+        default=30.0, gt=0, le=86400, description="A slot above base that is idle this long ends."
+    )
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.max < self.base:
+            raise ValueError(f"max ({self.max}) must be at least base ({self.base})")
+        if self.reserve >= self.max:
+            raise ValueError(
+                f"reserve ({self.reserve}) must be less than max ({self.max}): "
+                "long tasks would never find a slot"
+            )
+        return self
+
+
+class LimitSettings(_Section):
+    """Every bound on what clients may send, wait for and leave behind."""
+
+    body_bytes: int = Field(default=MIB, ge=KIB, le=GIB, description="Body of one request.")
+    batch_items: int = Field(default=10_000, ge=1, le=1_000_000, description="Tasks in a batch.")
+    batch_bytes: int = Field(default=64 * MIB, ge=KIB, le=GIB, description="Body of a batch.")
+    json_depth: int = Field(default=32, ge=1, le=512, description="Nesting of JSON.")
+    artifact_bytes: int = Field(
+        default=4 * GIB, ge=KIB, le=4096 * GIB, description="Size of one artifact."
+    )
+    artifact_part_bytes: int = Field(
+        default=8 * MIB, ge=KIB, le=64 * MIB, description="Size of one part of an upload."
+    )
+    artifact_uploads_max: int = Field(
+        default=64, ge=1, le=100_000, description="Uploads that are begun and not yet complete."
+    )
+    upload_idle_s: float = Field(
+        default=86400.0, gt=0, le=30 * 86400, description="An unfinished upload is kept this long."
+    )
+    queue_tasks_max: int = Field(
+        default=2_000_000, ge=1, le=100_000_000, description="Tasks that have not ended yet."
+    )
+    queue_bytes_max: int = Field(
+        default=8 * GIB, ge=MIB, le=1024 * GIB, description="Payloads of tasks not ended yet."
+    )
+    gather_items: int = Field(
+        default=20_000, ge=1, le=1_000_000, description="Writes a replica holds for the moderator."
+    )
+    gather_bytes: int = Field(
+        default=128 * MIB, ge=KIB, le=8 * GIB, description="Bytes of those writes."
+    )
+    writer_items: int = Field(
+        default=4096, ge=1, le=1_000_000, description="Changes in one transaction at most."
+    )
+    resend_s: float = Field(
+        default=10.0, gt=0, le=300, description="A replica resends to a lost moderator this long."
+    )
+    writes_max: int = Field(
+        default=4096, ge=1, le=100_000, description="Writing requests in progress in a replica."
+    )
+    reads_max: int = Field(
+        default=512, ge=1, le=100_000, description="Reading requests in progress in a replica."
+    )
+    waits_max: int = Field(
+        default=5000, ge=1, le=100_000, description="Requests that wait for a task in a replica."
+    )
+    wait_s_max: float = Field(default=60.0, gt=0, le=3600, description="Longest wait of a request.")
+    wait_ids_max: int = Field(
+        default=10_000, ge=1, le=1_000_000, description="Task ids in one POST /tasks/wait."
+    )
+    result_bytes: int = Field(
+        default=256 * KIB, ge=KIB, le=64 * MIB, description="Result kept inline; else an artifact."
+    )
+    checkpoint_bytes: int = Field(
+        default=256 * KIB, ge=KIB, le=64 * MIB, description="Checkpoint of one task."
+    )
+    metadata_bytes: int = Field(
+        default=16 * KIB, ge=0, le=MIB, description="Metadata of one task, as JSON."
+    )
+    depends_on_max: int = Field(
+        default=1000, ge=0, le=100_000, description="Tasks that one task may depend on."
+    )
+    page_items: int = Field(
+        default=100, ge=1, le=10_000, description="Items on a page unless said."
+    )
+    page_items_max: int = Field(default=1000, ge=1, le=10_000, description="Items on a page.")
+    log_bytes: int = Field(
+        default=10 * MIB, ge=KIB, le=GIB, description="Output kept of one attempt."
+    )
+    journal_bytes: int = Field(
+        default=512 * MIB,
+        ge=MIB,
+        le=64 * GIB,
+        description="Outcomes a worker keeps while M1 is away.",
+    )
+    disk_free_bytes_min: int = Field(
+        default=GIB, ge=0, le=1024 * GIB, description="Below this free space writes are refused."
+    )
+    retention_s: float = Field(
+        default=7 * 86400.0, gt=0, le=3650 * 86400, description="Ended tasks are kept this long."
+    )
+    idempotency_s: float = Field(
+        default=7 * 86400.0,
+        gt=0,
+        le=3650 * 86400,
+        description="Idempotency keys are kept this long after their task was pruned.",
+    )
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.page_items > self.page_items_max:
+            raise ValueError(f"page_items must not exceed page_items_max ({self.page_items_max})")
+        if self.batch_bytes < self.body_bytes:
+            raise ValueError(f"batch_bytes must be at least body_bytes ({self.body_bytes})")
+        if self.gather_bytes < self.batch_bytes:
+            raise ValueError(
+                f"gather_bytes must be at least batch_bytes ({self.batch_bytes}): "
+                "the largest allowed batch could never be accepted"
+            )
+        if self.gather_items < self.batch_items:
+            raise ValueError(f"gather_items must be at least batch_items ({self.batch_items})")
+        return self
+
+
+class RetrySettings(_Section):
+    """What happens after a failed attempt unless task type or submitter say otherwise."""
+
+    max_attempts: int = Field(
+        default=1, ge=1, le=1000, description="Attempts in all; 1 means an error ends the task."
+    )
+    backoff_s: float = Field(default=1.0, ge=0, le=86400, description="Pause before attempt 2.")
+    factor: float = Field(default=2.0, ge=1, le=100, description="Growth of the pause.")
+    max_backoff_s: float = Field(
+        default=300.0, ge=0, le=30 * 86400, description="Longest pause between two attempts."
+    )
+    jitter: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the pause that is drawn at random."
+    )
+    retry_on: tuple[Name, ...] = Field(
+        default=("error", "timeout"),
+        max_length=100,
+        description="Failure kinds or names of Python exception classes that are tried again.",
+    )
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if self.max_backoff_s < self.backoff_s:
+            raise ValueError(f"max_backoff_s must be at least backoff_s ({self.backoff_s:g})")
+        return self
+
+
+class PortSettings(_Section):
+    """Every port of Ray and Serve, pinned, so that a firewall can name them.
+
+    All but GCS and dashboard lie in 10000-10999. ``offset`` is added to each port of an instance,
+    the three public ones included. Keep the sum below 32768, where Linux hands out client ports.
+    """
+
+    offset: int = Field(
+        default=0, ge=0, le=50_000, description="Added to every port of this instance."
+    )
+    gcs: Port = Field(default=6379, description="Ray's GCS on M1: what workers connect to.")
+    dashboard: Port = Field(default=8265, description="Ray dashboard and Jobs API, loopback only.")
+
+    head_node_manager: Port = Field(default=10010, description="Raylet of M1.")
+    head_object_manager: Port = Field(default=10011, description="Object transfer of M1.")
+    head_agent_http: Port = Field(default=10012, description="Dashboard agent of M1, HTTP.")
+    head_agent_grpc: Port = Field(default=10013, description="Dashboard agent of M1, gRPC.")
+    head_runtime_env_agent: Port = Field(default=10014, description="Runtime env agent of M1.")
+    head_metrics_export: Port = Field(default=10015, description="Ray's Prometheus page of M1.")
+    autoscaler_metrics: Port = Field(default=10016, description="Autoscaler's Prometheus page.")
+    dashboard_metrics: Port = Field(default=10017, description="Dashboard's Prometheus page.")
+
+    worker_node_manager: Port = Field(default=10020, description="Raylet of the worker.")
+    worker_object_manager: Port = Field(default=10021, description="Object transfer of the worker.")
+    worker_agent_http: Port = Field(default=10022, description="Dashboard agent, HTTP.")
+    worker_agent_grpc: Port = Field(default=10023, description="Dashboard agent, gRPC.")
+    worker_runtime_env_agent: Port = Field(default=10024, description="Runtime env agent.")
+    worker_metrics_export: Port = Field(default=10025, description="Ray's Prometheus page.")
+
+    serve_fallback_proxy: Port = Field(default=10030, description="Serve's Python proxy.")
+    serve_grpc: Port = Field(default=10031, description="Serve's gRPC proxy, unused.")
+    haproxy_stats: Port = Field(default=10032, description="Statistics page of Serve's HAProxy.")
+    haproxy_metrics: Port = Field(default=10033, description="Prometheus page of Serve's HAProxy.")
+
+    replica_http_min: Port = Field(default=10100, description="First port of C1's replicas.")
+    replica_http_max: Port = Field(default=10149, description="Last port of C1's replicas.")
+    replica_grpc_min: Port = Field(default=10150, description="First gRPC port of replicas.")
+    replica_grpc_max: Port = Field(default=10199, description="Last gRPC port of replicas.")
+    head_processes_min: Port = Field(default=10200, description="First port of M1's processes.")
+    head_processes_max: Port = Field(default=10399, description="Last port of M1's processes.")
+    worker_processes_min: Port = Field(default=10400, description="First port of its processes.")
+    worker_processes_max: Port = Field(default=10999, description="Last port of its processes.")
+
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> Self:
+        for name in ("replica_http", "replica_grpc", "head_processes", "worker_processes"):
+            first, last = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if last < first + 9:
+                raise ValueError(f"{name}_max must be at least {name}_min + 9 ({first + 9})")
+        return self
+
+
+class StoreSettings(_Section):
+    """Where tasks are kept."""
+
+    url: (
+        Annotated[
+            str, StringConstraints(max_length=2048, pattern=r"^(sqlite|postgres|postgresql)://")
+        ]
+        | None
+    ) = Field(
+        default=None,
+        repr=False,
+        description="sqlite:///absolute/path or postgresql://...; default queue.db in HCNA_HOME.",
+    )
+    busy_timeout_s: float = Field(
+        default=5.0, gt=0, le=300, description="How long a reader waits for a lock of the store."
+    )
+    cache_bytes: int = Field(
+        default=64 * MIB, ge=MIB, le=8 * GIB, description="Page cache of the writing connection."
+    )
+    wal_bytes: int = Field(
+        default=64 * MIB, ge=MIB, le=8 * GIB, description="The write-ahead log is cut above this."
+    )
+
+
+class RaySettings(_Section):
+    """How much memory Ray may take and how fast the supervisor acts."""
+
+    object_store_bytes: int | None = Field(
+        default=None,
+        ge=80 * MIB,
+        le=1024 * GIB,
+        description="Shared memory of each Ray node; default a share of the machine's.",
+    )
+    temp_dir: Path | None = Field(
+        default=None, description="Ray's sessions and sockets; default a short path below /tmp."
+    )
+    check_s: float = Field(
+        default=3.0, gt=0, le=300, description="Pause between two looks at C1's /ready."
+    )
+    restart_backoff_s: float = Field(
+        default=1.0, gt=0, le=300, description="Pause before a dead Ray node is started again."
+    )
+    restart_backoff_max_s: float = Field(
+        default=60.0, gt=0, le=3600, description="Longest such pause."
+    )
+    stop_s: float = Field(
+        default=8.0, gt=0, le=600, description="After SIGTERM until SIGKILL when stopping a node."
+    )
+
+
+def _default_home() -> Path:
+    return Path("~/.hcna").expanduser()
+
+
+class Settings(_Section):
+    """All settings of one machine. Made by `load_settings`; pass it on, never read it twice."""
+
+    home: Path = Field(
+        default_factory=_default_home, description="State directory; set by HCNA_HOME alone."
+    )
+    source: Path | None = Field(
+        default=None, description="The file these settings came from, if there was one."
+    )
+    moderator: ModeratorSettings = Field(default_factory=ModeratorSettings, description="M1.")
+    worker: WorkerSettings = Field(default_factory=WorkerSettings, description="This worker.")
+    composite: CompositeSettings = Field(default_factory=CompositeSettings, description="C1.")
+    lease: LeaseSettings = Field(default_factory=LeaseSettings, description="Leases.")
+    slots: SlotSettings = Field(default_factory=SlotSettings, description="Slots.")
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds.")
+    retry: RetrySettings = Field(default_factory=RetrySettings, description="Default retries.")
+    ports: PortSettings = Field(default_factory=PortSettings, description="Pinned ports.")
+    store: StoreSettings = Field(default_factory=StoreSettings, description="The task store.")
+    ray: RaySettings = Field(default_factory=RaySettings, description="Ray on this machine.")
+
+    @model_validator(mode="after")
+    def _every_port_is_used_once(self) -> Self:
+        used: dict[int, str] = {}
+        for name, port in self._ports():
+            if port > 65535:
+                raise ValueError(
+                    f"ports.offset ({self.ports.offset}) lifts {name} to {port}, above 65535"
+                )
+            if port in used:
+                raise ValueError(f"{name} and {used[port]} are both port {port}")
+            used[port] = name
+        return self
+
+    def _ports(self) -> Iterator[tuple[str, int]]:
+        """Yield (setting, effective port) for every single port and every port of a range."""
+        offset = self.ports.offset
+        yield "composite.api_port", self.api_port
+        yield "moderator.control_port", self.control_port
+        yield "worker.worker_port", self.worker_port
+        for name in type(self.ports).model_fields:
+            if name == "offset" or name.endswith("_max"):
+                continue
+            first = getattr(self.ports, name)
+            last = first
+            if name.endswith("_min"):
+                name = name.removesuffix("_min")
+                last = getattr(self.ports, f"{name}_max")
+            for port in range(first, last + 1):
+                yield f"ports.{name}", port + offset
+
+    # Effective ports and addresses.
+
+    def port(self, name: str) -> int:
+        """Return the port ``name`` of section ``ports`` as it is used: with the offset added."""
+        return int(getattr(self.ports, name)) + self.ports.offset
+
+    @property
+    def api_port(self) -> int:
+        """Port of C1 as used, offset included."""
+        return self.composite.api_port + self.ports.offset
+
+    @property
+    def control_port(self) -> int:
+        """Port of the control edge as used, offset included."""
+        return self.moderator.control_port + self.ports.offset
+
+    @property
+    def worker_port(self) -> int:
+        """Port of the worker's metrics as used, offset included."""
+        return self.worker.worker_port + self.ports.offset
+
+    @property
+    def api_host(self) -> str:
+        """Address that C1 really binds: a loopback one as long as nothing encrypts the API."""
+        return _bindable(self.composite.listen_address)
+
+    @property
+    def control_host(self) -> str:
+        """Address that the control edge really binds, see `api_host`."""
+        return _bindable(self.moderator.listen_address)
+
+    @property
+    def worker_host(self) -> str:
+        """Address that the worker's metrics really bind, see `api_host`."""
+        return _bindable(self.worker.listen_address)
+
+    @property
+    def ray_address(self) -> str:
+        """Address of the Ray cluster for a process on M1, ``host:port``."""
+        return f"{LOOPBACK}:{self.port('gcs')}"
+
+    @property
+    def api_url(self) -> str:
+        """URL of C1 for a client on this machine."""
+        return f"http://{LOOPBACK}:{self.api_port}"
+
+    @property
+    def control_url(self) -> str:
+        """URL of the control edge for a client on this machine."""
+        return f"http://{LOOPBACK}:{self.control_port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        """URL of the Ray dashboard for a browser on this machine."""
+        return f"http://{LOOPBACK}:{self.port('dashboard')}"
+
+    # Paths. Nothing is created here.
+
+    @property
+    def store_url(self) -> str:
+        """URL of the task store: as configured, or ``queue.db`` in the home."""
+        return self.store.url or f"sqlite://{self.home / 'queue.db'}"
+
+    @property
+    def store_path(self) -> Path | None:
+        """File of the SQLite store, or None when the store is a server."""
+        scheme, _, rest = self.store_url.partition("://")
+        return Path(rest) if scheme == "sqlite" else None
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """Directory of stored artifacts."""
+        return self.home / "artifacts"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Directory of API keys (hashes) and the owner's own key."""
+        return self.home / "keys"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Directory of the JSON-lines logs."""
+        return self.home / "logs"
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of what describes the running instance: pids, locks, ``cluster.json``."""
+        return self.home / "run"
+
+    @property
+    def outbox_dir(self) -> Path:
+        """Directory of this worker's journals of outcomes that M1 has not confirmed."""
+        return self.home / "outbox" / self.worker.name
+
+    @property
+    def data_dir(self) -> Path:
+        """Directory below which handlers may read and write files by path."""
+        return self.worker.resources.disk_path or self.home / "data"
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what differs from what was asked for, each with what to do about it."""
+        found = []
+        for section, asked, used, option, encrypted, port in (
+            (
+                "moderator",
+                self.moderator.listen_address,
+                self.control_host,
+                "enable_mtls",
+                self.moderator.security.enable_mtls,
+                self.control_port,
+            ),
+            (
+                "worker",
+                self.worker.listen_address,
+                self.worker_host,
+                "enable_mtls",
+                self.worker.security.enable_mtls,
+                self.worker_port,
+            ),
+            (
+                "composite",
+                self.composite.listen_address,
+                self.api_host,
+                "enable_tls",
+                self.composite.security.enable_tls,
+                self.api_port,
+            ),
+        ):
+            forward = f"ssh -L {port}:{used}:{port} <this machine>"
+            if encrypted:
+                found.append(
+                    f"{section}.security.{option} is true, but this version encrypts nothing yet: "
+                    f"only {used}:{port} is bound; from another machine use: {forward}"
+                )
+            elif asked not in (used, "localhost"):
+                found.append(
+                    f"{section}.listen_address is {asked} without {section}.security.{option}, "
+                    f"so only {used}:{port} is bound; from another machine use: {forward}"
+                )
+        return tuple(found)
+
+
+def _bindable(address: str) -> str:
+    """Return the address to bind: no public one while nothing encrypts what is sent there."""
+    return address if address.startswith("127.") else LOOPBACK
+
+
+# -- loading -----------------------------------------------------------------------------------
+
+#: Fields that a file or the environment may not set.
+_INTERNAL = frozenset({"home", "source"})
+
+
+def load_settings(
+    home: Path | None = None,
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings of this machine.
+
+    Args:
+        home: State directory; default ``HCNA_HOME``, else ``~/.hcna``. It need not exist.
+        path: Settings file; default ``HCNA_CONFIG``, else ``hcna.yaml`` in the home if it exists.
+        env: Environment to read; default that of this process.
+
+    Raises:
+        ConfigError: The named file is missing or not YAML, a key is unknown or given twice, or a
+            value is out of bounds. Every wrong field is listed.
+    """
+    env = os.environ if env is None else env
+    home = (home or Path(env.get("HCNA_HOME") or _default_home())).expanduser().absolute()
+    named = path or (Path(env["HCNA_CONFIG"]) if env.get("HCNA_CONFIG") else None)
+    file = (named or home / "hcna.yaml").expanduser().absolute()
+    data: dict[str, Any] = {}
+    source: Path | None = None
+    if named is not None or file.exists():
+        data, source = _read_file(file), file
+    _apply_environment(data, env)
+    label = str(source) if source else "environment"
+    try:
+        return Settings.model_validate(data | {"home": home, "source": source})
+    except ValidationError as error:
+        raise ConfigError(_explain(error), label) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that refuses a key given twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build one mapping; raise `yaml.MarkedYAMLError` on a repeated key."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, label: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"not valid YAML{where}: {problem}", label) from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(FILE_BYTES_MAX + 1)
+        text = raw.decode("utf-8")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"cannot be read: {reason}", str(file)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("is not UTF-8 text", str(file)) from None
+    if len(raw) > FILE_BYTES_MAX:
+        raise ConfigError(f"is larger than {FILE_BYTES_MAX} bytes", str(file))
+    data = _parse_yaml(text, str(file))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            "must be a mapping with sections such as moderator:, worker: and composite:", str(file)
+        )
+    for key in data:
+        if key in _INTERNAL or key not in Settings.model_fields:
+            allowed = [name for name in Settings.model_fields if name not in _INTERNAL]
+            hint = " (HCNA_HOME sets it)" if key == "home" else _near(str(key), allowed)
+            raise ConfigError(f"unknown section {key!r}{hint}", str(file))
+    return _without_empty_sections(data, Settings)
+
+
+def _without_empty_sections(data: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return ``data`` without sections that hold nothing: ``worker:`` alone means its defaults."""
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        below = _model_at(model, key)
+        if below is not None and value is None:
+            continue
+        nested = below is not None and isinstance(value, dict)
+        kept[key] = _without_empty_sections(value, below) if nested and below else value
+    return kept
+
+
+def _apply_environment(data: dict[str, Any], env: Mapping[str, str]) -> None:
+    """Lay ``HCNA_A__B__C=value`` over ``data``; names without ``__`` are not settings."""
+    for variable in sorted(env):
+        if not variable.startswith("HCNA_") or "__" not in variable:
+            continue
+        keys = variable.removeprefix("HCNA_").lower().split("__")
+        sections = [name for name in Settings.model_fields if name not in _INTERNAL]
+        if keys[0] not in sections or not all(keys):
+            raise ConfigError(
+                f"unknown section in the name{_near(keys[0], sections)}", f"environment {variable}"
+            )
+        model: type[BaseModel] | None = Settings
+        target = data
+        for depth, key in enumerate(keys):
+            if model is not None and key not in model.model_fields:
+                where = ".".join(keys[:depth])
+                hint = _near(key, list(model.model_fields))
+                raise ConfigError(f"unknown field {where}.{key}{hint}", f"environment {variable}")
+            if depth == len(keys) - 1:
+                target[key] = _from_text(env[variable], variable)
+                break
+            nested = target.setdefault(key, {})
+            if not isinstance(nested, dict):
+                break  # Not a section in the file: let the check of the whole say so.
+            target, model = nested, _model_at(model, key)
+
+
+def _from_text(text: str, variable: str) -> Any:
+    """Return the value of a variable: JSON or YAML flow for collections, else the text itself."""
+    stripped = text.strip()
+    if stripped.startswith(("{", "[")):
+        return _parse_yaml(stripped, f"environment {variable}")
+    return None if stripped == "null" else text
+
+
+def _model_at(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    """Return the model of a field, or None when the field holds no model."""
+    if model is None or key not in model.model_fields:
+        return None
+    annotation = model.model_fields[key].annotation
+    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) else [annotation]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _near(name: str, allowed: Sequence[str]) -> str:
+    """Return `` (did you mean ...?)`` or, without a near name, the list of what is allowed."""
+    close = difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)
+    if close:
+        return f" (did you mean {' or '.join(close)}?)"
+    return f" (known: {', '.join(sorted(allowed))})"
+
+
+def _explain(error: ValidationError) -> str:
+    """Render every wrong field: its name, its value, what is allowed, and near names."""
+    lines = [_explain_one(detail) for detail in error.errors(include_url=False)]
+    return lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _explain_one(detail: ErrorDetails) -> str:
+    location = [part for part in detail["loc"] if part != "[key]"]
+    field = ".".join(str(part) for part in location) or "settings"
+    message = detail["msg"].removeprefix("Value error, ")
+    model: type[BaseModel] | None = Settings
+    for part in location[:-1]:
+        if not isinstance(part, int):
+            model = _model_at(model, part)
+    if detail["type"] == "extra_forbidden" and model is not None:
+        return f"unknown field {field}{_near(str(location[-1]), list(model.model_fields))}"
+    if detail["type"] == "missing":
+        return f"{field} is missing"
+    if isinstance(detail["input"], BaseModel | dict):
+        return f"{field}: {message}"  # a relation between fields: the sentence holds the values
+    shown = "***" if location[:2] == ["store", "url"] else repr(detail["input"])
+    text = f"{field} = {shown[:200]}: {message[:1].lower()}{message[1:]}"
+    allowed = _bounds(model, location)
+    return f"{text} ({allowed})" if allowed else text
+
+
+def _bounds(model: type[BaseModel] | None, location: Sequence[int | str]) -> str:
+    """Return what a field allows in words, from its own constraints; '' if it has none."""
+    if model is None or not location or str(location[-1]) not in model.model_fields:
+        return ""
+    info = model.model_fields[str(location[-1])]
+    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+    parts = [
+        f"{sign} {getattr(constraint, name):g}"
+        for name, sign in signs
+        for constraint in info.metadata
+        if getattr(constraint, name, None) is not None
+    ]
+    if info.default is not None and isinstance(info.default, int | float | str):
+        parts.append(f"default {info.default}")
+    return ", ".join(["allowed: " + parts[0], *parts[1:]]) if parts else ""

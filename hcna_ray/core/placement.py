@@ -1,0 +1,316 @@
+"""Where a task may run, where it runs best, and why it does not run: pure functions.
+
+The steps are those of a batch scheduler: a snapshot of workers and lanes goes in; workers are
+filtered (feasible), ordered (ranked) and chosen (assigned); for what is left, the same filter says
+in plain words which need excluded how many workers and what would help.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from hcna_ray.core.models import ACCEPTING, LaneKey, Needs, Task, WorkerState, WorkerView
+
+#: Sums of amounts such as 0.1 do not come out even. Ray itself counts in steps of 0.0001.
+ROUNDING = 1e-6
+
+
+class Exclusion(NamedTuple):
+    """Why one worker cannot run something. ``clause`` names the need, ``detail`` what it has."""
+
+    clause: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReason:
+    """Why a task waits, for people: a stable code, one sentence, and what would help."""
+
+    code: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """Room for work on one worker: an idle slot, or its agent's room for heavy attempts."""
+
+    worker: str
+    #: Slot number, or `HEAVY_SLOT`.
+    slot: int
+    #: Most items it takes at once.
+    items_max: int
+    #: Running time it takes at once; the first item is taken whatever its length.
+    budget_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One decision: this task goes to this opening."""
+
+    task: Task
+    opening: Opening
+
+
+def exclusion(needs: Needs, task_type: str, worker: WorkerView) -> Exclusion | None:
+    """Return the first need that ``worker`` can never meet as it stands, or ``None``.
+
+    Capacity counts as a whole here: a busy worker is feasible, it just has no room now.
+    """
+    if needs.worker is not None and needs.worker not in (worker.name, worker.node_id):
+        return Exclusion(f"worker={needs.worker}", f"is {worker.name}")
+    if worker.state not in ACCEPTING:
+        return Exclusion("state=online", f"is {worker.state.value}")
+    if task_type not in worker.task_types:
+        return Exclusion(f"task_type={task_type}", "does not know this type")
+    totals = dict(worker.resources)
+    for name, wanted, has in (
+        ("cpu", needs.cpu, worker.cpu),
+        ("mem_gb", needs.mem_gb, worker.mem_gb),
+        ("gpu", needs.gpu, worker.gpu),
+        *((name, amount, totals.get(name, 0.0)) for name, amount in needs.resources),
+    ):
+        if wanted > has:
+            return Exclusion(f"{name}>={wanted:g}", f"has {has:g}")
+    labels = dict(worker.labels)
+    for name, value in needs.labels:
+        if labels.get(name) != value:
+            detail = f"has {name}={labels[name]}" if name in labels else f"has no {name}"
+            return Exclusion(f"label {name}={value}", detail)
+    return None
+
+
+def has_room(needs: Needs, worker: WorkerView) -> bool:
+    """Return whether a heavy attempt fits into what is free on ``worker`` now."""
+    wanted = [("cpu", needs.cpu), ("mem_gb", needs.mem_gb), ("gpu", needs.gpu), *needs.resources]
+    return all(amount <= worker.free(name) + ROUNDING for name, amount in wanted if amount)
+
+
+def occupy(used: Needs, needs: Needs, sign: int = 1) -> Needs:
+    """Return ``used`` with ``needs`` added (or, with ``sign=-1``, taken away)."""
+    amounts = dict(used.resources)
+    for name, amount in needs.resources:
+        amounts[name] = amounts.get(name, 0.0) + sign * amount
+    return replace(
+        used,
+        cpu=used.cpu + sign * needs.cpu,
+        mem_gb=used.mem_gb + sign * needs.mem_gb,
+        gpu=used.gpu + sign * needs.gpu,
+        resources=tuple(sorted((n, a) for n, a in amounts.items() if abs(a) > ROUNDING)),
+    )
+
+
+def assign(
+    workers: Mapping[str, WorkerView],
+    lanes: Mapping[LaneKey, Sequence[Task]],
+    openings: Sequence[Opening],
+    *,
+    estimates_ms: Mapping[str, float],
+    starts_max: int,
+) -> list[Assignment]:
+    """Match waiting tasks to openings, in dispatch order.
+
+    Args:
+        workers: The snapshot, by name.
+        lanes: The first ready tasks of each lane, in dispatch order.
+        openings: Idle slots and agents with room. A slot's items run one after the other.
+        estimates_ms: Expected running time by task type; a type that is missing is unknown, so
+            a slot takes just one of it.
+        starts_max: How many more attempts may run at once in the whole cluster. The first item
+            of a slot and every heavy attempt counts as one.
+
+    Returns:
+        Assignments in dispatch order: ascending ``(dispatch_key, seq)`` over all lanes. Nothing is
+        assigned out of order within a lane, and a lane that fits nowhere does not hold up others.
+    """
+    book = _Book(workers, openings, estimates_ms, starts_max)
+    queue = [
+        (tasks[0].dispatch_key, tasks[0].seq, index, 0)
+        for index, tasks in enumerate(lanes.values())
+        if tasks
+    ]
+    heapq.heapify(queue)
+    keys, rows = list(lanes.keys()), list(lanes.values())
+    chosen: list[Assignment] = []
+    while queue and book.open:
+        _, _, index, position = heapq.heappop(queue)
+        task = rows[index][position]
+        opening = book.choose(keys[index])
+        if opening is None:
+            continue  # The lane fits nowhere now; its later tasks need the same.
+        chosen.append(Assignment(task, opening))
+        if position + 1 < len(rows[index]):
+            following = rows[index][position + 1]
+            heapq.heappush(queue, (following.dispatch_key, following.seq, index, position + 1))
+    return chosen
+
+
+class _Book:
+    """Running tally of one `assign`: what each opening has taken and each worker still has."""
+
+    def __init__(
+        self,
+        workers: Mapping[str, WorkerView],
+        openings: Sequence[Opening],
+        estimates_ms: Mapping[str, float],
+        starts_max: int,
+    ) -> None:
+        self._workers = dict(workers)
+        self._estimates = estimates_ms
+        self._starts_left = starts_max
+        self._taken: dict[Opening, tuple[int, float]] = dict.fromkeys(openings, (0, 0.0))
+        self._feasible: dict[LaneKey, tuple[str, ...]] = {}
+        self.open = bool(openings)
+
+    def choose(self, lane: LaneKey) -> Opening | None:
+        """Take the best opening for one task of ``lane``, or ``None`` when there is none."""
+        best: Opening | None = None
+        best_rank: tuple[float, ...] = ()
+        feasible = self._feasible_workers(lane)
+        for opening, (items, spent_ms) in self._taken.items():
+            if opening.worker not in feasible or not self._fits(lane, opening, items, spent_ms):
+                continue
+            rank = self._rank(opening, items)
+            if best is None or rank < best_rank:
+                best, best_rank = opening, rank
+        if best is not None:
+            self._take(lane, best)
+        return best
+
+    def _feasible_workers(self, lane: LaneKey) -> tuple[str, ...]:
+        known = self._feasible.get(lane)
+        if known is None:
+            known = tuple(
+                name
+                for name, worker in self._workers.items()
+                if exclusion(lane.needs, lane.task_type, worker) is None
+            )
+            self._feasible[lane] = known
+        return known
+
+    def _fits(self, lane: LaneKey, opening: Opening, items: int, spent_ms: float) -> bool:
+        heavy = lane.needs.heavy
+        if heavy != (opening.slot < 0) or items >= opening.items_max:
+            return False
+        if heavy:
+            return self._starts_left > 0 and has_room(lane.needs, self._workers[opening.worker])
+        if items == 0:
+            return self._starts_left > 0
+        expected = self._estimates.get(lane.task_type)
+        return expected is not None and spent_ms + expected <= opening.budget_ms
+
+    def _rank(self, opening: Opening, items: int) -> tuple[float, ...]:
+        """Lower is better: the emptier slot, then the less loaded worker, then the lower slot."""
+        worker = self._workers[opening.worker]
+        load = worker.live / max(worker.cpu, 1.0)
+        return (items if opening.slot >= 0 else 0, load, opening.slot)
+
+    def _take(self, lane: LaneKey, opening: Opening) -> None:
+        items, spent_ms = self._taken[opening]
+        # An unknown type fills the slot: nobody should wait behind what may take long.
+        expected = self._estimates.get(lane.task_type, math.inf)
+        self._taken[opening] = (items + 1, spent_ms + expected)
+        worker = self._workers[opening.worker]
+        if opening.slot < 0:
+            worker = replace(worker, used=occupy(worker.used, lane.needs))
+        if opening.slot < 0 or items == 0:
+            self._starts_left -= 1
+        self._workers[opening.worker] = replace(worker, live=worker.live + 1)
+
+
+def explain(
+    needs: Needs,
+    task_type: str,
+    workers: Sequence[WorkerView],
+    *,
+    running: int = 0,
+    running_max: int | None = None,
+) -> PendingReason:
+    """Say why a ready task has not been placed: which need excluded how many workers.
+
+    Args:
+        needs: What the task needs now.
+        task_type: Its type.
+        workers: Every worker on record.
+        running: Attempts that run in the whole cluster.
+        running_max: How many may, or ``None``.
+    """
+    if not workers:
+        return PendingReason(
+            "no_workers",
+            "No healthy workers available: none has joined yet",
+            "start one: hcna up",
+        )
+    found = [(worker, exclusion(needs, task_type, worker)) for worker in workers]
+    able = [worker for worker, why in found if why is None]
+    if not able:
+        return _explain_excluded(needs, [(w, why) for w, why in found if why is not None])
+    names = ", ".join(worker.name for worker in able)
+    if running_max is not None and running >= running_max:
+        return PendingReason(
+            "max_concurrent_tasks",
+            f"waiting for its turn: {running} of at most {running_max} attempts run",
+            "wait, or raise moderator.scheduling.max_concurrent_tasks",
+        )
+    if needs.heavy and not any(has_room(needs, worker) for worker in able):
+        return PendingReason(
+            "no_room",
+            f"waiting for room: {names} could run it but has too little free now "
+            f"({_free(needs, able[0])})",
+            "wait for running tasks to end, or ask for less",
+        )
+    return PendingReason(
+        "waiting_turn", f"waiting for its turn on {names}", "wait, or raise its priority"
+    )
+
+
+def _free(needs: Needs, worker: WorkerView) -> str:
+    names = [name for name in ("cpu", "mem_gb", "gpu") if getattr(needs, name)]
+    names += [name for name, _ in needs.resources]
+    return ", ".join(f"{worker.name} has {name} {worker.free(name):g} free" for name in names)
+
+
+def _explain_excluded(
+    needs: Needs, excluded: Sequence[tuple[WorkerView, Exclusion]]
+) -> PendingReason:
+    """Every worker is excluded: group them by the clause that did it."""
+    if needs.worker is not None:
+        named = [pair for pair in excluded if needs.worker in (pair[0].name, pair[0].node_id)]
+        if not named:
+            return PendingReason(
+                "waiting_worker",
+                f"waiting for worker {needs.worker}, which has never joined "
+                f"(workers: {', '.join(worker.name for worker, _ in excluded)})",
+                f"join {needs.worker}, or drop requires.worker",
+            )
+        excluded = named
+    clauses: dict[str, list[str]] = {}
+    for worker, why in excluded:
+        clauses.setdefault(why.clause, []).append(f"{worker.name} {why.detail}")
+    if set(clauses) == {"state=online"}:
+        return PendingReason(
+            "no_healthy_workers",
+            f"No healthy workers available: {'; '.join(clauses['state=online'])}",
+            _fix_for_states({worker.state for worker, _ in excluded}),
+        )
+    parts = [
+        f"needs {clause}: excludes {len(who)} of {len(excluded)} "
+        f"worker{'s' if len(excluded) > 1 else ''} ({'; '.join(who)})"
+        for clause, who in clauses.items()
+    ]
+    wanted = " and ".join(clause for clause in clauses if clause != "state=online")
+    return PendingReason(
+        "unplaceable",
+        "waiting: " + "; ".join(parts),
+        f"join a worker with {wanted}, or drop the need",
+    )
+
+
+def _fix_for_states(states: set[WorkerState]) -> str:
+    if states & {WorkerState.CORDONED, WorkerState.DRAINING}:
+        return "let it take work again: hcna workers uncordon NAME"
+    return "start the worker again (hcna up there), or join another one"

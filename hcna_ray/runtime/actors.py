@@ -1,0 +1,493 @@
+"""Ray's faces: actors and tasks that forward calls and hold no rules.
+
+``moderator`` runs on M1, ``agent:W1`` on each worker; both are detached and restarted by Ray for
+ever. An agent submits every Ray task of its worker and so owns it: when the agent dies its work
+dies, when the moderator dies nothing else does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Awaitable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ulid import ULID
+
+from hcna_ray.config import Settings, load_settings
+from hcna_ray.core.clock import SystemClock
+from hcna_ray.core.envelopes import Intent
+from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.core.models import AuditEntry
+from hcna_ray.core.naming import is_short_name
+from hcna_ray.handlers import load_registry
+from hcna_ray.handlers.context import remove_stale_scratch
+from hcna_ray.observability import logs
+from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
+from hcna_ray.runtime.artifacts import ArtifactServer
+from hcna_ray.runtime.attempts import disk_path, node_id_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.feed import ChangeFeed
+from hcna_ray.runtime.messages import (
+    Changes,
+    Exchange,
+    Heartbeat,
+    Hello,
+    Offer,
+    ReplayQuery,
+    Report,
+    SlotGone,
+    SubmitBatch,
+)
+from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.ray_link import (
+    ARTIFACTS,
+    MODERATOR,
+    NAMESPACE,
+    AgentModeratorLink,
+    agent_name,
+)
+from hcna_ray.runtime.requests import (
+    Cancel,
+    MarkWorker,
+    Note,
+    PauseQueue,
+    Query,
+    Reports,
+    Request,
+    Retry,
+    RetryMany,
+    SendIntent,
+)
+from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
+
+log = logging.getLogger(__name__)
+
+#: Share of a node's own custom resource that pins something to it.
+PIN = 0.001
+#: Calls an async actor serves at once: one per slot of every worker, one per replica, and room.
+CONCURRENT_CALLS = 20_000
+#: Pause between two looks at the cluster for nodes without an agent.
+ENSURE_AGENTS_S = 2.0
+
+
+class _Face:
+    """``call(method, args, kwargs)`` for an actor: expected errors travel as values."""
+
+    async def call(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, Any]:
+        """Answer a call; see `hcna_ray.runtime.ray_link`."""
+        try:
+            return "ok", await getattr(self, f"do_{method}")(*args, **kwargs)
+        except HcnaError as error:
+            return "error", error
+
+
+class ModeratorActor(_Face):
+    """Ray's face of `Moderator`: bridges the event loop and the writer thread."""
+
+    def __init__(self, home: str) -> None:
+        """Open the store and rebuild; see `Moderator`."""
+        settings = load_settings(Path(home))
+        logs.configure(settings.logs_dir / "moderator.log", fields={"node": settings.moderator.name})
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._clock = SystemClock()
+        path = settings.store_path
+        assert path is not None, "config admits no other store yet"
+        self._background: set[asyncio.Task[None]] = set()
+        self._writer = WriterThread(
+            lambda: self._build(path),
+            self._clock,
+            publish=self._publish,
+            items_max=settings.limits.writer_items,
+        )
+        self._writer.start()
+        self._reader = SqliteTaskReader(path)
+        newest = self._reader.last_fact()
+        self._feed = ChangeFeed(newest)
+        self._spawn(self._ensure_agents())
+        log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
+
+    def _build(self, path: Path) -> Moderator:
+        draw = random.SystemRandom()
+        return Moderator(
+            SqliteTaskStore(path),
+            Policy.from_settings(self._settings),
+            clock=self._clock,
+            jitter=lambda: draw.uniform(-1.0, 1.0),
+            free_bytes=lambda: shutil.disk_usage(path.parent).free,
+            pid=os.getpid(),
+            store_name=f"sqlite://{path}",
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _publish(self, outbound: Outbound) -> None:
+        if outbound.answers or outbound.last_fact:
+            self._loop.call_soon_threadsafe(self._deliver, outbound)
+
+    def _deliver(self, outbound: Outbound) -> None:
+        for pending, answer in outbound.answers:
+            pending.resolve(answer)
+        self._feed.publish(outbound.last_fact, outbound.ended)
+
+    async def _ask(self, request: Request) -> Any:
+        future: asyncio.Future[object] = self._loop.create_future()
+
+        def resolve(answer: object) -> None:
+            if not future.done():
+                future.set_result(answer)
+
+        self._writer.submit(request, resolve)
+        answer = await future
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    # -- C1 --------------------------------------------------------------------------------------
+
+    async def do_submit(self, batch: SubmitBatch) -> Any:
+        """Accept tasks."""
+        return await self._ask(batch)
+
+    async def do_cancel(self, task_id: str, *, reason: str, principal: str) -> Any:
+        """Stop a task."""
+        return await self._ask(Cancel(task_id=task_id, reason=reason, principal=principal))
+
+    async def do_retry(self, task_id: str, *, principal: str) -> Any:
+        """Replay a failed task."""
+        return await self._ask(Retry(task_id=task_id, principal=principal))
+
+    async def do_retry_many(self, query: ReplayQuery, *, principal: str) -> Any:
+        """Replay failed tasks by filter."""
+        found = self._reader.page(query.where, before_seq=None, limit=query.limit + 1)
+        ids = tuple(task.id for task in found[: query.limit])
+        more = len(found) > query.limit
+        return await self._ask(RetryMany(query=query, ids=ids, more=more, principal=principal))
+
+    async def do_changes(self, after: int, wait_s: float) -> Changes:
+        """Return what ended after a fact number."""
+        return await self._feed.after(after, wait_s)
+
+    async def do_workers(self) -> Any:
+        """Return every worker."""
+        return await self._ask(Query(name="workers"))
+
+    async def do_worker_views(self) -> Any:
+        """Return the snapshot that explanations need."""
+        return await self._ask(Query(name="worker_views"))
+
+    async def do_status(self) -> Any:
+        """Return the moderator's own condition."""
+        return await self._ask(Query(name="status"))
+
+    async def do_set_worker(
+        self, name: str, action: str, *, deadline_s: float | None, principal: str
+    ) -> Any:
+        """Drain, cordon or uncordon."""
+        return await self._ask(
+            MarkWorker(name=name, action=action, deadline_s=deadline_s, principal=principal)
+        )
+
+    async def do_send_intent(
+        self, dst: str, intent: str, payload: dict[str, Any], *, principal: str, wait_s: float
+    ) -> dict[str, Any]:
+        """Pass an intent to a node and return its answer."""
+        node_id = self._settings.moderator.node_id
+        now = self._clock.now()
+        envelope = Intent(
+            msg_id=_new_id(),
+            ts=now,
+            src=node_id,
+            dst=dst,
+            payload=payload,
+            trace={},
+            intent=intent,
+        )
+        if dst in (node_id, self._settings.moderator.name):
+            if intent != "test.ping":
+                raise NotFound("intent", intent)
+            answer: dict[str, Any] = {"pong": True, "node_id": node_id, "at": now}
+        else:
+            answer = await self._ask(
+                SendIntent(
+                    envelope=envelope.to_dict(), worker=dst, principal=principal, wait_s=wait_s
+                )
+            )
+        if "error" in answer:
+            raise NotFound("intent", intent)
+        return {"msg_id": envelope.msg_id, "dst": dst, "intent": intent, "answer": answer}
+
+    async def do_pause_queue(self, name: str, paused: bool, *, principal: str) -> Any:
+        """Pause or resume a queue."""
+        return await self._ask(PauseQueue(queue=name, paused=paused, principal=principal))
+
+    async def do_audit(self, entry: AuditEntry) -> Any:
+        """Add an audit line."""
+        return await self._ask(Note(entry=entry))
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    async def do_hello(self, hello: Hello) -> Any:
+        """Register a worker."""
+        return await self._ask(hello)
+
+    async def do_heartbeat(self, beat: Heartbeat) -> Any:
+        """Renew a session."""
+        return await self._ask(beat)
+
+    async def do_exchange(self, exchange: Exchange) -> Any:
+        """Take outcomes, hand out leases."""
+        return await self._ask(exchange)
+
+    async def do_report(self, worker: str, incarnation: str, reports: tuple[Report, ...]) -> Any:
+        """Take reports between two exchanges."""
+        return await self._ask(Reports(worker=worker, incarnation=incarnation, reports=reports))
+
+    async def do_slot_gone(self, gone: SlotGone) -> Any:
+        """Take back what a dead slot held."""
+        return await self._ask(gone)
+
+    async def _ensure_agents(self) -> None:
+        """Give every worker node that joins an agent, pinned to it."""
+        known: set[tuple[str, str]] = set()
+        while True:
+            try:
+                nodes = await asyncio.to_thread(cluster_nodes)
+                for node in nodes:
+                    if not node["Alive"]:
+                        continue
+                    for name in node["Resources"]:
+                        if name.startswith("W") and is_short_name(name):
+                            if (node["NodeID"], name) not in known:
+                                start_agent(name, self._settings.home)
+                                known.add((node["NodeID"], name))
+            except Exception:
+                log.warning(
+                    "could not look for workers",
+                    exc_info=True,
+                    extra={"action": "moderator.ensure_agents"},
+                )
+            await asyncio.sleep(ENSURE_AGENTS_S)
+
+
+class NodeAgent(_Face):
+    """Ray's face of `WorkerAgent`: one per worker, owner of all its Ray tasks."""
+
+    def __init__(self, worker: str, home: str) -> None:
+        """Register with the moderator and start the slots."""
+        settings = load_settings(Path(home))
+        logs.configure(settings.logs_dir / "worker.log", fields={"node": worker})
+        self._settings, self._worker = settings, worker
+        self._node_id = node_id_of(worker, settings)
+        incarnation = f"{int(time.time()):x}-{os.getpid():x}-{random.SystemRandom().getrandbits(32):08x}"
+        outbox = settings.outbox_dir.parent / worker
+        scratch = scratch_root(settings, worker)
+        scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        disk_path(settings).mkdir(parents=True, exist_ok=True)
+        remove_stale_scratch(scratch, ())
+        self._registry = load_registry()
+        slots = settings.slots
+        self._agent = WorkerAgent(
+            AgentSettings(
+                worker=worker,
+                node_id=self._node_id,
+                incarnation=incarnation,
+                outbox=outbox,
+                base=slots.base,
+                spare=slots.spare,
+                reserve=slots.reserve,
+                slots_max=slots.max,
+                long_s=slots.long_ms / 1000.0,
+                idle_s=slots.idle_s,
+                heartbeat_s=settings.lease.heartbeat_s,
+                self_stop_s=settings.lease.self_stop_s,
+                moderator_address=_moderator_address(settings),
+            ),
+            AgentModeratorLink(slots.exchange_wait_s),
+            _RayProcesses(worker, home, incarnation),
+            SystemClock(),
+            describe=lambda reports: self._describe(incarnation, reports),
+            telemetry=self._telemetry,
+            new_id=_new_id,
+        )
+        psutil.cpu_percent()  # The first call only sets the starting point.
+        self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            await self._agent.run()
+        except Exception:
+            log.critical("the agent failed", exc_info=True, extra={"action": "agent.failed"})
+            os._exit(70)  # Ray starts it again; its processes die with it.
+
+    async def do_attach(self, name: str, pid: int) -> bool:
+        """Let a runner's process begin."""
+        return await self._agent.attach(name, pid)
+
+    async def do_close(self) -> None:
+        """End every process of this worker."""
+        await self._agent.close()
+
+    def _describe(self, incarnation: str, reports: tuple[Report, ...]) -> Hello:
+        node_id = ray.get_runtime_context().get_node_id()
+        node = next(node for node in cluster_nodes() if node["NodeID"] == node_id)
+        resources = dict(node["Resources"])
+        gib = float(1 << 30)
+        custom = {
+            name: amount
+            for name, amount in resources.items()
+            if name not in ("CPU", "GPU", "memory", "object_store_memory")
+            and not name.startswith(("node:", "accelerator_type:"))
+        }
+        return Hello(
+            worker=self._worker,
+            node_id=self._node_id,
+            incarnation=incarnation,
+            address=str(node["NodeManagerAddress"]),
+            cpu=resources.get("CPU", 0.0),
+            mem_gb=round(resources.get("memory", 0.0) / gib, 3),
+            gpu=resources.get("GPU", 0.0),
+            resources=tuple(sorted(custom.items())),
+            labels=tuple(sorted(self._settings.worker.labels.items())),
+            task_types=tuple(self._registry.names()),
+            reports=reports,
+        )
+
+    def _telemetry(self) -> dict[str, Any]:
+        memory = psutil.virtual_memory()
+        return {
+            "cpu_percent": psutil.cpu_percent(),
+            "memory_percent": memory.percent,
+            "memory_available_bytes": memory.available,
+            "load_1m": os.getloadavg()[0],
+            "disk_free_bytes": shutil.disk_usage(disk_path(self._settings)).free,
+            "uptime_s": round(self._uptime(), 1),
+        }
+
+    def _uptime(self) -> float:
+        return time.time() - psutil.boot_time()
+
+
+class _RayProcesses:
+    """Starts slots and heavy attempts as Ray tasks pinned to this worker."""
+
+    def __init__(self, worker: str, home: str, incarnation: str) -> None:
+        self._worker, self._home, self._incarnation = worker, home, incarnation
+
+    def start_slot(self, slot: int, name: str) -> Awaitable[None]:
+        task: Any = ray.remote(max_calls=1)(run_slot)
+        ref: Awaitable[None] = task.options(
+            num_cpus=0,
+            max_retries=0,
+            name=f"slot:{self._worker}:{slot}", resources={self._worker: PIN}
+        ).remote(self._worker, self._home, self._incarnation, slot, name)
+        return ref
+
+    def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
+        amounts = dict(offer.needs)
+        custom = {
+            key: amount
+            for key, amount in amounts.items()
+            if key not in ("cpu", "mem_gb", "gpu", self._worker) and amount
+        }
+        task: Any = ray.remote(max_calls=1)(run_heavy)
+        ref: Awaitable[None] = task.options(
+            max_retries=0,
+            name=f"{offer.task_type}:{offer.task_id}",
+            num_cpus=amounts.get("cpu", 0.0),
+            memory=int(amounts.get("mem_gb", 0.0) * (1 << 30)) or None,
+            num_gpus=amounts.get("gpu", 0.0),
+            resources={**custom, self._worker: max(PIN, amounts.get(self._worker, 0.0))},
+        ).remote(self._worker, self._home, self._incarnation, offer, name)
+        return ref
+
+
+class ArtifactsActor(_Face):
+    """Serves M1's artifact store to workers on other machines, part by part."""
+
+    def __init__(self, home: str) -> None:
+        """Open the store."""
+        self._server = ArtifactServer(load_settings(Path(home)))
+
+    async def do_identity(self) -> str:
+        """Return what tells whether a caller sees the same directory."""
+        return self._server.identity()
+
+    async def do_read(self, sha256: str, offset: int, size: int) -> bytes:
+        """Return a part of an artifact."""
+        return await asyncio.to_thread(self._server.read, sha256, offset, size)
+
+    async def do_size(self, sha256: str) -> int:
+        """Return an artifact's size."""
+        return await asyncio.to_thread(self._server.size, sha256)
+
+    async def do_write(self, sha256: str, total: int, offset: int, part: bytes) -> int:
+        """Add a part of an upload; return how much is there."""
+        return await asyncio.to_thread(self._server.write, sha256, total, offset, part)
+
+
+# -- wiring ----------------------------------------------------------------------------------------
+
+
+def cluster_nodes() -> list[dict[str, Any]]:
+    """Return Ray's table of nodes."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _create(face: type, name: str, pin: str, *args: str) -> None:
+    """Create a detached actor unless it exists: pinned to a node, restarted for ever.
+
+    One concurrency group: all calls share one event loop. Ray repeats no call: our callers repeat
+    by themselves, and know that they do.
+    """
+    actor: Any = ray.remote(face)
+    actor.options(
+        name=name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        resources={pin: PIN},
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=CONCURRENT_CALLS,
+    ).remote(*args)
+
+
+def start_moderator(settings: Settings) -> None:
+    """Create the moderator if there is none."""
+    _create(ModeratorActor, MODERATOR, settings.moderator.name, str(settings.home))
+
+
+def start_artifacts(settings: Settings) -> None:
+    """Create the artifact server if there is none."""
+    _create(ArtifactsActor, ARTIFACTS, settings.moderator.name, str(settings.home))
+
+
+def start_agent(worker: str, home: Path) -> None:
+    """Create a worker's agent if there is none, pinned to the node with its resource."""
+    _create(NodeAgent, agent_name(worker), worker, worker, str(home))
+
+
+def _moderator_address(settings: Settings) -> str:
+    node = settings.worker.moderator_node
+    return f"{node.address}:{node.port + settings.ports.offset}"
+
+
+def _new_id() -> str:
+    return str(ULID()).lower()

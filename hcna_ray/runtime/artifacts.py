@@ -1,0 +1,166 @@
+"""Artifacts as a worker sees them: local files, wherever the store is.
+
+M1 keeps the store. A worker on the same machine uses it directly; any other worker copies parts
+through the ``artifacts`` actor and keeps what it read in a cache of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from hcna_ray.config import Settings
+from hcna_ray.core.errors import HcnaError, Invalid
+from hcna_ray.runtime.ray_link import ARTIFACTS, ActorLink
+from hcna_ray.store.artifacts import ArtifactStore, Upload
+
+#: Names the store's directory, so that a worker can tell whether it sees the same one.
+_IDENTITY_FILE = "identity"
+_PART_TIMEOUT_S = 60.0
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """Return this home's artifact store."""
+    limits = settings.limits
+    return ArtifactStore(
+        settings.artifacts_dir,
+        artifact_bytes_max=limits.artifact_bytes,
+        part_bytes_max=limits.artifact_part_bytes,
+        uploads_max=limits.artifact_uploads_max,
+        upload_idle_s=limits.upload_idle_s,
+        disk_free_bytes_min=limits.disk_free_bytes_min,
+        now=time.time,
+    )
+
+
+class ArtifactServer:
+    """M1's side: the store, in parts."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the store and give its directory a name."""
+        self._store = open_store(settings)
+        self._file = settings.artifacts_dir / _IDENTITY_FILE
+        if not self._file.exists():
+            scratch = self._file.with_suffix(f".{os.getpid()}")
+            scratch.write_text(uuid.uuid4().hex)
+            scratch.replace(self._file)
+
+    def identity(self) -> str:
+        """Return the directory's name."""
+        return self._file.read_text()
+
+    def read(self, sha256: str, offset: int, size: int) -> bytes:
+        """Return a part of an artifact. Raises `NotFound`."""
+        return self._store.read(sha256, offset, size)
+
+    def size(self, sha256: str) -> int:
+        """Return an artifact's size in bytes. Raises `NotFound`."""
+        return self._store.find(sha256).size
+
+    def write(self, sha256: str, total: int, offset: int, part: bytes) -> int:
+        """Add a part of an upload; return how many bytes of it are there now.
+
+        An empty part asks how much is there.
+        """
+        if part:
+            found = self._store.append(sha256, offset=offset, size=total, data=part)
+        else:
+            found = self._store.progress(sha256, total)
+        return found.received if isinstance(found, Upload) else found.size
+
+
+class WorkerArtifacts:
+    """A runner's side (`hcna_ray.runtime.runner.ArtifactLink`)."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Look nothing up yet: most attempts touch no artifact."""
+        self._settings = settings
+        self._link = ActorLink(ARTIFACTS)
+        self._local: ArtifactStore | None = None
+        self._looked = False
+
+    def put(self, path: Path) -> tuple[str, int]:
+        """Store a file; return its SHA-256 (hex) and size."""
+        local = self._shared_store()
+        if local is not None:
+            stored = local.put_file(path)
+            return stored.sha256, stored.size
+        return self._send(path)
+
+    def get(self, sha256: str) -> Path:
+        """Return a local read-only file. Raises `NotFound`."""
+        local = self._shared_store()
+        if local is not None:
+            return local.path(sha256)
+        return self._fetch(sha256)
+
+    def _shared_store(self) -> ArtifactStore | None:
+        """Return the store itself if this process sees M1's directory."""
+        if not self._looked:
+            mark = self._settings.artifacts_dir / _IDENTITY_FILE
+            if mark.is_file() and mark.read_text() == self._link.call("identity"):
+                self._local = open_store(self._settings)
+            self._looked = True
+        return self._local
+
+    def _send(self, path: Path) -> tuple[str, int]:
+        digest = hashlib.sha256()
+        part_bytes = self._settings.limits.artifact_part_bytes
+        with path.open("rb") as source:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+        sha256, total = digest.hexdigest(), path.stat().st_size
+        if not total:
+            raise Invalid("invalid_request", f"{path.name} is empty: an artifact has bytes")
+        received = int(self._link.call("write", sha256, total, 0, b""))
+        with path.open("rb") as source:
+            while received < total:
+                source.seek(received)
+                received = int(
+                    self._link.call(
+                        "write",
+                        sha256,
+                        total,
+                        received,
+                        source.read(part_bytes),
+                        timeout_s=_PART_TIMEOUT_S,
+                    )
+                )
+        return sha256, total
+
+    def _fetch(self, sha256: str) -> Path:
+        """Copy an artifact into this worker's cache, checked by its digest."""
+        cache = self._settings.home / "cache"
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = cache / sha256
+        if target.is_file():
+            os.utime(target)
+            return target
+        total = int(self._link.call("size", sha256))
+        part_bytes = self._settings.limits.artifact_part_bytes
+        digest = hashlib.sha256()
+        with tempfile.NamedTemporaryFile(dir=cache, prefix=".part-", delete=False) as scratch:
+            try:
+                received = 0
+                while received < total:
+                    part: bytes = self._link.call(
+                        "read", sha256, received, part_bytes, timeout_s=_PART_TIMEOUT_S
+                    )
+                    if not part:
+                        break
+                    scratch.write(part)
+                    digest.update(part)
+                    received += len(part)
+                scratch.flush()
+                if digest.hexdigest() != sha256:
+                    raise HcnaError(f"artifact {sha256} arrived damaged")
+                os.chmod(scratch.name, 0o400)
+                Path(scratch.name).replace(target)
+            except BaseException:
+                Path(scratch.name).unlink(missing_ok=True)
+                raise
+        return target

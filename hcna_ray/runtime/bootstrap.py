@@ -1,0 +1,171 @@
+"""Wiring: make sure that everything which lives inside the cluster is there. Idempotent.
+
+``python -m hcna_ray.runtime.bootstrap --ray-address HOST:PORT`` creates the moderator, the artifact
+server and the agents (the moderator sees to those of machines that join later), deploys C1 from
+``serve_config.yaml``, replacing only the application ``hcna-c1``, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+import yaml
+
+from hcna_ray.config import Settings, load_settings
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.naming import is_short_name
+from hcna_ray.runtime.actors import cluster_nodes, start_agent, start_artifacts, start_moderator
+from hcna_ray.runtime.ray_link import MODERATOR, NAMESPACE, ActorLink
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "hcna-c1"
+READY_S = 60.0
+
+
+class BootstrapFailed(HcnaError):
+    """Something that should have come up did not."""
+
+    code = "bootstrap_failed"
+
+
+def bring_up(settings: Settings) -> None:
+    """Create whatever is missing on the connected Ray cluster, and deploy C1.
+
+    Raises:
+        BootstrapFailed: the moderator or C1 did not come up in time.
+    """
+    start_moderator(settings)
+    start_artifacts(settings)
+    for worker in worker_names():
+        start_agent(worker, settings.home)
+    _wait_for_moderator()
+    deploy_composite(settings)
+
+
+def worker_names() -> list[str]:
+    """Return the workers whose nodes are in the cluster now."""
+    return sorted(
+        {
+            name
+            for node in cluster_nodes()
+            if node["Alive"]
+            for name in node["Resources"]
+            if name.startswith("W") and is_short_name(name)
+        }
+    )
+
+
+def _wait_for_moderator() -> None:
+    link, end = ActorLink(MODERATOR), time.monotonic() + READY_S
+    while True:
+        try:
+            link.call("status", timeout_s=10.0)
+            return
+        except HcnaError as error:
+            if time.monotonic() > end:
+                raise BootstrapFailed(f"the moderator did not come up: {error}") from error
+            time.sleep(0.2)
+
+
+def deploy_composite(settings: Settings, config: Path | None = None) -> None:
+    """Deploy C1 as its file says, leaving every other Serve application as it is.
+
+    A plain ``serve deploy`` owns the whole list of applications, so what is deployed already is
+    read from the cluster first and sent along.
+
+    Args:
+        settings: Where C1 listens.
+        config: The Serve configuration; by default the one beside the package, or inside it.
+
+    Raises:
+        BootstrapFailed: Serve refused the configuration, or C1 did not come up in time.
+    """
+    plan = yaml.safe_load((config or find_serve_config()).read_text())
+    own = next(one for one in plan["applications"] if one["name"] == APPLICATION)
+    url = f"{settings.dashboard_url}/api/serve/applications/"
+    with httpx.Client(timeout=30.0, headers=_dashboard_headers(settings)) as http:
+        others = [
+            details["deployed_app_config"]
+            for name, details in _applications(http, url).items()
+            if name != APPLICATION and details.get("deployed_app_config")
+        ]
+        plan["applications"] = [own, *others]
+        plan["http_options"] = {
+            **plan.get("http_options", {}),
+            "host": settings.api_host,
+            "port": settings.api_port,
+        }
+        answer = http.put(url, json=plan)
+        if answer.is_error:
+            raise BootstrapFailed(f"Serve refused the configuration: {answer.text[:500]}")
+        _wait_for_composite(http, url)
+
+
+def _dashboard_headers(settings: Settings) -> dict[str, str]:
+    """Return what Ray's dashboard asks for: the cluster's own token, where there is one."""
+    token = settings.keys_dir / "ray.token"
+    if not token.is_file():
+        return {}
+    return {"Authorization": f"Bearer {token.read_text().strip()}"}
+
+
+def _applications(http: httpx.Client, url: str) -> dict[str, Any]:
+    try:
+        applications: dict[str, Any] = http.get(url).raise_for_status().json()["applications"]
+    except httpx.HTTPError as error:
+        raise BootstrapFailed(f"the Ray dashboard does not answer: {error}") from error
+    return applications
+
+
+def _wait_for_composite(http: httpx.Client, url: str) -> None:
+    end = time.monotonic() + READY_S
+    while True:
+        own = _applications(http, url).get(APPLICATION, {})
+        if own.get("status") == "RUNNING":
+            return
+        if own.get("status") == "DEPLOY_FAILED" or time.monotonic() > end:
+            raise BootstrapFailed(f"C1 did not come up: {str(own.get('message', ''))[-1500:]}")
+        time.sleep(0.1)
+
+
+def find_serve_config() -> Path:
+    """Return ``serve_config.yaml``: of the working directory's checkout, or the packaged one."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent, package):
+        if (folder / "serve_config.yaml").is_file():
+            return folder / "serve_config.yaml"
+    raise BootstrapFailed("serve_config.yaml is neither beside the package nor inside it")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ray-address", required=True, help="HOST:PORT of the cluster's GCS.")
+    arguments = parser.parse_args(argv)
+    settings = load_settings()
+    ray.init(
+        address=arguments.ray_address,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        bring_up(settings)
+    except HcnaError as error:
+        print(f"bootstrap: {error}", file=sys.stderr)  # noqa: T201 - the supervisor's log reads it
+        return 1
+    finally:
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""Which leases are out, which lanes have work, and handing the one to the other.
+
+The decisions are `hcna_ray.core.placement`'s; this module feeds it with a snapshot and turns its
+assignments into leases. Memory here follows commits (`absorb`) and can be rebuilt at any moment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable, Mapping
+
+from hcna_ray.core.events import KeyHeld, KeyReleased, LeaseGranted, TimePassed
+from hcna_ray.core.models import (
+    ACCEPTING,
+    HEAVY_SLOT,
+    Hold,
+    LaneKey,
+    Lease,
+    Needs,
+    Task,
+    Token,
+    WorkerView,
+)
+from hcna_ray.core.placement import Assignment, Opening, assign, exclusion, occupy
+from hcna_ray.runtime.ledger import Ledger, lane_of
+from hcna_ray.runtime.messages import Offer
+from hcna_ray.runtime.policy import Policy
+from hcna_ray.store.base import TaskStore
+
+Place = tuple[str, int]
+
+#: Heavy attempts handed to one agent in one answer.
+HEAVY_GRANT_MAX = 16
+#: Weight of the newest observation in the moving average of a type's running time.
+ESTIMATE_WEIGHT = 0.2
+#: Concurrency keys looked at by one sweep.
+SWEEP_KEYS_MAX = 1000
+
+
+class LiveTable:
+    """Every lease in force, as committed, found by task, by slot and by worker."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.tasks: dict[str, Task] = {}
+        self._places: dict[Place, dict[str, None]] = {}
+        self._keys: Tally[str] = Tally()
+
+    def reset(self, leased: Iterable[Task]) -> None:
+        """Start over from what the store says."""
+        self.tasks.clear()
+        self._places.clear()
+        self._keys.clear()
+        for task in leased:
+            self._put(task)
+
+    def absorb(self, ledger: Ledger) -> None:
+        """Follow a committed batch."""
+        for task in ledger.changed():
+            if task.id in self.tasks:
+                self._drop(self.tasks[task.id])
+            if task.lease is not None:
+                self._put(task)
+
+    def _put(self, task: Task) -> None:
+        lease = task.lease
+        assert lease is not None
+        self.tasks[task.id] = task
+        self._places.setdefault((lease.worker, lease.slot), {})[task.id] = None
+        if task.spec.concurrency_key is not None:
+            self._keys[task.spec.concurrency_key] += 1
+
+    def _drop(self, task: Task) -> None:
+        lease = task.lease
+        assert lease is not None
+        del self.tasks[task.id]
+        place = self._places[lease.worker, lease.slot]
+        del place[task.id]
+        if not place:
+            del self._places[lease.worker, lease.slot]
+        if task.spec.concurrency_key is not None:
+            self._keys[task.spec.concurrency_key] -= 1
+            if not self._keys[task.spec.concurrency_key]:
+                del self._keys[task.spec.concurrency_key]
+
+    def in_slot(self, worker: str, slot: int) -> list[Task]:
+        """Return the tasks leased to one slot, oldest grant first."""
+        return [self.tasks[task_id] for task_id in self._places.get((worker, slot), ())]
+
+    def on_worker(self, worker: str) -> list[Task]:
+        """Return the tasks leased to one worker."""
+        places = [place for place in self._places if place[0] == worker]
+        return [task for place in places for task in self.in_slot(*place)]
+
+    def count(self, worker: str) -> int:
+        """Return how many leases a worker holds."""
+        return sum(len(ids) for place, ids in self._places.items() if place[0] == worker)
+
+    def starts(self) -> int:
+        """Return how many attempts run at once: one per busy slot, and every heavy one."""
+        return sum(len(ids) if slot == HEAVY_SLOT else 1 for (_, slot), ids in self._places.items())
+
+    def live_of_key(self, key: str) -> int:
+        """Return how many leases a concurrency key has."""
+        return self._keys[key]
+
+    def used(self, worker: str, ledger: Ledger | None = None) -> Needs:
+        """Return what the heavy attempts on a worker hold, less what a batch has ended."""
+        used = Needs()
+        for task in self.in_slot(worker, HEAVY_SLOT):
+            now = None if ledger is None else ledger.get(task.id)
+            if now is None or now.lease is not None:
+                used = occupy(used, task.needs)
+        return used
+
+
+class Dispatcher:
+    """Turns ready tasks and idle slots into leases."""
+
+    def __init__(self, store: TaskStore, policy: Policy, live: LiveTable) -> None:
+        """Start empty; `reset` reads the store."""
+        self._store, self._policy, self._live = store, policy, live
+        self._ready: Tally[LaneKey] = Tally()
+        self._estimates: dict[str, float] = {}
+        #: Whether the last `dispatch` left something that another one would place.
+        self.unfinished = False
+
+    def reset(self) -> None:
+        """Read from the store how many tasks wait in each lane."""
+        self._ready = Tally(self._store.ready_lanes())
+
+    def absorb(self, ledger: Ledger) -> None:
+        """Follow a committed batch."""
+        for task in ledger.changed():
+            before = ledger.before[task.id]
+            if before is not None and before.ready:
+                lane = lane_of(before)
+                self._ready[lane] -= 1
+                if not self._ready[lane]:
+                    del self._ready[lane]
+            if task.ready:
+                self._ready[lane_of(task)] += 1
+
+    def observe(self, task_type: str, duration_ms: float) -> None:
+        """Learn how long a type takes."""
+        known = self._estimates.get(task_type)
+        if known is None:
+            self._estimates[task_type] = duration_ms
+        else:
+            self._estimates[task_type] = known + ESTIMATE_WEIGHT * (duration_ms - known)
+
+    def offer(self, task: Task) -> Offer:
+        """Return what the runner of a leased task needs to know."""
+        needs = task.needs
+        amounts: tuple[tuple[str, float], ...] = ()
+        if needs.heavy:
+            amounts = (
+                ("cpu", needs.cpu),
+                ("mem_gb", needs.mem_gb),
+                ("gpu", needs.gpu),
+                *needs.resources,
+            )
+        lease = task.lease
+        assert lease is not None
+        return Offer(
+            task.id,
+            task.spec.task_type,
+            lease.token,
+            task.spec.payload,
+            task.spec.timeout_s,
+            task.spec.expires_at,
+            task.checkpoint,
+            task.spec.traceparent,
+            amounts,
+        )
+
+    # -- one round -------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        ledger: Ledger,
+        views: Mapping[str, WorkerView],
+        seqs: Mapping[Place, int],
+        incarnations: Mapping[Place, str],
+        paused: frozenset[str],
+        generation: int,
+        now: float,
+    ) -> dict[Place, tuple[Offer, ...]]:
+        """Lease ready tasks to parked slots and agents.
+
+        Args:
+            ledger: The batch; leases become part of it.
+            views: Snapshot of the workers.
+            seqs: Exchange number of each parked call.
+            incarnations: Incarnation of each parked call.
+            paused: Queues that hand out nothing.
+            generation: First half of the fencing tokens.
+            now: The instant.
+
+        Returns:
+            Offers by place. They may leave only after the ledger's commit.
+        """
+        self.unfinished = False
+        openings = self._openings(views, seqs)
+        room = self._policy.max_concurrent_tasks - self._starts(ledger)
+        if not openings or room <= 0:
+            return {}
+        lanes = self._heads(ledger, views, openings, paused)
+        lanes = self._hold_busy_keys(ledger, lanes, now)
+        assignments = assign(views, lanes, openings, estimates_ms=self._estimates, starts_max=room)
+        return self._grant(ledger, assignments, seqs, incarnations, generation, now)
+
+    def _starts(self, ledger: Ledger) -> int:
+        """Attempts that run at once after this batch. Exact enough: slots free up on exchange."""
+        busy = {
+            (task.lease.worker, task.lease.slot, task.id if task.lease.slot == HEAVY_SLOT else "")
+            for task_id, live in self._live.tasks.items()
+            if (task := ledger.get(task_id) or live).lease is not None
+        }
+        return len(busy)
+
+    def _openings(
+        self, views: Mapping[str, WorkerView], seqs: Mapping[Place, int]
+    ) -> list[Opening]:
+        openings = []
+        for worker, slot in sorted(seqs):
+            view = views.get(worker)
+            if view is None or view.state not in ACCEPTING:
+                continue
+            heavy = slot == HEAVY_SLOT
+            openings.append(
+                Opening(
+                    worker=worker,
+                    slot=slot,
+                    items_max=HEAVY_GRANT_MAX if heavy else self._policy.grant_max,
+                    budget_ms=self._policy.grant_target_ms,
+                )
+            )
+        return openings
+
+    def _heads(
+        self,
+        ledger: Ledger,
+        views: Mapping[str, WorkerView],
+        openings: list[Opening],
+        paused: frozenset[str],
+    ) -> dict[LaneKey, list[Task]]:
+        """Return the first ready tasks of every lane that some opening could take."""
+        fresh: dict[LaneKey, list[Task]] = {}
+        touched = 0
+        for task in ledger.changed():
+            before = ledger.before[task.id]
+            touched += before is not None and before.ready
+            if task.ready:
+                fresh.setdefault(lane_of(task), []).append(task)
+        heads: dict[LaneKey, list[Task]] = {}
+        for lane in {**dict.fromkeys(self._ready), **dict.fromkeys(fresh)}:
+            if lane.queue in paused:
+                continue
+            limit = self._wanted(lane, views, openings)
+            if not limit:
+                continue
+            rows = list(fresh.get(lane, ()))
+            if self._ready[lane]:
+                # Some of the stored heads may have changed in this batch: read that many more.
+                stored = self._store.heads(lane, limit + touched)
+                rows += [task for task in stored if not ledger.is_changed(task.id)]
+                rows.sort(key=lambda task: (task.dispatch_key, task.seq))
+            elif len(rows) > 1:
+                rows.sort(key=lambda task: (task.dispatch_key, task.seq))
+            ledger.adopt(rows[:limit])
+            heads[lane] = rows[:limit]
+        return heads
+
+    def _wanted(
+        self, lane: LaneKey, views: Mapping[str, WorkerView], openings: list[Opening]
+    ) -> int:
+        """Return how many tasks of a lane the openings could take together at most."""
+        heavy = lane.needs.heavy
+        able = {
+            opening.worker
+            for opening in openings
+            if (opening.slot == HEAVY_SLOT) == heavy
+            and exclusion(lane.needs, lane.task_type, views[opening.worker]) is None
+        }
+        count = sum(
+            1 for one in openings if one.worker in able and (one.slot == HEAVY_SLOT) == heavy
+        )
+        if heavy:
+            return count * HEAVY_GRANT_MAX
+        expected = self._estimates.get(lane.task_type)
+        if expected is None:
+            return count
+        fits = int(self._policy.grant_target_ms / max(expected, 0.01)) + 1
+        return count * min(fits, self._policy.grant_max)
+
+    def _hold_busy_keys(
+        self, ledger: Ledger, lanes: dict[LaneKey, list[Task]], now: float
+    ) -> dict[LaneKey, list[Task]]:
+        """Take tasks out of the index whose concurrency key is full or whose time has passed."""
+        seen: Tally[str] = Tally()
+        dropped: set[str] = set()
+        keyed = [
+            task
+            for rows in lanes.values()
+            for task in rows
+            if task.spec.concurrency_key is not None or task.spec.expires_at is not None
+        ]
+        if not keyed:
+            return lanes
+        for task in sorted(keyed, key=lambda one: (one.dispatch_key, one.seq)):
+            if task.spec.expires_at is not None and task.spec.expires_at <= now:
+                ledger.step(task, TimePassed(at=now))
+                dropped.add(task.id)
+                continue
+            key = task.spec.concurrency_key
+            if key is None:
+                continue
+            if self._live_of_key(ledger, key) + seen[key] >= self._limit(key):
+                ledger.step(task, KeyHeld(at=now, hold=Hold.CONCURRENCY))
+                dropped.add(task.id)
+            else:
+                seen[key] += 1
+        if not dropped:
+            return lanes
+        self.unfinished = True
+        return {
+            lane: [task for task in rows if task.id not in dropped] for lane, rows in lanes.items()
+        }
+
+    def _grant(
+        self,
+        ledger: Ledger,
+        assignments: list[Assignment],
+        seqs: Mapping[Place, int],
+        incarnations: Mapping[Place, str],
+        generation: int,
+        now: float,
+    ) -> dict[Place, tuple[Offer, ...]]:
+        granted: dict[Place, list[Offer]] = {}
+        for task, opening in ((one.task, one.opening) for one in assignments):
+            place = (opening.worker, opening.slot)
+            lease = Lease(
+                token=Token(generation, task.attempt + 1),
+                worker=opening.worker,
+                incarnation=incarnations[place],
+                slot=opening.slot,
+                grant_seq=seqs[place],
+                granted_at=now,
+            )
+            step = ledger.step(task, LeaseGranted(at=now, lease=lease))
+            granted.setdefault(place, []).append(self.offer(step.task))
+        return {place: tuple(offers) for place, offers in granted.items()}
+
+    # -- concurrency keys ------------------------------------------------------------------------
+
+    def _limit(self, key: str) -> int:
+        return self._policy.concurrency_limits.get(key, self._policy.concurrency_default)
+
+    def _live_of_key(self, ledger: Ledger, key: str) -> int:
+        return self._live.live_of_key(key) + ledger.lease_delta[key]
+
+    def release_concurrency(self, ledger: Ledger, key: str, now: float) -> None:
+        """Let as many held tasks of a key back into the index as it has free places."""
+        free = self._limit(key) - self._live_of_key(ledger, key)
+        if free <= 0:
+            return
+        for found in self._store.held_by_concurrency(key, free + 16):
+            task = ledger.get(found.id)
+            if free and task is not None and task.hold & Hold.CONCURRENCY:
+                ledger.step(task, KeyReleased(at=now, hold=Hold.CONCURRENCY))
+                free -= 1
+
+    def sweep(self, ledger: Ledger, now: float) -> None:
+        """Let go what a release may have missed, e.g. behind a task that fits on no worker."""
+        for key in self._store.concurrency_keys_held(SWEEP_KEYS_MAX):
+            self.release_concurrency(ledger, key, now)

@@ -1,0 +1,278 @@
+"""What crosses process borders inside the cluster: plain values, cheap to pickle, no Ray.
+
+Three conversations use them: C1 with the moderator, a slot (or agent) with the moderator, and the
+supervisor's view of both. Every one is idempotent: any message may arrive twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.models import (
+    FailureKind,
+    Progress,
+    TaskError,
+    TaskFilter,
+    TaskSpec,
+    TaskState,
+    Token,
+    WorkerState,
+)
+
+# -- C1 and the moderator ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmitBatch:
+    """Specs with ids minted by the caller. Sending the same batch again is harmless."""
+
+    specs: tuple[TaskSpec, ...]
+    #: All or nothing: one refused item refuses every item.
+    atomic: bool = False
+
+
+class Accepted(NamedTuple):
+    """A task is in the durable store."""
+
+    task_id: str
+    state: TaskState
+    #: True when an idempotency key returned a task accepted earlier.
+    duplicate: bool = False
+
+
+class Refused(NamedTuple):
+    """Nothing was stored for this item, and why."""
+
+    error: HcnaError
+
+
+SubmitResult = Accepted | Refused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """An answer of the change feed."""
+
+    #: Number of the newest fact covered; the next call's ``after``.
+    last: int
+    #: Tasks that ended since ``after``, in commit order.
+    ended: tuple[str, ...] = ()
+    #: True when ``after`` is too old for the feed's memory: every waiter must look for itself.
+    gap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerInfo:
+    """One worker for people and dashboards; ages are measured by the moderator's clock."""
+
+    name: str
+    node_id: str
+    state: WorkerState
+    last_seen_at: float
+    last_seen_age_s: float
+    resources: Mapping[str, float]
+    free: Mapping[str, float]
+    labels: Mapping[str, str]
+    task_types: tuple[str, ...]
+    slots: int
+    running: tuple[Mapping[str, Any], ...]
+    telemetry: Mapping[str, Any]
+    draining_until: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModeratorStatus:
+    """The moderator's own condition."""
+
+    node_id: str
+    generation: int
+    started_at: float
+    workers_online: int
+    workers: int
+    open_tasks: int
+    open_bytes: int
+    live_attempts: int
+    paused: tuple[str, ...]
+    pid: int = 0
+    commits: int = 0
+    store: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayReply:
+    """Which tasks left the dead-letter list, and whether more fit the filter."""
+
+    retried: tuple[str, ...]
+    more: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayQuery:
+    """Which failed tasks to replay."""
+
+    where: TaskFilter
+    limit: int = 1000
+
+
+# -- workers and the moderator -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """An agent introduces its worker, or introduces itself again to a new moderator."""
+
+    worker: str
+    node_id: str
+    incarnation: str
+    address: str
+    cpu: float
+    mem_gb: float
+    gpu: float
+    resources: tuple[tuple[str, float], ...]
+    labels: tuple[tuple[str, str], ...]
+    task_types: tuple[str, ...]
+    #: What the journals of earlier incarnations still hold.
+    reports: tuple[Report, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Welcome:
+    """The moderator's answer to `Hello`."""
+
+    moderator_node_id: str
+    generation: int
+    lease_ttl_s: float
+    heartbeat_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """Renews the worker's session and carries its telemetry envelope."""
+
+    worker: str
+    incarnation: str
+    telemetry: Mapping[str, Any]
+    slots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeartbeatReply:
+    """``known`` False asks the agent to say hello again."""
+
+    known: bool
+
+
+class ReportKind:
+    """What a `Report` says; constants, because they travel as short strings."""
+
+    STARTED = "started"
+    PROGRESS = "progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    LOST = "lost"
+    CANCELLED = "cancelled"
+    RETURNED = "returned"
+
+
+class Report(NamedTuple):
+    """One thing that happened to one attempt on a worker. Dropped unless its token is in force."""
+
+    kind: str
+    task_id: str
+    token: Token
+    at: float
+    started_at: float = 0.0
+    result: bytes | None = None
+    error: TaskError | None = None
+    progress: Progress | None = None
+    checkpoint: bytes | None = None
+    duration_ms: float = 0.0
+
+
+class Offer(NamedTuple):
+    """One granted attempt, with everything that its runner needs."""
+
+    task_id: str
+    task_type: str
+    token: Token
+    payload: bytes
+    timeout_s: float
+    expires_at: float | None
+    checkpoint: bytes | None
+    traceparent: str | None
+    #: Needs of a heavy attempt as (name, amount) pairs; empty in a slot.
+    needs: tuple[tuple[str, float], ...] = ()
+
+
+class Stop(NamedTuple):
+    """Stop an attempt; if it has not started, give it back."""
+
+    task_id: str
+    token: Token
+    slot: int
+    reason: str
+
+
+class IntentOrder(NamedTuple):
+    """An intent envelope for the agent to answer through ``Exchange.answers``."""
+
+    envelope: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """A slot (or, as slot -1, an agent) gives outcomes and asks for leases.
+
+    The same ``seq`` gets the same grant. Outcomes may be forgotten by the sender only when the next
+    ``seq`` is answered.
+    """
+
+    worker: str
+    incarnation: str
+    slot: int
+    seq: int
+    reports: tuple[Report, ...] = ()
+    #: Answers of an agent to intents, by ``msg_id``.
+    answers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """Answer to an `Exchange`. Empty after a quiet while: ask again with the next ``seq``."""
+
+    seq: int
+    offers: tuple[Offer, ...] = ()
+    stops: tuple[Stop, ...] = ()
+    intents: tuple[IntentOrder, ...] = ()
+    #: The worker session is unknown (a new moderator): the agent must say hello first.
+    hello: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotGone:
+    """An agent tells that the process of a slot ended.
+
+    ``reports`` is what its journal still held; whatever else it had been granted never started.
+    """
+
+    worker: str
+    incarnation: str
+    slot: int
+    reports: tuple[Report, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ack:
+    """How many reports were applied and which were late."""
+
+    applied: int = 0
+    late: tuple[tuple[str, Token], ...] = field(default=())
+
+
+def lost(task_id: str, token: Token, at: float, kind: FailureKind, message: str) -> Report:
+    """Build the report of an attempt whose process died."""
+    error = TaskError(kind=kind, message=message)
+    return Report(ReportKind.LOST, task_id, token, at, error=error)

@@ -1,0 +1,133 @@
+"""What the moderator's writer thread is handed, one object per call, each with its answer to come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hcna_ray.core.models import AuditEntry
+from hcna_ray.runtime.messages import (
+    Exchange,
+    Heartbeat,
+    Hello,
+    ReplayQuery,
+    Report,
+    SlotGone,
+    SubmitBatch,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cancel:
+    """Stop a task."""
+
+    task_id: str
+    reason: str
+    principal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """Replay one failed task."""
+
+    task_id: str
+    principal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryMany:
+    """Replay failed tasks. ``ids`` are candidates a reader found; each is checked again."""
+
+    query: ReplayQuery
+    ids: tuple[str, ...]
+    more: bool
+    principal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reports:
+    """Reports sent between two exchanges."""
+
+    worker: str
+    incarnation: str
+    reports: tuple[Report, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarkWorker:
+    """Drain, cordon or uncordon."""
+
+    name: str
+    action: str
+    deadline_s: float | None
+    principal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SendIntent:
+    """Pass an intent to a worker and wait for its answer."""
+
+    envelope: Mapping[str, Any]
+    worker: str
+    principal: str
+    wait_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseQueue:
+    """Pause or resume a queue."""
+
+    queue: str
+    paused: bool
+    principal: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """Add a line to the audit log."""
+
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """Read the moderator's own memory on its own thread."""
+
+    name: str
+
+
+Request = (
+    SubmitBatch
+    | Cancel
+    | Retry
+    | RetryMany
+    | Reports
+    | Exchange
+    | SlotGone
+    | Hello
+    | Heartbeat
+    | MarkWorker
+    | SendIntent
+    | PauseQueue
+    | Note
+    | Query
+)
+
+
+class Pending:
+    """A request on its way to an answer. Answered once, and only after the commit."""
+
+    __slots__ = ("arrived", "request", "resolve")
+
+    def __init__(
+        self, request: Request, resolve: Callable[[object], None], arrived: float = 0.0
+    ) -> None:
+        """Bind a request to where its answer goes.
+
+        Args:
+            request: What is asked.
+            resolve: Takes the answer, or the exception that is the answer.
+            arrived: When, on the moderator's clock that never steps.
+        """
+        self.request, self.resolve, self.arrived = request, resolve, arrived

@@ -1,0 +1,221 @@
+"""Values to bytes and back, for stores that keep bytes.
+
+Every blob starts with one byte, the version of its form, so that what was written yesterday stays
+readable: a new form gets a new number and a new decoder, and the old decoder stays. A spec is
+written as a positional tuple of *all* its fields: a default that changes later must not change
+what was accepted under the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from hcna_ray.core.errors import SchemaTooNew
+from hcna_ray.core.models import (
+    Needs,
+    OnDisconnect,
+    Progress,
+    RetryPolicy,
+    TaskError,
+    TaskSpec,
+    WorkerRecord,
+)
+
+#: First byte of everything written now.
+FORM = b"\x01"
+
+#: What ``nil`` stands for in form 1, spelled out so that new defaults cannot reach old blobs.
+_RETRY_1 = RetryPolicy(
+    max_attempts=1,
+    backoff_s=1.0,
+    factor=2.0,
+    max_backoff_s=300.0,
+    jitter=0.1,
+    retry_on=("error", "timeout"),
+)
+_NEEDS_1 = Needs(worker=None, cpu=0.0, mem_gb=0.0, gpu=0.0, resources=(), labels=(), isolated=False)
+
+_Spec1 = tuple[
+    str,  # id
+    str,  # task_type
+    bytes,  # payload
+    str,  # queue
+    int,  # priority
+    float,  # accepted_at
+    float | None,  # run_at
+    float | None,  # expires_at
+    float,  # timeout_s
+    float | None,  # queue_timeout_s
+    RetryPolicy | None,
+    int,  # max_losses
+    Needs | None,
+    tuple[str, ...],  # depends_on
+    str | None,  # ordering_key
+    str | None,  # concurrency_key
+    str,  # on_disconnect
+    float,  # wait_max_s
+    str,  # principal
+    str | None,  # idempotency_key
+    str,  # fingerprint
+    str | None,  # batch_id
+    str | None,  # traceparent
+    str | None,  # webhook
+    bytes | None,  # metadata
+]
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_spec = msgspec.msgpack.Decoder(_Spec1).decode
+_decode_error = msgspec.msgpack.Decoder(TaskError).decode
+_decode_progress = msgspec.msgpack.Decoder(Progress).decode
+_decode_worker = msgspec.msgpack.Decoder(WorkerRecord).decode
+_encode_json = msgspec.json.Encoder().encode
+_decode_needs = msgspec.json.Decoder(Needs).decode
+
+
+def pack_spec(spec: TaskSpec) -> bytes:
+    """Return a spec as bytes, payload included."""
+    return FORM + _encode(
+        (
+            spec.id,
+            spec.task_type,
+            spec.payload,
+            spec.queue,
+            spec.priority,
+            spec.accepted_at,
+            spec.run_at,
+            spec.expires_at,
+            spec.timeout_s,
+            spec.queue_timeout_s,
+            None if spec.retry == _RETRY_1 else spec.retry,
+            spec.max_losses,
+            None if spec.needs == _NEEDS_1 else spec.needs,
+            spec.depends_on,
+            spec.ordering_key,
+            spec.concurrency_key,
+            spec.on_disconnect,
+            spec.wait_max_s,
+            spec.principal,
+            spec.idempotency_key,
+            spec.fingerprint,
+            spec.batch_id,
+            spec.traceparent,
+            spec.webhook,
+            spec.metadata,
+        )
+    )
+
+
+def unpack_spec(blob: bytes) -> TaskSpec:
+    """Return the spec that `pack_spec` wrote.
+
+    Raises:
+        SchemaTooNew: a newer hcna-ray wrote it.
+    """
+    (
+        id_,
+        task_type,
+        payload,
+        queue,
+        priority,
+        accepted_at,
+        run_at,
+        expires_at,
+        timeout_s,
+        queue_timeout_s,
+        retry,
+        max_losses,
+        needs,
+        depends_on,
+        ordering_key,
+        concurrency_key,
+        on_disconnect,
+        wait_max_s,
+        principal,
+        idempotency_key,
+        fingerprint,
+        batch_id,
+        traceparent,
+        webhook,
+        metadata,
+    ) = _decode_spec(_body(blob))
+    return TaskSpec(
+        id=id_,
+        task_type=task_type,
+        payload=payload,
+        queue=queue,
+        priority=priority,
+        accepted_at=accepted_at,
+        run_at=run_at,
+        expires_at=expires_at,
+        timeout_s=timeout_s,
+        queue_timeout_s=queue_timeout_s,
+        retry=_RETRY_1 if retry is None else retry,
+        max_losses=max_losses,
+        needs=_NEEDS_1 if needs is None else needs,
+        depends_on=depends_on,
+        ordering_key=ordering_key,
+        concurrency_key=concurrency_key,
+        on_disconnect=OnDisconnect(on_disconnect),
+        wait_max_s=wait_max_s,
+        principal=principal,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint,
+        batch_id=batch_id,
+        traceparent=traceparent,
+        webhook=webhook,
+        metadata=metadata,
+    )
+
+
+def pack_error(error: TaskError | None) -> bytes | None:
+    """Return an error as bytes; ``None`` stays ``None``."""
+    return None if error is None else FORM + _encode(error)
+
+
+def unpack_error(blob: bytes | None) -> TaskError | None:
+    """Return the error that `pack_error` wrote."""
+    return None if blob is None else _decode_error(_body(blob))
+
+
+def pack_progress(progress: Progress | None) -> bytes | None:
+    """Return progress as bytes; ``None`` stays ``None``."""
+    return None if progress is None else FORM + _encode(progress)
+
+
+def unpack_progress(blob: bytes | None) -> Progress | None:
+    """Return the progress that `pack_progress` wrote."""
+    return None if blob is None else _decode_progress(_body(blob))
+
+
+def pack_worker(record: WorkerRecord) -> bytes:
+    """Return a worker's record as bytes."""
+    return FORM + _encode(record)
+
+
+def unpack_worker(blob: bytes) -> WorkerRecord:
+    """Return the record that `pack_worker` wrote."""
+    return _decode_worker(_body(blob))
+
+
+def needs_to_json(needs: Needs) -> str:
+    """Return needs as JSON text. Fields keep their order, so the text is canonical."""
+    return _encode_json(needs).decode()
+
+
+def needs_from_json(text: str) -> Needs:
+    """Return the needs that `needs_to_json` wrote."""
+    return _decode_needs(text)
+
+
+def to_json(items: Iterable[str] | Iterable[int]) -> str:
+    """Return a JSON array, which SQLite's ``json_each`` takes as one parameter."""
+    return _encode_json(list(items)).decode()
+
+
+def _body(blob: bytes) -> Any:
+    if blob[:1] != FORM:
+        raise SchemaTooNew(blob[0], FORM[0])
+    return memoryview(blob)[1:]

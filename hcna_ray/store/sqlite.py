@@ -1,0 +1,1061 @@
+"""The embedded default: one SQLite file, written by the moderator and read by anybody.
+
+Durability is ``journal_mode=WAL`` with ``synchronous=FULL``: a commit has been fsynced when it
+returns. What the scheduler asks on every round (lanes, size, sequences) is kept in memory by the
+writer and written with the transaction that changed it, so its cost does not grow with the queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter as Tally
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import apsw
+
+from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable, VersionConflict
+from hcna_ray.core.models import (
+    Attempt,
+    AuditEntry,
+    Fact,
+    LaneKey,
+    Outcome,
+    Task,
+    TaskFilter,
+    TaskState,
+    Token,
+    WorkerRecord,
+)
+from hcna_ray.store import codec, rows
+from hcna_ray.store.base import (
+    Counter,
+    KeyClaim,
+    QueueSize,
+    Settlement,
+    StoredAudit,
+    StoredFact,
+)
+from hcna_ray.store.migrations import check_schema, migrate
+from hcna_ray.store.rows import Row
+
+#: Older libraries can corrupt a WAL database that one connection checkpoints while another commits.
+SQLITE_MIN = (3, 51, 3)
+#: Bound of the write-ahead log.
+WAL_BYTES_MAX = 64 * 1024 * 1024
+
+_PAGE_BYTES = 4096
+_BUSY_MS = 5000
+_SEQ_MAX = 2**63 - 1
+#: The writer keeps this many live tasks decoded, each of at most `_SMALL` bytes: what is accepted
+#: now is granted soon, and what is granted ends soon.
+_KNOWN_MAX = 8192
+_SMALL = 4096
+_FSYNC_FAILED = frozenset({apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC})
+_REFUSED = (
+    apsw.FullError,
+    apsw.ReadOnlyError,
+    apsw.CantOpenError,
+    apsw.IOError,
+    apsw.BusyError,
+    apsw.LockedError,
+)
+
+
+def require_library(version: str | None = None) -> None:
+    """Refuse a SQLite library with the WAL-reset bug.
+
+    Args:
+        version: What to judge, by default the library that apsw brought.
+
+    Raises:
+        StoreTooOld: it is older than `SQLITE_MIN`.
+    """
+    found = version or apsw.sqlite_lib_version()
+    if tuple(int(part) for part in found.split(".")) < SQLITE_MIN:
+        raise StoreTooOld(found, ".".join(map(str, SQLITE_MIN)))
+
+
+class _SyncFailed(OSError):
+    """An fsync failed: what is on disk is unknown, and asking again would lie."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    id: int
+    #: Tasks in the dispatch index.
+    ready: int
+
+
+class _Known(NamedTuple):
+    """A task as the open transaction sees it, with its index values as they are stored."""
+
+    task: Task
+    indexed: Row
+
+
+class _Connection:
+    """One connection and what the writer and the readers both ask of it."""
+
+    def __init__(self, db: apsw.Connection, *, cache_bytes: int) -> None:
+        self._db = db
+        db.set_busy_timeout(_BUSY_MS)
+        for pragma in (
+            f"cache_size = -{cache_bytes // 1024}",
+            # Mapped pages count as resident memory, and an I/O error there is a SIGBUS.
+            "mmap_size = 0",
+            "temp_store = MEMORY",
+            "foreign_keys = OFF",
+            "trusted_schema = OFF",
+        ):
+            self._run(f"PRAGMA {pragma}")
+
+    def close(self) -> None:
+        """Release the connection. Harmless twice."""
+        self._db.close()
+
+    def workers(self) -> list[WorkerRecord]:
+        """Return every worker on record, by name."""
+        found = self._run("SELECT body FROM worker ORDER BY name")
+        return [codec.unpack_worker(body) for (body,) in found]
+
+    def paused(self) -> frozenset[str]:
+        """Return the names of paused queues."""
+        return frozenset(queue for (queue,) in self._run("SELECT queue FROM paused_queue"))
+
+    def _run(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    def _many(self, sql: str, values: Iterable[Sequence[Any]]) -> list[Row]:
+        try:
+            return self._db.executemany(sql, values).fetchall()
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+
+class SqliteTaskStore(_Connection):
+    """The one writer of a SQLite file. Implements `hcna_ray.store.base.TaskStore`.
+
+    Sequences, lanes and size live in memory while it is open; a rollback reads them again, and so
+    does a transaction that finds that somebody else (a restore) has written in between.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        bytes_max: int | None = None,
+        wal_bytes_max: int = WAL_BYTES_MAX,
+        library_version: str | None = None,
+        vfs: str | None = None,
+    ) -> None:
+        """Open the file, creating it (mode 0600) and bringing its schema up to date.
+
+        Args:
+            path: The database file; its directory must exist.
+            bytes_max: Largest size of the file; beyond it a write raises `StoreUnavailable`.
+            wal_bytes_max: Bound of the write-ahead log while readers keep their reads short.
+            library_version: What to take for the version of SQLite.
+            vfs: Name of a registered apsw VFS, through which tests make the disk fail.
+
+        Raises:
+            StoreTooOld: the SQLite library is older than the WAL-reset fix.
+            SchemaTooNew: a newer hcna-ray wrote the file.
+            SchemaChanged: an applied migration was edited.
+            StoreUnavailable: the disk refused.
+            OSError: the file cannot be created.
+        """
+        require_library(library_version)
+        self.path = Path(path)
+        # Before SQLite does, so that there is no moment at which others can read it.
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        try:
+            db = apsw.Connection(os.fspath(self.path), vfs=vfs, statementcachesize=512)
+        except apsw.Error as error:
+            raise _translated(error) from error
+        try:
+            super().__init__(db, cache_bytes=64 * 1024 * 1024)
+            self._configure(bytes_max, wal_bytes_max)
+            self._broken = False
+            self._writing = False
+            self._load()
+        except BaseException:
+            db.close()
+            raise
+
+    def _configure(self, bytes_max: int | None, wal_bytes_max: int) -> None:
+        if self._run("PRAGMA journal_mode = WAL") != [("wal",)]:
+            raise StoreUnavailable(f"{self.path}: this file system cannot hold a WAL database", 5)
+        self._run("PRAGMA synchronous = FULL")
+        self._run(f"PRAGMA journal_size_limit = {wal_bytes_max}")
+        if bytes_max is not None:
+            self._run(f"PRAGMA max_page_count = {bytes_max // _PAGE_BYTES}")
+        # SQLite's own automatic checkpoint never waits for readers, so a steady stream of them
+        # lets the log grow for ever; and it hides errors. `_checkpoint` does neither.
+        self._wal_pages = 0
+        self._wal_step = max(1, wal_bytes_max // _PAGE_BYTES // 8)
+        self._checkpoint_at = self._wal_step
+        self._db.set_wal_hook(self._note_wal_pages)
+        try:
+            migrate(self._db)
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    def reader(self) -> SqliteTaskReader:
+        """Return a reader with a connection of its own."""
+        return SqliteTaskReader(self.path)
+
+    # -- transactions ---------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Open the one write transaction; see `TaskStore.transaction`."""
+        if self._writing:
+            raise RuntimeError("a transaction is open already")
+        if self._broken:
+            raise OSError(errno.EIO, f"{self.path}: an fsync failed; this process must exit")
+        self._run("BEGIN IMMEDIATE")
+        self._writing = True
+        try:
+            if self._run("PRAGMA data_version") != self._data_version:
+                self._load()
+            yield
+            self._flush()
+            self._run("COMMIT")
+        except BaseException as error:
+            self._roll_back(error)
+            raise
+        finally:
+            self._writing = False
+        self._checkpoint()
+
+    def _roll_back(self, cause: BaseException) -> None:
+        self._broken = isinstance(cause, _SyncFailed)
+        try:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._load()
+        except (apsw.Error, StoreUnavailable) as error:
+            # What is in memory no longer tells what is stored.
+            self._broken = True
+            raise OSError(errno.EIO, f"{self.path}: rollback failed: {error}") from cause
+
+    def _load(self) -> None:
+        """Read what is kept in memory; forget what an unfinished transaction had added."""
+        self._data_version = self._run("PRAGMA data_version")
+        self._numbers: dict[str, int] = {
+            name: value for name, value in self._run("SELECT name, value FROM number")
+        }
+        self._lanes: dict[LaneKey, _Lane] = {}
+        self._lane_by_id: dict[int, _Lane] = {}
+        for id_, queue, task_type, needs, ready in self._run(
+            "SELECT id, queue, task_type, needs, ready FROM lane"
+        ):
+            key = LaneKey(queue, task_type, codec.needs_from_json(needs))
+            self._lanes[key] = self._lane_by_id[id_] = _Lane(id_, ready)
+        self._known: OrderedDict[int, _Known] = OrderedDict()
+        self._seq_of: dict[str, int] = {}
+        self._changed_numbers: set[str] = set()
+        self._changed_lanes: set[int] = set()
+        self._depth: Tally[tuple[str, str]] = Tally()
+        self._counts: Tally[Counter] = Tally()
+
+    def _flush(self) -> None:
+        """Write what was kept in memory until now, once for the whole transaction."""
+        if self._changed_numbers:
+            self._many(
+                "UPDATE number SET value = ? WHERE name = ?",
+                [(self._numbers[name], name) for name in self._changed_numbers],
+            )
+            self._changed_numbers.clear()
+        if self._changed_lanes:
+            changed = [self._lane_by_id[id_] for id_ in self._changed_lanes]
+            self._many(
+                "UPDATE lane SET ready = ? WHERE id = ?",
+                [(lane.ready, lane.id) for lane in changed],
+            )
+            self._changed_lanes.clear()
+        if self._depth:
+            self._many(
+                "INSERT INTO depth VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET tasks = tasks + excluded.tasks",
+                [(*key, delta) for key, delta in self._depth.items() if delta],
+            )
+            self._depth.clear()
+        if self._counts:
+            self._many(
+                "INSERT INTO counter VALUES (?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET value = value + excluded.value",
+                [(*counter, delta) for counter, delta in self._counts.items()],
+            )
+            self._counts.clear()
+
+    def _note_wal_pages(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
+
+    def _checkpoint(self) -> None:
+        """Carry the log into the database, now and then, so that it stays within its bound.
+
+        A full disk or a busy reader only postpones it: the transaction is durable already.
+        """
+        if self._wal_pages < self._wal_step:
+            self._checkpoint_at = self._wal_step  # The log has started again.
+        if self._wal_pages < self._checkpoint_at:
+            return
+        # Past three quarters the readers of old pages are waited for, and the log starts again.
+        wait = self._wal_pages >= 6 * self._wal_step
+        mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
+        self._checkpoint_at = self._wal_pages + self._wal_step
+        try:
+            self._db.wal_checkpoint(mode=mode)
+        except apsw.Error as error:
+            failure = _translated(error)
+            if not isinstance(failure, StoreUnavailable):
+                self._broken = True
+                raise failure from error
+
+    def _must_write(self) -> None:
+        if not self._writing:
+            raise RuntimeError("a store is written inside a transaction only")
+
+    def _next(self, sequence: str) -> int:
+        self._add(sequence, 1)
+        return self._numbers[sequence]
+
+    def _add(self, number: str, delta: int) -> None:
+        self._numbers[number] += delta
+        self._changed_numbers.add(number)
+
+    # -- identity -------------------------------------------------------------------------------
+
+    def generation(self) -> int:
+        """Return the first half of every fencing token."""
+        return self._numbers["generation"]
+
+    def raise_generation(self) -> int:
+        """Raise the generation by one and return it."""
+        self._must_write()
+        return self._next("generation")
+
+    def last_seq(self) -> int:
+        """Return the highest accept sequence ever used, 0 when none."""
+        return self._numbers["last_seq"]
+
+    # -- tasks ----------------------------------------------------------------------------------
+
+    def insert(self, tasks: Sequence[Task]) -> set[str]:
+        """Add new tasks and return the ids really added.
+
+        Raises:
+            ValueError: an accept sequence belongs to another task.
+        """
+        self._must_write()
+        indexed = [
+            rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
+            for task in tasks
+        ]
+        values = [
+            (*rows.spec_values(task), *rows.plain_values(task), *placed)
+            for task, placed in zip(tasks, indexed, strict=True)
+        ]
+        fresh = {seq for (seq,) in self._many(rows.INSERT_TASK, values)}
+        added: set[str] = set()
+        ended: list[Task] = []
+        specs: list[Row] = []
+        for task, placed in zip(tasks, indexed, strict=True):
+            if task.seq not in fresh or task.id in added:
+                continue
+            added.add(task.id)
+            specs.append((task.seq, codec.pack_spec(task.spec)))
+            self._depth[task.spec.queue, task.state.value] += 1
+            self._add_ready(placed[rows.READY_LANE], 1)
+            if task.terminal:
+                ended.append(task)
+            else:
+                self._add("open_tasks", 1)
+                self._add("open_bytes", task.spec.bytes_stored)
+                self._remember(task, placed)
+        self._many("INSERT INTO task_spec VALUES (?, ?)", specs)
+        self._many(
+            "UPDATE task SET end_no = ? WHERE seq = ?",
+            [(self._next("last_end"), seq) for seq in sorted(task.seq for task in ended)],
+        )
+        if fresh and max(fresh) > self._numbers["last_seq"]:
+            self._add("last_seq", max(fresh) - self._numbers["last_seq"])
+        return added
+
+    def get(self, ids: Iterable[str]) -> dict[str, Task]:
+        """Return the tasks that exist among ``ids``."""
+        found: dict[str, Task] = {}
+        unknown: list[str] = []
+        for id_ in ids:
+            seq = self._seq_of.get(id_)
+            if seq is None:
+                unknown.append(id_)
+            else:
+                found[id_] = self._known[seq].task
+        if unknown:
+            for row in self._run(_BY_ID, (codec.to_json(unknown),)):
+                known = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
+                found[known.task.id] = known.task
+        return found
+
+    def save(self, tasks: Sequence[Task]) -> None:
+        """Replace stored tasks; each must carry the stored version plus one, and appear once.
+
+        Nothing is written unless all may be.
+
+        Raises:
+            VersionConflict: a stored task is at another version, or there is none.
+        """
+        self._must_write()
+        stored = self._by_seq([task.seq for task in tasks])
+        before: list[Row] = []
+        for task in tasks:
+            old = stored.pop(task.seq, None)
+            if old is None or (old.task.id, old.task.version) != (task.id, task.version - 1):
+                raise VersionConflict(task.id, task.version - 1)
+            before.append(old.indexed)
+        updates: dict[tuple[int, ...], list[Row]] = {}
+        for task, was in zip(tasks, before, strict=True):
+            now = self._moved(task, was)
+            changed = tuple([i for i, value in enumerate(now) if value != was[i]])
+            updates.setdefault(changed, []).append(
+                (
+                    *rows.plain_values(task),
+                    *[now[i] for i in changed],
+                    task.seq,
+                    task.version - 1,
+                )
+            )
+            self._remember(task, now)
+        changes = self._db.total_changes()
+        for changed, values in updates.items():
+            self._many(_update_sql(changed), values)
+        if self._db.total_changes() - changes != len(tasks):
+            raise AssertionError("a task changed between the check of its version and its update")
+
+    def _moved(self, task: Task, was: Row) -> Row:
+        """Count a task out of where it stood and into where it stands; return its index values."""
+        end_no: int | None = was[rows.END_NO]
+        ended_before = end_no is not None
+        if not task.terminal:
+            end_no = None
+        elif end_no is None:
+            end_no = self._next("last_end")
+        if ended_before != (end_no is not None):
+            self._add("open_tasks", 1 if ended_before else -1)
+            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
+        now = rows.indexed_values(
+            task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
+        )
+        if now[rows.STATE] != was[rows.STATE]:
+            self._depth[task.spec.queue, was[rows.STATE]] -= 1
+            self._depth[task.spec.queue, now[rows.STATE]] += 1
+        if now[rows.READY_LANE] != was[rows.READY_LANE]:
+            self._add_ready(was[rows.READY_LANE], -1)
+            self._add_ready(now[rows.READY_LANE], 1)
+        return now
+
+    def _lane_of(self, task: Task) -> int | None:
+        """Return the lane's number if the task is ready, creating the lane if it is new."""
+        if not task.ready:
+            return None
+        key = LaneKey(task.spec.queue, task.spec.task_type, task.needs)
+        lane = self._lanes.get(key)
+        if lane is None:
+            ((id_,),) = self._run(
+                "INSERT INTO lane (queue, task_type, needs) VALUES (?, ?, ?) RETURNING id",
+                (key.queue, key.task_type, codec.needs_to_json(key.needs)),
+            )
+            lane = self._lanes[key] = self._lane_by_id[id_] = _Lane(id_, 0)
+        return lane.id
+
+    def _add_ready(self, lane_id: int | None, delta: int) -> None:
+        if lane_id is not None:
+            self._lane_by_id[lane_id].ready += delta
+            self._changed_lanes.add(lane_id)
+
+    # -- the cache ------------------------------------------------------------------------------
+
+    def _remember(self, task: Task, indexed: Row) -> _Known:
+        """Keep what the open transaction sees of a task that may be asked for again soon."""
+        known = _Known(task, indexed)
+        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        if keep:
+            self._known[task.seq] = known
+            self._seq_of[task.id] = task.seq
+            if len(self._known) > _KNOWN_MAX:
+                _seq, oldest = self._known.popitem(last=False)
+                del self._seq_of[oldest.task.id]
+        else:
+            self._forget(task.seq)
+        return known
+
+    def _forget(self, seq: int) -> None:
+        known = self._known.pop(seq, None)
+        if known is not None:
+            del self._seq_of[known.task.id]
+
+    def _by_seq(self, seqs: Sequence[int]) -> dict[int, _Known]:
+        """Return what stands at these accept sequences, in the order asked for."""
+        # Taken before anything is read: what is read may push these out.
+        found = {seq: self._known[seq] for seq in seqs if seq in self._known}
+        unknown = [seq for seq in seqs if seq not in found]
+        if unknown:
+            for row in self._run(_BY_SEQ, (codec.to_json(unknown),)):
+                found[row[0]] = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
+        return {seq: found[seq] for seq in seqs if seq in found}
+
+    def _found(self, sql: str, values: Sequence[Any] = ()) -> list[Task]:
+        """Return the tasks whose accept sequences a statement finds, in its order."""
+        seqs = [seq for (seq,) in self._run(sql, values)]
+        return [known.task for known in self._by_seq(seqs).values()]
+
+    def claim_keys(self, claims: Sequence[KeyClaim]) -> dict[tuple[str, str], KeyClaim]:
+        """Bind free idempotency keys; return who holds each ``(principal, key)`` afterwards."""
+        self._must_write()
+        self._many(
+            "INSERT INTO idempotency_key VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", claims
+        )
+        return self.keys_held((claim.principal, claim.key) for claim in claims)
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
+        holders = self._many(
+            "SELECT principal, key, task_id, fingerprint, at FROM idempotency_key "
+            "WHERE principal = ? AND key = ?",
+            keys,
+        )
+        return {(row[0], row[1]): KeyClaim(*row) for row in holders}
+
+    def append_facts(self, facts: Sequence[Fact]) -> int:
+        """Add lines of history and return the number of the last one (0 if there never was one)."""
+        self._must_write()
+        self._many(
+            "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    self._next("last_fact"),
+                    fact.task_id,
+                    fact.kind,
+                    fact.at,
+                    fact.state,
+                    *(fact.token or (None, None)),
+                    fact.worker,
+                    fact.detail,
+                )
+                for fact in facts
+            ],
+        )
+        return self._numbers["last_fact"]
+
+    def save_attempts(self, attempts: Sequence[Attempt]) -> None:
+        """Insert or replace attempts by ``(task_id, token)``."""
+        self._must_write()
+        self._many(
+            "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    attempt.task_id,
+                    *attempt.token,
+                    attempt.worker,
+                    attempt.node_id,
+                    attempt.started_at,
+                    attempt.ended_at,
+                    attempt.outcome,
+                    codec.pack_error(attempt.error),
+                )
+                for attempt in attempts
+            ],
+        )
+
+    # -- what the scheduler reads -----------------------------------------------------------------
+
+    def ready_lanes(self) -> dict[LaneKey, int]:
+        """Return how many tasks stand in the dispatch index, by lane. Empty lanes are left out."""
+        return {key: lane.ready for key, lane in self._lanes.items() if lane.ready}
+
+    def heads(self, lane: LaneKey, limit: int) -> list[Task]:
+        """Return the first ``limit`` ready tasks of a lane by ``(dispatch_key, seq)``."""
+        known = self._lanes.get(lane)
+        if known is None or not known.ready:
+            return []
+        return self._found(_HEADS, (known.id, limit))
+
+    def leased(self) -> list[Task]:
+        """Return every task that holds a lease, in accept order."""
+        return sorted(self._found(_LEASED), key=lambda task: task.seq)
+
+    def due(self, now: float, limit: int) -> list[Task]:
+        """Return tasks whose ``wake_at`` is at or before ``now``, earliest first."""
+        return self._found(_DUE, (now, limit))
+
+    def next_wake(self) -> float | None:
+        """Return the earliest ``wake_at`` of all tasks, or ``None``."""
+        found = self._run(_NEXT_WAKE)
+        return found[0][0] if found else None
+
+    def size(self) -> QueueSize:
+        """Return count and bytes of all tasks that have not ended."""
+        return QueueSize(tasks=self._numbers["open_tasks"], bytes=self._numbers["open_bytes"])
+
+    # -- keys and dependencies --------------------------------------------------------------------
+
+    def ordering_out(self, key: str) -> Task | None:
+        """Return the not yet ended task with this ordering key that is not held for it, if any."""
+        found = self._found(_ORDERING_OUT, (key,))
+        return found[0] if found else None
+
+    def ordering_line(self, key: str, limit: int) -> list[Task]:
+        """Return the not yet ended tasks with this ordering key, in accept order."""
+        return self._found(_ORDERING_LINE, (key, limit))
+
+    def concurrency_keys_held(self, limit: int) -> list[str]:
+        """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
+        found: list[str] = []
+        last = ""
+        while len(found) < limit:  # Leaps from key to key along the index: flat cost per key.
+            row = self._run(
+                "SELECT held_key FROM task WHERE held_key > ? ORDER BY held_key LIMIT 1", (last,)
+            )
+            if not row:
+                break
+            last = row[0][0]
+            found.append(last)
+        return found
+
+    def held_by_concurrency(self, key: str, limit: int) -> list[Task]:
+        """Return tasks held for this concurrency key by ``(dispatch_key, seq)``."""
+        return self._found(_HELD, (key, limit))
+
+    def add_dependencies(self, child_id: str, parent_ids: Sequence[str]) -> None:
+        """Note that ``child_id``, which is stored already, waits for each parent.
+
+        Raises:
+            NotFound: the child is not stored.
+        """
+        self._must_write()
+        child = self._run("SELECT seq FROM task WHERE id = ?", (child_id,))
+        if not child:
+            raise NotFound("task", child_id)
+        self._many(
+            "INSERT INTO dependency VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            [(parent_id, child[0][0], child_id) for parent_id in parent_ids],
+        )
+
+    def task_states(self, ids: Iterable[str]) -> dict[str, TaskState]:
+        """Return the states of those of ``ids`` that exist."""
+        found = self._run(
+            "SELECT t.id, t.state FROM json_each(?) AS j CROSS JOIN task AS t ON t.id = j.value",
+            (codec.to_json(ids),),
+        )
+        return {id_: TaskState(state) for id_, state in found}
+
+    def dependents(self, parent_id: str, limit: int) -> list[str]:
+        """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
+        return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
+
+    def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
+        """Forget that these children wait for ``parent_id``."""
+        self._must_write()
+        # By number, the second half of the key: otherwise each chunk would read all that are left.
+        self._many(
+            "DELETE FROM dependency "
+            "WHERE parent_id = ? AND child_seq = (SELECT seq FROM task WHERE id = ?)",
+            [(parent_id, child_id) for child_id in child_ids],
+        )
+
+    def push_settlements(self, items: Sequence[tuple[str, bool]]) -> None:
+        """Add durable `Settlement` orders for ``(task_id, completed)``."""
+        self._must_write()
+        self._many(
+            "INSERT INTO settlement VALUES (?, ?, ?)",
+            [(self._next("last_settlement"), task_id, done) for task_id, done in items],
+        )
+
+    def settlements(self, limit: int) -> list[Settlement]:
+        """Return the oldest settlement orders not carried out yet."""
+        found = self._run(
+            "SELECT number, task_id, completed FROM settlement ORDER BY number LIMIT ?", (limit,)
+        )
+        return [Settlement(number, task_id, bool(done)) for number, task_id, done in found]
+
+    def drop_settlement(self, number: int) -> None:
+        """Forget a settlement order that has been carried out."""
+        self._must_write()
+        self._run("DELETE FROM settlement WHERE number = ?", (number,))
+
+    # -- small tables -----------------------------------------------------------------------------
+
+    def save_worker(self, record: WorkerRecord) -> None:
+        """Insert or replace a worker by name."""
+        self._must_write()
+        body = codec.pack_worker(record)
+        self._run("INSERT OR REPLACE INTO worker VALUES (?, ?)", (record.name, body))
+
+    def forget_worker(self, name: str) -> None:
+        """Remove a worker that left for good."""
+        self._must_write()
+        self._run("DELETE FROM worker WHERE name = ?", (name,))
+
+    def set_paused(self, queue: str, paused: bool) -> None:
+        """Pause a queue, or resume it."""
+        self._must_write()
+        if paused:
+            self._run("INSERT INTO paused_queue VALUES (?) ON CONFLICT DO NOTHING", (queue,))
+        else:
+            self._run("DELETE FROM paused_queue WHERE queue = ?", (queue,))
+
+    def bump(self, deltas: Mapping[Counter, int]) -> None:
+        """Add to counters."""
+        self._must_write()
+        self._counts.update(deltas)
+
+    def append_audit(self, entries: Sequence[AuditEntry]) -> None:
+        """Add audit lines."""
+        self._must_write()
+        self._many(
+            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    self._next("last_audit"),
+                    entry.at,
+                    entry.principal,
+                    entry.action,
+                    entry.target,
+                    entry.outcome,
+                    entry.detail,
+                )
+                for entry in entries
+            ],
+        )
+
+    def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
+        """Delete up to ``limit`` old tasks, and up to ``limit`` keys; see `TaskStore.prune`."""
+        self._must_write()
+        gone = self._run(_PRUNABLE, (ended_before, limit))
+        by_seq = [(row[0],) for row in gone]
+        by_id = [(row[1],) for row in gone]
+        self._many("DELETE FROM task WHERE seq = ?", by_seq)
+        self._many("DELETE FROM task_spec WHERE seq = ?", by_seq)
+        self._many("DELETE FROM dependency WHERE child_seq = ?", by_seq)
+        self._many("DELETE FROM attempt WHERE task_id = ?", by_id)
+        self._many("DELETE FROM fact WHERE task_id = ?", by_id)
+        for seq, _id, queue, state in gone:
+            self._forget(seq)
+            self._depth[queue, state] -= 1
+        # Passes over old keys of tasks that still live: few, as keys outlive ended tasks by days.
+        self._run(
+            "DELETE FROM idempotency_key WHERE (principal, key) IN ("
+            "SELECT principal, key FROM idempotency_key AS k WHERE at < ? "
+            "AND NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) ORDER BY at LIMIT ?)",
+            (keys_before, limit),
+        )
+        self._drop_empty_lanes()
+        return len(gone)
+
+    def _drop_empty_lanes(self) -> None:
+        """Forget lanes without a ready task: no row names them, and needs are of many kinds."""
+        empty = [(key, lane.id) for key, lane in self._lanes.items() if not lane.ready]
+        self._many("DELETE FROM lane WHERE id = ?", [(id_,) for _key, id_ in empty])
+        for key, id_ in empty:
+            del self._lanes[key], self._lane_by_id[id_]
+            self._changed_lanes.discard(id_)
+
+
+class SqliteTaskReader(_Connection):
+    """Reads of a SQLite file that somebody else writes. Implements `TaskReader`.
+
+    Every method is one statement, hence one short read transaction that sees one commit.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, library_version: str | None = None) -> None:
+        """Open the file read-only.
+
+        Raises:
+            StoreTooOld: the SQLite library is older than the WAL-reset fix.
+            SchemaTooNew: a newer hcna-ray wrote the file.
+            StoreUnavailable: there is no store there yet.
+        """
+        require_library(library_version)
+        missing = StoreUnavailable(f"there is no task store at {path} yet: start it with hcna up")
+        try:
+            db = apsw.Connection(
+                f"file:{quote(os.fspath(path))}?mode=ro",
+                flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
+                statementcachesize=256,
+            )
+        except apsw.CantOpenError as error:
+            raise missing from error
+        try:
+            super().__init__(db, cache_bytes=16 * 1024 * 1024)
+            self._run("PRAGMA query_only = ON")
+            if not check_schema(db):
+                raise missing
+        except apsw.Error as error:
+            db.close()
+            raise _translated(error) from error
+        except BaseException:
+            db.close()
+            raise
+
+    def get(self, ids: Iterable[str]) -> dict[str, Task]:
+        """Return the tasks that exist among ``ids``."""
+        found = map(rows.task_from_row, self._run(_BY_ID, (codec.to_json(ids),)))
+        return {task.id: task for task in found}
+
+    def attempts(self, task_id: str) -> list[Attempt]:
+        """Return the attempts of a task, oldest first."""
+        found = self._run(
+            "SELECT task_id, generation, attempt, worker, node_id, started_at, ended_at, outcome, "
+            "error FROM attempt WHERE task_id = ? ORDER BY generation, attempt",
+            (task_id,),
+        )
+        return [
+            Attempt(
+                task_id=row[0],
+                token=Token(row[1], row[2]),
+                worker=row[3],
+                node_id=row[4],
+                started_at=row[5],
+                ended_at=row[6],
+                outcome=None if row[7] is None else Outcome(row[7]),
+                error=codec.unpack_error(row[8]),
+            )
+            for row in found
+        ]
+
+    def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Task]:
+        """Return tasks that fit, newest first, with ``seq < before_seq`` (a keyset page).
+
+        One filter alone is read off its index. Of several, the first of ids, batch, worker, states
+        (with kind), type and queue picks the index and the others are compared row by row, as
+        ``principal`` and ``since`` always are: such a combination, when few tasks fit it, reads
+        everything its index holds.
+        """
+        if where.kind is not None and where.states and TaskState.FAILED not in where.states:
+            return []
+        found = self._run(*page_query(where, before_seq=before_seq, limit=limit))
+        return [rows.task_from_row(row) for row in sorted(found, key=_first, reverse=True)]
+
+    def ended(
+        self, *, ids: Sequence[str] = (), batch_id: str | None = None, after: int = 0, limit: int
+    ) -> list[tuple[int, Task]]:
+        """Return ended tasks of a batch, or else among ``ids``, with a higher end number."""
+        if batch_id is not None:
+            found = self._run(_ENDED_OF_BATCH, (batch_id, after, limit))
+        else:
+            found = self._run(_ENDED_OF_IDS, (codec.to_json(ids), after, limit))
+        return [(row[0], rows.task_from_row(row[1:])) for row in sorted(found, key=_first)]
+
+    def open_count(self, *, ids: Sequence[str] = (), batch_id: str | None = None) -> int:
+        """Return how many of a batch, or else among ``ids``, exist and have not ended."""
+        if batch_id is not None:
+            ((count,),) = self._run(_OPEN_OF_BATCH, (batch_id, batch_id))
+        else:
+            ((count,),) = self._run(_OPEN_OF_IDS, (codec.to_json(ids),))
+        return int(count)
+
+    def batch_exists(self, batch_id: str) -> bool:
+        """Return whether any task carries this batch id."""
+        return bool(self._run("SELECT 1 FROM task WHERE batch_id = ? LIMIT 1", (batch_id,)))
+
+    def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
+        """Return history with numbers above ``after``, oldest first."""
+        sql, values = (
+            (_FACTS, (after, limit))
+            if task_id is None
+            else (_FACTS_OF_TASK, (task_id, after, limit))
+        )
+        return [
+            StoredFact(
+                row[0],
+                Fact(
+                    task_id=row[1],
+                    kind=row[2],
+                    at=row[3],
+                    state=TaskState(row[4]),
+                    token=None if row[5] is None else Token(row[5], row[6]),
+                    worker=row[7],
+                    detail=row[8],
+                ),
+            )
+            for row in self._run(sql, values)
+        ]
+
+    def last_fact(self) -> int:
+        """Return the number of the newest line of history, 0 when there is none."""
+        found = self._run("SELECT value FROM number WHERE name = 'last_fact'")
+        return int(found[0][0])
+
+    def counters(self) -> dict[Counter, int]:
+        """Return every counter."""
+        found = self._run("SELECT name, task_type, label, value FROM counter")
+        return {Counter(*row[:3]): row[3] for row in found}
+
+    def depth(self) -> dict[tuple[str, TaskState], int]:
+        """Return how many tasks stand in each ``(queue, state)``; none is left out."""
+        found = self._run("SELECT queue, state, tasks FROM depth WHERE tasks > 0")
+        return {(queue, TaskState(state)): tasks for queue, state, tasks in found}
+
+    def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
+        """Return audit lines with numbers below ``before``, newest first."""
+        found = self._run(_AUDIT, (_SEQ_MAX if before is None else before, limit))
+        return [
+            StoredAudit(
+                row[0],
+                AuditEntry(
+                    at=row[1],
+                    principal=row[2],
+                    action=row[3],
+                    target=row[4],
+                    outcome=row[5],
+                    detail=row[6],
+                ),
+            )
+            for row in found
+        ]
+
+
+_BY_SEQ = (
+    f"SELECT {rows.COLUMNS} FROM json_each(?) AS j CROSS JOIN task AS t ON t.seq = j.value "
+    "CROSS JOIN task_spec AS s ON s.seq = t.seq"
+)
+_BY_ID = (
+    f"SELECT {rows.COLUMNS} FROM json_each(?) AS j CROSS JOIN task AS t ON t.id = j.value "
+    "CROSS JOIN task_spec AS s ON s.seq = t.seq"
+)
+# What the scheduler looks for is found in indexes alone, as row numbers.
+_HEADS = "SELECT seq FROM task WHERE ready_lane = ? ORDER BY dispatch_key, seq LIMIT ?"
+_LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
+_DUE = "SELECT seq FROM task WHERE wake_at <= ? ORDER BY wake_at, seq LIMIT ?"
+_NEXT_WAKE = "SELECT wake_at FROM task WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
+_ORDERING_OUT = (
+    "SELECT seq FROM task WHERE ordering_key = ? AND end_no IS NULL AND hold & 1 = 0 LIMIT 1"
+)
+_ORDERING_LINE = (
+    "SELECT seq FROM task WHERE ordering_key = ? AND end_no IS NULL ORDER BY seq LIMIT ?"
+)
+_HELD = "SELECT seq FROM task WHERE held_key = ? ORDER BY dispatch_key, seq LIMIT ?"
+_DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = ? ORDER BY child_seq LIMIT ?"
+_PRUNABLE = (
+    "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
+    "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "
+    "ORDER BY finished_at, seq LIMIT ?"
+)
+# The rows are picked by number first: a sort must not carry payloads around.
+_ENDED = (
+    f"SELECT p.end_no, {rows.COLUMNS} FROM ({{}}) AS p CROSS JOIN task AS t ON t.seq = p.seq "
+    "CROSS JOIN task_spec AS s ON s.seq = p.seq"
+)
+_ENDED_OF_BATCH = _ENDED.format(
+    "SELECT seq, end_no FROM task WHERE batch_id = ? AND end_no > ? ORDER BY end_no LIMIT ?"
+)
+_ENDED_OF_IDS = _ENDED.format(
+    "SELECT seq, end_no FROM task WHERE id IN (SELECT value FROM json_each(?)) AND +end_no > ? "
+    "ORDER BY end_no LIMIT ?"
+)
+# Both counts are read off covering indexes.
+_OPEN_OF_BATCH = (
+    "SELECT (SELECT count(*) FROM task WHERE batch_id = ?) - "
+    "(SELECT count(*) FROM task WHERE batch_id = ? AND end_no > 0)"
+)
+_OPEN_OF_IDS = (
+    "SELECT count(*) FROM task WHERE id IN (SELECT value FROM json_each(?)) AND +end_no IS NULL"
+)
+_FACT = "SELECT number, task_id, kind, at, state, generation, attempt, worker, detail FROM fact"
+_FACTS = f"{_FACT} WHERE number > ? ORDER BY number LIMIT ?"
+_FACTS_OF_TASK = f"{_FACT} WHERE task_id = ? AND number > ? ORDER BY number LIMIT ?"
+_AUDIT = (
+    "SELECT number, at, principal, action, target, outcome, detail FROM audit "
+    "WHERE number < ? ORDER BY number DESC LIMIT ?"
+)
+
+
+def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tuple[str, list[Any]]:
+    """Return the statement that finds a listing page, and its values. Rows come in any order."""
+    driving: list[tuple[str, Any]] = []
+    if where.ids:
+        driving.append(("id IN (SELECT value FROM json_each(?))", codec.to_json(where.ids)))
+    if where.batch_id is not None:
+        driving.append(("batch_id = ?", where.batch_id))
+    if where.worker is not None:
+        driving.append(("worker = ?", where.worker))
+    compared: list[tuple[str, Any]] = [
+        (f"{column} = ?", value)
+        for column, value in (
+            ("task_type", where.task_type),
+            ("queue", where.queue),
+            ("principal", where.principal),
+            ("kind", where.kind),
+        )
+        if value is not None
+    ]
+    if where.since is not None:
+        compared.append(("accepted_at >= ?", where.since))
+    states = {state.value for state in where.states}
+    if where.kind is not None:
+        # Only a failed task has a kind; and so the index of states is of use.
+        states = {TaskState.FAILED.value}
+    ranges: list[list[tuple[str, Any]]]
+    if not states:
+        ranges = [[*driving, *compared]]
+    elif driving:
+        among = ("state IN (SELECT value FROM json_each(?))", codec.to_json(states))
+        ranges = [[*driving, among, *compared]]
+    else:
+        # One range of the index for each state, merged: an IN would sort all that fit.
+        ranges = [[("state = ?", state), *compared] for state in sorted(states)]
+    picks, values = [], []
+    for conditions in ranges:
+        # A plus takes a column out of the choice of an index: only the first may drive.
+        texts = [f"+{text}" if i else text for i, (text, _value) in enumerate(conditions)]
+        picks.append(
+            f"SELECT seq FROM task WHERE {' AND '.join([*texts, 'seq < ?'])} "
+            "ORDER BY seq DESC LIMIT ?"
+        )
+        values += [value for _text, value in conditions]
+        values += [_SEQ_MAX if before_seq is None else before_seq, limit]
+    picked = picks[0]
+    if len(picks) > 1:
+        union = " UNION ALL ".join(f"SELECT seq FROM ({pick})" for pick in picks)
+        picked = f"{union} ORDER BY seq DESC LIMIT ?"
+        values.append(limit)
+    return f"{rows.TASK} WHERE t.seq IN ({picked})", values
+
+
+@cache  # At most one for each subset of the indexed columns.
+def _update_sql(changed: tuple[int, ...]) -> str:
+    return rows.update_sql(tuple(rows.INDEXED[i] for i in changed))
+
+
+def _first(row: Row) -> Any:
+    return row[0]
+
+
+def _translated(error: apsw.Error) -> Exception:
+    """Return what the contract says for an error of SQLite; unexpected ones stay as they are."""
+    if isinstance(error, apsw.IOError) and _extended(error) in _FSYNC_FAILED:
+        return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
+    if isinstance(error, _REFUSED):
+        return StoreUnavailable(f"the task store cannot be used now: {error}", 5)
+    if isinstance(error, apsw.ConstraintError):
+        return ValueError(str(error))
+    return error
+
+
+def _extended(error: apsw.Error) -> int:
+    # Set by apsw on every error that SQLite reported; missing from its type stubs.
+    return int(getattr(error, "extendedresult", 0))

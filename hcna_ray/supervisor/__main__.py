@@ -1,0 +1,47 @@
+"""``python -m hcna_ray.supervisor``: the daemon, in the foreground, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from hcna_ray.config import load_settings
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.supervisor.daemon import (
+    EXIT_ALREADY_RUNNING,
+    EXIT_FAILED,
+    AlreadyRunning,
+    Supervisor,
+)
+from hcna_ray.supervisor.logs import open_log
+
+
+def main() -> int:
+    """Run the daemon; 0 after an orderly stop."""
+    try:
+        settings = load_settings()
+    except HcnaError as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
+    log = open_log(settings)
+    supervisor = Supervisor(settings=settings, log=log)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: supervisor.stop_soon())
+    try:
+        supervisor.run()
+    except AlreadyRunning as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_ALREADY_RUNNING
+    except HcnaError as error:
+        log.error(str(error), extra={"action": "supervisor.failed", "code": error.code})
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED
+    except Exception:
+        log.exception("supervisor ended by an error", extra={"action": "supervisor.failed"})
+        raise
+    log.info("supervisor ended", extra={"action": "supervisor.stopped"})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

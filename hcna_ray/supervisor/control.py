@@ -1,0 +1,306 @@
+"""What the command line calls: bring the cluster up, take it down, say how it is.
+
+All three may be called at any time, twice, and after any process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hcna_ray.config import ConfigError, Settings, load_settings
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.keys import ensure_owner_key, make_private_dir
+from hcna_ray.supervisor import probe
+from hcna_ray.supervisor.daemon import EXIT_ALREADY_RUNNING
+from hcna_ray.supervisor.ports import marker_of, process_environment, taken_ports
+from hcna_ray.supervisor.processes import describe, reap, scan, send, stop, wait_gone
+from hcna_ray.supervisor.state import (
+    ClusterInfo,
+    RunLock,
+    read_cluster,
+    read_state,
+    read_supervisor,
+    recorded_process,
+    remove_run_files,
+    write_settings,
+)
+
+_POLL_S = 0.1
+
+
+class StartFailed(HcnaError):
+    """The cluster did not come up. The text says what went wrong last and where to look."""
+
+    code = "start_failed"
+
+
+class StopFailed(HcnaError):
+    """Something could not be stopped. The text names it."""
+
+    code = "stop_failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberStatus:
+    """One process below the supervisor."""
+
+    name: str
+    pid: int | None
+    up: bool
+    port: int
+    restarts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterStatus:
+    """How the instance is. ``state`` is ``up``, ``starting``, ``unsupervised`` or ``down``.
+
+    ``unsupervised``: its processes run, but the supervisor is gone; `up` adopts them.
+    """
+
+    state: str
+    supervisor_pid: int | None
+    ready: bool
+    worker_nodes: int
+    members: tuple[MemberStatus, ...]
+    info: ClusterInfo | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownReport:
+    """What `down` found and did. ``left`` and ``ports_open`` are empty when all went well."""
+
+    was_running: bool
+    #: Processes ended in the sweep after the supervisor had gone (pid and command).
+    swept: tuple[str, ...]
+    left: tuple[str, ...]
+    ports_open: tuple[int, ...]
+    took_s: float
+
+
+def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> ClusterInfo:
+    """Start the cluster, or find it running, and wait until C1 is ready and the worker online.
+
+    Args:
+        settings: What to start. If an instance of this home runs, its own settings stay in force.
+        wait_s: How long to wait; the supervisor goes on trying after that.
+        on_step: Told each step in a few words, as it happens.
+
+    Raises:
+        StartFailed: Not ready within ``wait_s``, or the supervisor gave up (ports in use, ...).
+    """
+    run_dir = settings.run_dir
+    make_private_dir(run_dir)
+    ensure_owner_key(settings.keys_dir, now=time.time())
+    steps = _Steps(settings.logs_dir / "supervisor.log")
+    daemon: int | None = None
+    deadline = time.monotonic() + wait_s
+    while True:
+        if daemon is None and RunLock(run_dir).is_free():
+            if not _has_members(run_dir):
+                write_settings(settings)
+            daemon = _start_daemon(settings)
+            on_step("starting the supervisor")
+        for step in steps.new():
+            on_step(step)
+        if (info := _running(settings)) is not None:
+            return info
+        if daemon is not None and (code := reap(daemon)) is not None:
+            daemon = None
+            if code != EXIT_ALREADY_RUNNING:
+                raise StartFailed(_last_words(settings, f"the supervisor ended with code {code}"))
+        if time.monotonic() >= deadline:
+            raise StartFailed(_last_words(settings, f"not ready after {wait_s:g} s"))
+        time.sleep(_POLL_S)
+
+
+def down(settings: Settings, *, on_step: Callable[[str], None]) -> DownReport:
+    """Stop everything of this home, whoever started it, and leave no process, port or lock.
+
+    Raises:
+        StopFailed: A process or a listening port is left. The report's fields are in the text.
+    """
+    started = time.monotonic()
+    run_dir, marker = settings.run_dir, marker_of(settings)
+    in_force = _settings_in_force(settings)
+    supervisor = read_supervisor(run_dir)
+    was_running = supervisor is not None
+    steps = _Steps(settings.logs_dir / "supervisor.log")
+    if supervisor is not None:
+        on_step("stopping the supervisor")
+        send(supervisor, signal.SIGTERM)
+        deadline = time.monotonic() + 3 * settings.ray.stop_s + 10
+        while wait_gone([supervisor], timeout_s=_POLL_S) and time.monotonic() < deadline:
+            for step in steps.new():
+                on_step(step)
+        for step in steps.new():
+            on_step(step)
+        stop([supervisor], term_s=0)
+    lock = RunLock(run_dir)
+    if not lock.acquire():
+        raise StopFailed(f"another supervisor has just started for {settings.home}; try again")
+    try:
+        state = read_state(run_dir)
+        known = {recorded_process(state, name) for name in ("edge", "worker", "head")}
+        found = [*(process for process in known if process), *scan(marker)]
+        swept = tuple(describe(process) for process in dict.fromkeys(found))
+        if swept:
+            was_running = True
+            on_step(f"ending {len(swept)} processes that were left")
+            stop(dict.fromkeys(found), term_s=settings.ray.stop_s / 2)
+        left = tuple(describe(process) for process in scan(marker))
+        ports_open = tuple(sorted(taken_ports(in_force))) if was_running else ()
+        if not left:
+            remove_run_files(run_dir)
+    finally:
+        lock.release()
+    if left or ports_open:
+        raise StopFailed(
+            f"left after down: processes {', '.join(left) or 'none'}; "
+            f"ports {', '.join(map(str, ports_open)) or 'none'} (see: ss -ltnp)"
+        )
+    return DownReport(
+        was_running=was_running,
+        swept=swept,
+        left=left,
+        ports_open=ports_open,
+        took_s=time.monotonic() - started,
+    )
+
+
+def status(settings: Settings) -> ClusterStatus:
+    """Return how the instance of this home is, by looking (at most 4 s)."""
+    run_dir = settings.run_dir
+    supervisor = read_supervisor(run_dir)
+    state = read_state(run_dir)
+    members = tuple(
+        MemberStatus(
+            name=name,
+            pid=process.pid if (process := recorded_process(state, name)) else None,
+            up=bool(entry.get("up")) and process is not None,
+            port=int(entry.get("port", 0)),
+            restarts=int(entry.get("restarts", 0)),
+        )
+        for name, entry in state.get("members", {}).items()
+    )
+    alive = any(member.pid for member in members)
+    in_force = _settings_in_force(settings)
+    host, port = in_force.api_host, in_force.api_port
+    ready = alive and probe.is_ready(host, port)
+    workers = probe.online_workers(host, port) if ready else 0
+    if supervisor is None:
+        word = "unsupervised" if alive else "down"
+    else:
+        word = "up" if ready and workers else "starting"
+    return ClusterStatus(
+        state=word,
+        supervisor_pid=supervisor.pid if supervisor else None,
+        ready=ready,
+        worker_nodes=workers,
+        members=members,
+        info=read_cluster(run_dir) if supervisor or alive else None,
+    )
+
+
+def _has_members(run_dir: Path) -> bool:
+    """Whether members of an earlier supervisor run on: it was killed, they can be adopted."""
+    state = read_state(run_dir)
+    return any(recorded_process(state, name) for name in state.get("members", {}))
+
+
+def _running(settings: Settings) -> ClusterInfo | None:
+    """Return where the cluster is if it is up: supervised, C1 ready, a worker online."""
+    if read_supervisor(settings.run_dir) is None:
+        return None
+    info = read_cluster(settings.run_dir)
+    if info is None:
+        return None
+    in_force = _settings_in_force(settings)
+    host, port = in_force.api_host, in_force.api_port
+    if not probe.is_ready(host, port) or probe.online_workers(host, port) < 1:
+        return None
+    return info
+
+
+def _settings_in_force(settings: Settings) -> Settings:
+    """Return the settings the running instance was started with; else those given."""
+    path = settings.run_dir / "settings.yaml"
+    if not path.exists():
+        return settings
+    try:
+        return load_settings(home=settings.home, path=path, env={})
+    except ConfigError:
+        return settings  # Written by another version; what was given is the better guess.
+
+
+def _start_daemon(settings: Settings) -> int:
+    """Start the daemon in a session of its own; return its pid."""
+    make_private_dir(settings.logs_dir)
+    with (settings.logs_dir / "supervisor.out").open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "hcna_ray.supervisor"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=process_environment(settings, os.environ),
+            cwd=settings.home,
+            start_new_session=True,
+        )
+    child.returncode = 0  # It outlives us; `reap` collects it if it ends before that.
+    return child.pid
+
+
+def _last_words(settings: Settings, what: str) -> str:
+    """Return ``what`` with the last error that the supervisor logged, and where to read more."""
+    errors = [
+        line
+        for line in _Steps(settings.logs_dir / "supervisor.log", from_start=True).lines()
+        if line.get("level") in ("error", "critical")
+    ]
+    parts = [what]
+    if errors:
+        parts.append(str(errors[-1].get("message", "")))
+        output = str(errors[-1].get("output", "")).strip().splitlines()
+        if output:
+            parts.append(output[-1][:300])
+    return f"{': '.join(parts)} (more in {settings.logs_dir / 'supervisor.log'})"
+
+
+class _Steps:
+    """Reads what the supervisor logs from now on."""
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        self._path = path
+        size = path.stat().st_size if path.exists() else 0
+        self._offset = max(0, size - 65536) if from_start else size
+
+    def new(self) -> list[str]:
+        """Return the messages since the last call."""
+        return [str(line["message"]) for line in self.lines() if "message" in line]
+
+    def lines(self) -> Iterator[dict[str, object]]:
+        try:
+            with self._path.open("rb") as stream:
+                if self._path.stat().st_size < self._offset:
+                    self._offset = 0  # The file was rotated.
+                stream.seek(self._offset)
+                raw = stream.read()
+        except OSError:
+            return
+        whole, newline, _ = raw.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        for text in whole.splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                yield line

@@ -1,0 +1,546 @@
+"""The daemon: keeps M1, W1 and the control edge up, and sees to it that C1 is deployed.
+
+It owns the processes below it and decides nothing about tasks. Its loop is one thread: look, reap,
+start what is missing and due, check C1. If it is killed its members run on; the next daemon finds
+them by ``state.json`` and adopts them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+from hcna_ray.config import MIB, Settings
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.keys import (
+    ensure_owner_key,
+    ensure_ray_token,
+    make_private_dir,
+    write_private,
+)
+from hcna_ray.supervisor import probe
+from hcna_ray.supervisor.backoff import restart_delay_s
+from hcna_ray.supervisor.edge import edge_command, edge_config
+from hcna_ray.supervisor.ports import (
+    FILES_MAX,
+    accepts,
+    head_command,
+    is_free,
+    marker_of,
+    process_environment,
+    taken_ports,
+    worker_command,
+)
+from hcna_ray.supervisor.processes import (
+    ProcessRef,
+    become_subreaper,
+    describe,
+    identify,
+    is_alive,
+    reap,
+    scan,
+    send,
+    stop,
+)
+from hcna_ray.supervisor.state import (
+    RunLock,
+    read_state,
+    recorded_process,
+    remove_run_files,
+    write_cluster,
+    write_settings,
+    write_state,
+    write_supervisor,
+)
+
+BOOTSTRAP_MODULE = "hcna_ray.runtime.bootstrap"
+
+#: Exit codes of the daemon that `up` tells apart.
+EXIT_FAILED = 1
+EXIT_ALREADY_RUNNING = 3
+
+_TICK_S = 0.2
+#: A member that has run this long starts again with the shortest pause.
+_STABLE_S = 60.0
+#: After its start a member has this long until its port must accept connections.
+_START_S = 60.0
+#: How long ports may stay taken before that is said (again).
+_PORTS_S = 15.0
+#: Looks at a member's port, one each `ray.check_s`, that must fail before it is replaced.
+_DEAF_CHECKS = 2
+_BOOTSTRAP_S = 180.0
+#: /ready may fail this often in a row before C1 is deployed again: a moderator restarts in 2 s.
+_UNREADY_CHECKS = 2
+_OUTPUT_BYTES_MAX = 8 * MIB
+
+
+class AlreadyRunning(HcnaError):
+    """Another supervisor holds the lock of this home."""
+
+    code = "already_running"
+
+
+class PortsTaken(HcnaError):
+    """Ports of this instance are in use by processes that are not its own."""
+
+    code = "ports_taken"
+
+    def __init__(self, ports: dict[int, str]) -> None:
+        super().__init__(ports)
+        self.ports = ports
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{port} ({name})" for port, name in sorted(self.ports.items()))
+        first = min(self.ports)
+        return (
+            f"ports in use by other programs: {listed}; see who with: ss -ltnp 'sport = :{first}', "
+            "or move this instance with HCNA_PORTS__OFFSET=1000"
+        )
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One process that has to be up. ``port`` accepts connections when it works."""
+
+    name: str
+    command: Sequence[str]
+    port: int
+    #: Ray node whose leftovers are cleared away before a new start; None for no Ray node.
+    node: str | None
+    #: Ports that must be free before it starts: a dead node's agents hold theirs for a while.
+    own_ports: Sequence[int] = ()
+    #: Port that must accept connections before this member may start.
+    after_port: int | None = None
+    process: ProcessRef | None = None
+    restarts: int = 0
+    failures: int = 0
+    started_at: float = 0.0
+    not_before: float = 0.0
+    deaf_checks: int = 0
+    up: bool = False
+    last_exit: int | None = None
+
+
+@dataclass(kw_only=True)
+class Bootstrap:
+    """The run-to-completion child that brings up what lives inside Ray."""
+
+    wanted: bool = True
+    process: ProcessRef | None = None
+    started_at: float = 0.0
+    runs: int = 0
+    failures: int = 0
+    not_before: float = 0.0
+    last_ok_at: float | None = None
+    last_exit: int | None = None
+
+
+@dataclass(kw_only=True)
+class Supervisor:
+    """Owns the processes of one machine. Invariant: at most one process per member."""
+
+    settings: Settings
+    log: Logger
+    monotonic: Callable[[], float] = time.monotonic
+    draw: Callable[[], float] = random.random
+    members: list[Member] = field(default_factory=list)
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    ready: bool = False
+    _unready_checks: int = 0
+    _next_check_at: float = 0.0
+    _written: dict[str, Any] = field(default_factory=dict)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _exit_codes: dict[int, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Keep everything up until `stop_soon`; then stop it all and leave nothing.
+
+        Raises:
+            AlreadyRunning: Another supervisor holds the lock of this home.
+            PortsTaken: A port is in use by a program that is not ours.
+        """
+        run_dir = self.settings.run_dir
+        lock = RunLock(run_dir)
+        if not lock.acquire():
+            raise AlreadyRunning(f"a supervisor is running already for {self.settings.home}")
+        try:
+            try:
+                self._prepare()
+                while not self._stopping.is_set():
+                    self.tick()
+                    self._stopping.wait(_TICK_S)
+            finally:
+                self.stop_all()
+                remove_run_files(run_dir)
+        finally:
+            lock.release()
+
+    def stop_soon(self) -> None:
+        """Ask `run` to stop everything and return. May be called from a signal handler."""
+        self._stopping.set()
+
+    def tick(self) -> None:
+        """Look once at everything and do what is due."""
+        now = self.monotonic()
+        self._reap()
+        for member in self.members:
+            self._look_after(member, now)
+        if now >= self._next_check_at:
+            self._next_check_at = now + self.settings.ray.check_s
+            self._check(now)
+        self._run_bootstrap(now)
+        self._record()
+
+    def stop_all(self) -> None:
+        """Stop C1's entrance first, then the worker, then the head, then whatever is left."""
+        settings, marker = self.settings, marker_of(self.settings)
+        term_s = settings.ray.stop_s
+        self._say("stopping", "supervisor.stopping")
+        if self.bootstrap.process is not None:
+            stop([self.bootstrap.process], term_s=1.0)
+        by_name = {member.name: member for member in self.members}
+        for name in ("edge", "worker", "head"):
+            member = by_name.get(name)
+            if member is None or member.process is None:
+                continue
+            left = stop([member.process], term_s=term_s)
+            self._reap()
+            self._say(
+                f"{name} stopped" if not left else f"{name} did not stop",
+                "member.stopped",
+                member=name,
+            )
+        if self.members:
+            left = stop(scan(marker), term_s=1.0)
+            self._reap()
+            for process in left:
+                self.log.error(
+                    "process survived", extra={"action": "stop.left", "left": describe(process)}
+                )
+
+    # -- the parts of a tick ------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        settings = self.settings
+        become_subreaper()
+        _raise_file_limit()
+        me = identify(os.getpid())
+        assert me is not None
+        write_supervisor(settings.run_dir, me)
+        state = read_state(settings.run_dir)
+        members = self._plan_members()
+        for member in members:
+            member.process = recorded_process(state, member.name)
+            if member.process is not None:
+                member.started_at = self.monotonic()
+                self._say(f"found {member.name} running", "member.adopted", member=member.name)
+        if not any(member.process for member in members):
+            left = stop(scan(marker_of(settings)), term_s=2.0)
+            self._reap()
+            taken = taken_ports(settings)
+            if taken:
+                raise PortsTaken(taken)
+            if left:
+                self.log.error("processes of an earlier run survive", extra={"count": len(left)})
+        self.members = members
+        ensure_owner_key(settings.keys_dir, now=time.time())
+        ensure_ray_token(settings.keys_dir)
+        _private_temp_dir(marker_of(settings).temp_dir)
+        _prune_sessions(marker_of(settings).temp_dir)
+        for directory in (settings.logs_dir, settings.outbox_dir, settings.artifacts_dir):
+            make_private_dir(directory)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        write_settings(settings)
+        write_private(settings.run_dir / "edge.cfg", edge_config(settings))
+        write_cluster(settings, started_at=time.time())
+        for warning in settings.warnings():
+            self.log.warning(warning, extra={"action": "settings.warning"})
+
+    def _plan_members(self) -> list[Member]:
+        settings = self.settings
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+        cpus = len(os.sched_getaffinity(0))
+        return [
+            Member(
+                name="head",
+                command=head_command(settings, memory=memory, shared=shared),
+                port=settings.port("gcs"),
+                node=settings.moderator.name,
+                own_ports=[settings.port("gcs"), settings.port("dashboard"), *self._ports("head")],
+            ),
+            Member(
+                name="worker",
+                command=worker_command(settings, cpus=cpus, memory=memory, shared=shared),
+                port=settings.port("worker_node_manager"),
+                node=settings.worker.name,
+                own_ports=self._ports("worker"),
+                after_port=settings.port("head_node_manager"),
+            ),
+            Member(
+                name="edge",
+                command=edge_command(settings),
+                port=settings.control_port,
+                node=None,
+            ),
+        ]
+
+    def _ports(self, role: str) -> list[int]:
+        """Return the ports of a Ray node's own processes."""
+        names = ("node_manager", "object_manager", "agent_http", "agent_grpc", "runtime_env_agent")
+        return [self.settings.port(f"{role}_{name}") for name in names]
+
+    def _reap(self) -> None:
+        """Collect every ended child and orphan; remember the codes for the log."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            code = reap(ended.si_pid)
+            if code is not None:
+                self._exit_codes[ended.si_pid] = code
+
+    def _look_after(self, member: Member, now: float) -> None:
+        if member.process is not None and not is_alive(member.process):
+            self._bury(member, now)
+        if member.process is not None or now < member.not_before:
+            return
+        if member.after_port is not None and not accepts(member.after_port):
+            return
+        if member.node is not None:
+            stop(scan(marker_of(self.settings), node=member.node), term_s=1.0)
+            self._reap()
+        if not all(is_free(port) for port in member.own_ports):
+            if now >= member.not_before + _PORTS_S:
+                self.log.error(
+                    "ports of %s are still taken",
+                    member.name,
+                    extra={"action": "member.ports_taken", "member": member.name},
+                )
+                member.not_before = now
+            return
+        if member.name == "head":
+            # With this file `ray start` takes its predecessor for alive while a worker's raylet is.
+            (marker_of(self.settings).temp_dir / "ray_current_cluster").unlink(missing_ok=True)
+        member.process = self._spawn(member.command, name=member.name, node=member.node)
+        member.started_at, member.deaf_checks, member.up = now, 0, False
+        self._say(f"starting {member.name}", "member.started", member=member.name)
+        if member.name == "head":
+            self.bootstrap.wanted, self.bootstrap.not_before = True, 0.0
+            self.ready = False
+
+    def _bury(self, member: Member, now: float) -> None:
+        assert member.process is not None
+        self._reap()  # It may have ended since the last time, and its code is wanted.
+        member.last_exit = self._exit_codes.pop(member.process.pid, None)
+        member.failures = 1 if now - member.started_at > _STABLE_S else member.failures + 1
+        delay_s = restart_delay_s(
+            member.failures,
+            first_s=self.settings.ray.restart_backoff_s,
+            max_s=self.settings.ray.restart_backoff_max_s,
+            draw=self.draw(),
+        )
+        member.process, member.up = None, False
+        member.not_before, member.restarts = now + delay_s, member.restarts + 1
+        self.log.error(
+            "%s ended, will start again",
+            member.name,
+            extra={
+                "action": "member.died",
+                "member": member.name,
+                "exit_code": member.last_exit,
+                "delay_s": round(delay_s, 3),
+                "output": _tail(self.settings.logs_dir / f"{member.name}.out"),
+            },
+        )
+
+        if member.name == "head":
+            self._end_what_the_head_held()
+
+    def _end_what_the_head_held(self) -> None:
+        """End the worker's node and the deployment of a head that is gone.
+
+        The next head is another cluster to them: the raylet would leave by itself after 10 s, and a
+        driver would wait for the old one for minutes. Outcomes are safe in the worker's outbox.
+        """
+        if self.bootstrap.process is not None:
+            stop([self.bootstrap.process], term_s=0)
+            self.bootstrap.process = None
+        for member in self.members:
+            if member.node is not None and member.process is not None:
+                stop([member.process], term_s=self.settings.ray.stop_s)
+                member.process, member.up = None, False
+                self._say(f"{member.name} stopped, its head is gone", "member.stopped")
+
+    def _check(self, now: float) -> None:
+        """See whether members listen and C1 is ready; replace the deaf, deploy C1 again."""
+        for member in self.members:
+            if member.process is None:
+                continue
+            if accepts(member.port):
+                member.deaf_checks = 0
+                if not member.up:
+                    member.up = True
+                    self._say(f"{member.name} is up", "member.up", member=member.name)
+                continue
+            # `ray start --block` stays when its raylet left in good order: ask the raylet's port.
+            member.deaf_checks += 1
+            patience = _START_S if not member.up else 0.0
+            if member.deaf_checks >= _DEAF_CHECKS and now - member.started_at > patience:
+                self.log.error(
+                    "%s no longer listens, is replaced",
+                    member.name,
+                    extra={"action": "member.deaf", "member": member.name, "port": member.port},
+                )
+                stop([member.process], term_s=self.settings.ray.stop_s)
+        was_ready = self.ready
+        self.ready = probe.is_ready(self.settings.api_host, self.settings.api_port)
+        if self.ready and not was_ready:
+            self._say("C1 is ready", "composite.ready")
+        self._unready_checks = 0 if self.ready else self._unready_checks + 1
+        if self._unready_checks >= _UNREADY_CHECKS and self.bootstrap.process is None:
+            self.bootstrap.wanted = True
+
+    def _run_bootstrap(self, now: float) -> None:
+        job = self.bootstrap
+        if job.process is not None:
+            if is_alive(job.process):
+                if now - job.started_at > _BOOTSTRAP_S:
+                    send(job.process, signal.SIGKILL)
+                return
+            self._reap()
+            job.last_exit = self._exit_codes.pop(job.process.pid, None)
+            job.process = None
+            if job.last_exit == 0:
+                job.failures, job.last_ok_at = 0, time.time()
+                self._say("moderator, agents and C1 are deployed", "bootstrap.done")
+                # Give C1 time to answer before it is found missing again.
+                self._unready_checks = -_UNREADY_CHECKS
+                return
+            job.failures += 1
+            delay_s = restart_delay_s(job.failures, first_s=1.0, max_s=30.0, draw=self.draw())
+            job.wanted, job.not_before = True, now + delay_s
+            self.log.error(
+                "deployment failed, will try again",
+                extra={
+                    "action": "bootstrap.failed",
+                    "exit_code": job.last_exit,
+                    "delay_s": round(delay_s, 3),
+                    "output": _tail(self.settings.logs_dir / "bootstrap.out"),
+                },
+            )
+        if not job.wanted or now < job.not_before:
+            return
+        nodes = [member for member in self.members if member.node is not None]
+        if not all(member.process and accepts(member.port) for member in nodes):
+            return
+        job.wanted, job.runs, job.started_at = False, job.runs + 1, now
+        command = [
+            sys.executable,
+            "-m",
+            BOOTSTRAP_MODULE,
+            "--ray-address",
+            self.settings.ray_address,
+        ]
+        job.process = self._spawn(command, name="bootstrap", node=None)
+        self._say("deploying moderator, agents and C1", "bootstrap.started")
+
+    def _spawn(self, command: Sequence[str], *, name: str, node: str | None) -> ProcessRef | None:
+        output = self.settings.logs_dir / f"{name}.out"
+        make_private_dir(output.parent)
+        too_long = output.exists() and output.stat().st_size > _OUTPUT_BYTES_MAX
+        with output.open("wb" if too_long else "ab") as stream:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=process_environment(self.settings, os.environ, node=node),
+                cwd=self.settings.home,
+                start_new_session=True,
+            )
+        process = identify(child.pid)
+        child.returncode = 0  # Reaped by `_reap`; the object must neither wait nor complain.
+        return process
+
+    def _record(self) -> None:
+        job = self.bootstrap
+        state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "ready": self.ready,
+            "members": {
+                member.name: {
+                    "pid": member.process.pid if member.process else None,
+                    "started_ticks": member.process.started_ticks if member.process else None,
+                    "up": member.up,
+                    "port": member.port,
+                    "restarts": member.restarts,
+                    "last_exit": member.last_exit,
+                }
+                for member in self.members
+            },
+            "bootstrap": {
+                "runs": job.runs,
+                "failures": job.failures,
+                "last_ok_at": job.last_ok_at,
+                "last_exit": job.last_exit,
+            },
+        }
+        if state != self._written:
+            write_state(self.settings.run_dir, state)
+            self._written = state
+
+    def _say(self, message: str, action: str, **fields: Any) -> None:
+        self.log.info(message, extra={"action": action, **fields})
+
+
+def _raise_file_limit() -> None:
+    """Let all below open as many files as allowed: a waiting client is one in several processes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _private_temp_dir(path: Path) -> None:
+    """Make Ray's temporary directory ours alone; /tmp is everybody's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if path.is_symlink() or found.st_uid != os.getuid():
+        raise HcnaError(f"{path} belongs to somebody else; set ray.temp_dir to another directory")
+    path.chmod(0o700)
+    make_private_dir(path / "serve")
+
+
+def _prune_sessions(temp_dir: Path) -> None:
+    """Delete Ray sessions but the newest, whose logs may still be wanted."""
+    sessions = sorted(
+        entry for entry in temp_dir.glob("session_2*") if entry.is_dir() and not entry.is_symlink()
+    )
+    for session in sessions[:-1]:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _tail(path: Path, *, size_bytes: int = 2000) -> str:
+    """Return the end of a text file, or '' if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - size_bytes))
+            return stream.read().decode("utf-8", "replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Tests of hcna-ray: unit, contract, integration and acceptance."""

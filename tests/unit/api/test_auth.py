@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from hcna_ray.api.auth import FileKeyRing
+from hcna_ray.security.keys import create_key, ensure_owner_key
+from tests.support.paper_worker import PaperClock
+
+
+def test_keys_made_later_are_seen_and_lost_files_admit_nobody(tmp_path: Path) -> None:
+    clock = PaperClock()
+    ring = FileKeyRing(tmp_path, clock)
+    assert ring.all() == ()
+
+    owner = ensure_owner_key(tmp_path, now=clock.now())
+    clock.advance(2)
+    found = ring.verify(owner)
+    assert found is not None
+    assert (found.name, found.role) == ("owner", "admin")
+
+    guest = create_key(tmp_path, name="guest", role="user", now=clock.now())
+    assert ring.verify(guest) is None  # Not looked at again yet.
+    clock.advance(2)
+    assert ring.verify(guest) is not None
+    assert ring.verify(guest + "x") is None
+
+    (tmp_path / "keys.json").write_text("{broken")
+    clock.advance(2)
+    assert ring.verify(owner) is None

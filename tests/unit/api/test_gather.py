@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from hcna_ray.api.gather import Gatherer
+from hcna_ray.core.errors import ModeratorUnavailable, Overloaded
+from hcna_ray.core.models import TaskSpec
+from hcna_ray.runtime.messages import Accepted
+from tests.support.builders import T0
+from tests.support.fake_moderator import FakeModerator
+
+
+def spec(name: str) -> TaskSpec:
+    return TaskSpec(id=name, task_type="echo", accepted_at=T0)
+
+
+def a_gatherer(moderator: FakeModerator, **changes: float) -> Gatherer:
+    async def sleep(seconds: float) -> None:
+        moderator.desk.clock.advance(seconds)
+        await asyncio.sleep(0)
+
+    bounds = {"items_max": 10, "bytes_max": 100_000, "call_items": 4, "call_bytes": 50_000}
+    bounds |= {"resend_s": 10.0, **changes}
+    return Gatherer(moderator, moderator.desk.clock, sleep=sleep, **bounds)  # type: ignore[arg-type]
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_lone_request_goes_out_at_once_and_others_gather_behind_it() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator)
+    calls = [asyncio.create_task(gatherer.submit([spec("t0")]))]
+    await turns()
+    calls += [asyncio.create_task(gatherer.submit([spec(f"t{i}")])) for i in range(1, 7)]
+    await turns()
+    assert [len(batch.specs) for batch in moderator.batches] == [1]
+
+    moderator.gate.set()
+    answers = await asyncio.gather(*calls)
+
+    assert [len(batch.specs) for batch in moderator.batches] == [1, 4, 2]
+    assert [answer[0].task_id for answer in answers if isinstance(answer[0], Accepted)] == [
+        f"t{i}" for i in range(7)
+    ]
+    assert (gatherer.items, gatherer.bytes) == (0, 0)
+
+
+async def test_an_atomic_batch_goes_alone() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator)
+    calls = [asyncio.create_task(gatherer.submit([spec(f"t{i}")], atomic=i == 2)) for i in range(5)]
+    await turns()
+    moderator.gate.set()
+    await asyncio.gather(*calls)
+
+    sent = [([s.id for s in batch.specs], batch.atomic) for batch in moderator.batches]
+    assert sent == [(["t0", "t1"], False), (["t2"], True), (["t3", "t4"], False)]
+
+
+async def test_what_does_not_fit_into_the_buffer_is_refused_at_once() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator, items_max=2)
+    held = [asyncio.create_task(gatherer.submit([spec(f"t{i}")])) for i in range(2)]
+    await turns()
+
+    with pytest.raises(Overloaded):
+        await gatherer.submit([spec("t2")])
+
+    moderator.gate.set()
+    await asyncio.gather(*held)
+    assert await gatherer.submit([spec("t2")])
+
+
+async def test_a_lost_answer_is_asked_for_again_with_the_same_batch() -> None:
+    moderator = FakeModerator()
+    moderator.answers_lost = 2
+    gatherer = a_gatherer(moderator)
+
+    (answer,) = await gatherer.submit([spec("t1")])
+
+    assert isinstance(answer, Accepted)
+    assert len(moderator.batches) == 3
+    assert len({id(batch) for batch in moderator.batches}) == 1
+    assert moderator.desk.memory.size().tasks == 1
+
+
+async def test_after_ten_seconds_of_silence_everybody_is_told() -> None:
+    moderator = FakeModerator()
+    moderator.down = True
+    gatherer = a_gatherer(moderator)
+    since = moderator.desk.clock.elapsed()
+
+    results = await asyncio.gather(
+        *(gatherer.submit([spec(f"t{i}")]) for i in range(6)), return_exceptions=True
+    )
+
+    assert all(isinstance(result, ModeratorUnavailable) for result in results)
+    assert 9 <= moderator.desk.clock.elapsed() - since <= 11
+    assert (gatherer.items, gatherer.bytes) == (0, 0)
+
+
+async def test_a_client_that_left_does_not_disturb_the_others() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator)
+    calls = [asyncio.create_task(gatherer.submit([spec(f"t{i}")])) for i in range(3)]
+    await turns()
+    calls[1].cancel()
+    moderator.gate.set()
+
+    results = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert isinstance(results[1], asyncio.CancelledError)
+    assert isinstance(results[0], list)
+    assert results[2]
+    assert gatherer.items == 0
+
+
+async def test_closing_refuses_what_is_left_and_what_comes_later() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator)
+    calls = [asyncio.create_task(gatherer.submit([spec(f"t{i}")])) for i in range(2)]
+    await turns()
+
+    await gatherer.close(timeout_s=0.01)
+
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(result, ModeratorUnavailable) for result in results)
+    with pytest.raises(ModeratorUnavailable):
+        await gatherer.submit([spec("t3")])

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.routing import BaseRoute
+
+from hcna_ray.api import schemas
+from hcna_ray.api.admission import Sort
+from hcna_ray.api.app import declared_routes
+from tests.support.c1 import USER_KEY, Composite, a_composite
+
+OPEN = {"/health", "/ready", "/live", "/metrics", "/status", "/openapi.json", "/docs"}
+
+
+def flattened(routes: list[BaseRoute]) -> Iterator[tuple[str, str]]:
+    for route in routes:
+        inner = getattr(route, "original_router", None) or getattr(route, "router", None)
+        if inner is not None:
+            yield from flattened(inner.routes)
+            continue
+        for method in getattr(route, "methods", None) or ():
+            yield method, route.path  # type: ignore[attr-defined]
+
+
+def test_every_route_of_the_application_has_a_policy(c1: Composite) -> None:
+    declared = {(route.method, route.path): route for route in declared_routes()}
+    served = set(flattened(c1.app.routes))
+
+    assert served == set(declared)
+    assert {route.path for route in declared.values() if route.access == "open"} == OPEN
+    admin = {route.path for route in declared.values() if route.access == "admin"}
+    assert admin == {path for _, path in declared if path.startswith("/admin/")}
+
+
+async def test_without_a_key_only_probes_and_the_reference_answer(c1: Composite) -> None:
+    async with c1.client(None) as stranger, c1.client(USER_KEY) as guest:
+        for route in declared_routes():
+            path = re.sub(r"{\w+}", "x", route.path)
+            status = (await stranger.request(route.method, path)).status_code
+            assert (status == 401) == (route.access != "open"), route
+            if route.access == "admin":
+                assert (await guest.request(route.method, path)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"X-API-Key": USER_KEY}, 200),
+        ({"Authorization": f"bearer {USER_KEY}"}, 200),
+        ({"Authorization": f"Bearer {USER_KEY}", "X-API-Key": USER_KEY}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        ({"X-API-Key": "x" * 5000}, 401),
+        ({"X-API-Key": ""}, 401),
+        ({"Authorization": f"Basic {USER_KEY}"}, 401),
+    ],
+)
+async def test_how_a_key_may_be_sent(c1: Composite, headers: dict[str, str], status: int) -> None:
+    async with c1.client(None) as http:
+        assert (await http.get("/workers", headers=headers)).status_code == status
+
+
+async def test_a_full_budget_refuses_its_own_sort_only(tmp_path: Path) -> None:
+    async with a_composite(tmp_path, limits={"reads_max": 1}) as c1:
+        with c1.services.admission.admit(Sort.READ):
+            refused = await c1.http.get("/tasks")
+            accepted = await c1.http.post("/tasks", json={"task_type": "echo"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        assert accepted.status_code == 202
+        assert (await c1.http.get("/tasks")).status_code == 200
+
+
+async def test_health_with_and_without_moderator_and_workers(c1: Composite) -> None:
+    c1.moderator.join()
+    health = (await c1.http.get("/health")).json()
+    schemas.HealthOut.model_validate(health)
+    assert health["status"] == "healthy"
+    assert health["node_id"] == "HCNA-C1--prod--home--v1.0"
+    assert (health["moderator_connected"], health["worker_nodes"]) == (True, 1)
+    assert (await c1.http.get("/ready")).json() == {"ready": True, "reasons": []}
+
+    c1.moderator.kill()
+    c1.moderator.desk.clock.advance(1)
+    health = (await c1.http.get("/health")).json()
+    assert (health["status"], health["moderator_connected"]) == ("degraded", False)
+    ready = await c1.http.get("/ready")
+    assert (ready.status_code, ready.json()["reasons"]) == (503, ["M1 does not answer"])
+    assert (await c1.http.get("/live")).json() == {"alive": True}
+    workers = (await c1.http.get("/workers")).json()
+    assert workers["moderator_connected"] is False
+    assert [worker["name"] for worker in workers["workers"]] == ["W1"]
+
+
+async def test_status_shows_everything_at_a_glance(c1: Composite) -> None:
+    c1.moderator.join()
+    await c1.submit(queue="q")
+    status = (await c1.http.get("/status")).json()
+    schemas.StatusOut.model_validate(status)
+    assert status["queues"] == {"q": {"queued": 1}}
+    assert status["moderator"]["workers_online"] == 1
+    assert "echo" in status["task_types"]
+
+
+async def test_metrics_have_the_names_dashboards_ask_for(c1: Composite) -> None:
+    for _ in range(3):
+        await c1.submit()
+    c1.moderator.run_all(c1.moderator.join())
+    c1.moderator.desk.clock.advance(1)
+
+    reply = await c1.http.get("/metrics")
+
+    assert reply.headers["content-type"].startswith("text/plain")
+    lines = reply.text.splitlines()
+    for line in (
+        "tasks_completed_total 3.0",
+        'hcna_tasks_total{state="completed"} 3.0',
+        'hcna_tasks_total{state="failed"} 0.0',
+        'hcna_task_attempts_total{outcome="completed",task_type="echo"} 3.0',
+        'hcna_tasks_accepted_total{queue="default",task_type="echo"} 3.0',
+        'hcna_workers{state="online"} 1.0',
+        "hcna_moderator_up 1.0",
+        'hcna_http_requests_total{method="POST",route="/tasks",status="202"} 3.0',
+    ):
+        assert line in lines or line in [_sorted_labels(one) for one in lines], line
+    assert "task-1" not in reply.text
+
+    c1.moderator.kill()
+    c1.moderator.desk.clock.advance(1)
+    text = (await c1.http.get("/metrics")).text
+    assert "hcna_moderator_up 0.0" in text
+    assert "tasks_completed_total 3.0" in text
+
+
+def _sorted_labels(line: str) -> str:
+    match = re.match(r"(\w+){(.*)} (.*)", line)
+    if match is None:
+        return line
+    return f"{match[1]}{{{','.join(sorted(match[2].split(',')))}}} {match[3]}"
+
+
+async def test_workers_are_shown_and_taken_out_of_service(c1: Composite) -> None:
+    c1.moderator.join()
+    listed = (await c1.http.get("/workers")).json()
+    schemas.WorkersOut.model_validate(listed)
+    by_node = await c1.http.get("/workers/HCNA-W1--test")
+    assert by_node.json()["name"] == "W1"
+    for verb, state in (("cordon", "cordoned"), ("uncordon", "online"), ("drain", "draining")):
+        reply = await c1.http.post(f"/workers/W1/{verb}")
+        schemas.WorkerOut.model_validate(reply.json())
+        assert (reply.status_code, reply.json()["state"]) == (200, state)
+    audit = (await c1.http.get("/admin/audit?limit=2")).json()
+    schemas.AuditOut.model_validate(audit)
+    assert len(audit["entries"]) == 2
+    assert audit["entries"][0]["principal"] == "owner"
+    older = (await c1.http.get("/admin/audit", params={"cursor": audit["next_cursor"]})).json()
+    assert older["entries"][0]["number"] < audit["entries"][-1]["number"]
+
+
+async def test_an_intent_is_passed_on(c1: Composite) -> None:
+    reply = await c1.http.post(
+        "/admin/send-intent",
+        json={"dst": "HCNA-W1--prod--home--v1.0", "intent": "test.ping", "payload": {}},
+    )
+    schemas.IntentOut.model_validate(reply.json())
+    assert reply.json()["answer"] == {"pong": True}
+    keys = (await c1.http.get("/admin/keys")).json()
+    schemas.KeysOut.model_validate(keys)
+    assert [key["name"] for key in keys["keys"]] == ["owner", "guest"]
+
+
+async def test_405_names_every_method_of_the_path(c1: Composite) -> None:
+    reply = await c1.http.put("/tasks")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
+
+
+# -- the reference -------------------------------------------------------------------------------
+
+
+async def test_openapi_describes_every_route_and_resolves(c1: Composite) -> None:
+    document = (await c1.http.get("/openapi.json")).json()
+
+    described = {
+        (method.upper(), path) for path, methods in document["paths"].items() for method in methods
+    }
+    hidden = {("GET", "/openapi.json"), ("GET", "/docs")}
+    assert described | hidden == {(route.method, route.path) for route in declared_routes()}
+    names = set(document["components"]["schemas"])
+    for reference in _references(document):
+        assert reference.removeprefix("#/components/schemas/") in names
+    for route in declared_routes():
+        operation = document["paths"].get(route.path, {}).get(route.method.lower())
+        if operation is None:
+            continue
+        responses = operation["responses"]
+        assert {"413", "422", "500", "503"} <= set(responses)
+        assert ("401" in responses) == (route.access != "open")
+        for status, response in responses.items():
+            if int(status) >= 400 and not (route.access == "open" and status == "503"):
+                assert "application/problem+json" in response["content"], (route, status)
+        ids = re.findall(r"{(\w+)}", route.path)
+        named = [p["name"] for p in operation["parameters"] if p["in"] == "path"]
+        assert named == ids
+    ids = [o["operationId"] for ms in document["paths"].values() for o in ms.values()]
+    assert len(ids) == len(set(ids))
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "$ref" in value:
+            yield value["$ref"]
+        for inner in value.values():
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
+
+
+class _Assets(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("href", "src") and value:
+                self.links.append(value)
+            if name == "id" and value:
+                self.ids.add(value)
+
+
+async def test_docs_need_nothing_from_outside_and_every_link_leads_somewhere(
+    c1: Composite,
+) -> None:
+    reply = await c1.http.get("/docs")
+    page = _Assets()
+    page.feed(reply.text)
+
+    assert reply.headers["content-type"].startswith("text/html")
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    for link in page.links:
+        assert link == "openapi.json" or link.removeprefix("#") in page.ids, link
+    assert "/tasks/{task_id}/cancel" in reply.text

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hcna_ray.core.errors import DiskFull, Invalid, NotFound, Overloaded
+from hcna_ray.store.artifacts import (
+    Artifact,
+    ArtifactStore,
+    ArtifactTooLarge,
+    OffsetMismatch,
+    Upload,
+)
+
+DATA = bytes(range(256)) * 40
+SHA = hashlib.sha256(DATA).hexdigest()
+
+
+class Now:
+    def __init__(self) -> None:
+        self.at = 1_000_000_000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+def a_store(root: Path, **changes: Any) -> ArtifactStore:
+    bounds: dict[str, Any] = {
+        "artifact_bytes_max": 100_000,
+        "part_bytes_max": 20_000,
+        "uploads_max": 2,
+        "upload_idle_s": 3600.0,
+        "disk_free_bytes_min": 1000,
+        "now": Now(),
+        "disk_free": lambda path: 1 << 40,
+    }
+    return ArtifactStore(root / "artifacts", **(bounds | changes))
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.name for path in root.rglob("*") if path.is_file())
+
+
+def test_bytes_come_back_under_their_digest_and_are_stored_once(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    assert store.put(DATA) == store.put(DATA, SHA.upper()) == Artifact(sha256=SHA, size=len(DATA))
+    assert store.read(SHA, 256, 3) == b"\x00\x01\x02"
+    assert files(tmp_path) == [SHA]
+    assert store.path(SHA).stat().st_mode & 0o777 == 0o400
+    assert a_store(tmp_path).find(SHA).size == len(DATA)
+
+
+@pytest.mark.parametrize("name", ["0" * 64, "", "..", "../../etc/passwd", "parts", "g" * 64])
+def test_what_is_not_here_is_not_found(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NotFound):
+        a_store(tmp_path).open(name)
+
+
+def test_a_wrong_digest_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match="nothing was kept") as caught:
+        a_store(tmp_path).put(DATA, "0" * 64)
+    assert caught.value.code == "digest_mismatch"
+    assert files(tmp_path) == []
+
+
+def test_an_upload_goes_on_where_it_stood_after_a_restart(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    assert store.progress(SHA, len(DATA)) == Upload(sha256=SHA, size=len(DATA), received=0)
+    store.append(SHA, offset=0, size=len(DATA), data=DATA[:4000])
+
+    store = a_store(tmp_path)
+    assert store.progress(SHA, len(DATA)) == Upload(sha256=SHA, size=len(DATA), received=4000)
+    done = store.append(SHA, offset=4000, size=len(DATA), data=DATA[4000:])
+
+    assert done == Artifact(sha256=SHA, size=len(DATA))
+    assert store.path(SHA).read_bytes() == DATA
+    assert store.uploads() == 0
+    assert store.progress(SHA, len(DATA)) == done
+    assert store.append(SHA, offset=0, size=len(DATA), data=DATA[:10]) == done
+
+
+def test_a_part_from_elsewhere_is_refused_with_where_to_go_on(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    with pytest.raises(OffsetMismatch) as caught:
+        store.append(SHA, offset=10, size=len(DATA), data=b"x")
+    assert caught.value.received == 0
+    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+    for offset in (0, 99, 101):
+        with pytest.raises(OffsetMismatch) as caught:
+            store.append(SHA, offset=offset, size=len(DATA), data=b"x")
+        assert caught.value.received == 100
+
+
+def test_an_upload_of_other_bytes_starts_anew(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.append(SHA, offset=0, size=8, data=b"some")
+    with pytest.raises(Invalid, match="SHA-256"):
+        store.append(SHA, offset=4, size=8, data=b"else")
+    assert store.progress(SHA, 8) == Upload(sha256=SHA, size=8, received=0)
+    assert files(tmp_path) == []
+
+
+def test_all_there_but_never_checked_is_finished_by_the_last_part(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.append(SHA, offset=0, size=len(DATA), data=DATA[:-10])
+    (part,) = (tmp_path / "artifacts" / "parts").iterdir()
+    part.write_bytes(DATA)  # As after a crash between the last write and its check.
+
+    store = a_store(tmp_path)
+    found = store.progress(SHA, len(DATA))
+    assert isinstance(found, Upload)
+    assert found.received == len(DATA) - 1
+    done = store.append(SHA, offset=len(DATA) - 1, size=len(DATA), data=DATA[-1:])
+    assert done == Artifact(sha256=SHA, size=len(DATA))
+
+
+def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    with pytest.raises(ArtifactTooLarge):
+        store.append(SHA, offset=0, size=100_001, data=b"x")
+    with pytest.raises(ArtifactTooLarge):
+        store.progress(SHA, 100_001)
+    with pytest.raises(ArtifactTooLarge):
+        store.put(b"x" * 20_001)
+    with pytest.raises(ArtifactTooLarge):
+        store.append(SHA, offset=0, size=50_000, data=b"x" * 20_001)
+
+
+def test_open_uploads_are_bounded_and_stale_ones_make_room(tmp_path: Path) -> None:
+    now = Now()
+    store = a_store(tmp_path, now=now)
+    for digit in "12":
+        store.append(digit * 64, offset=0, size=10, data=b"x")
+        (part,) = (tmp_path / "artifacts" / "parts").glob(f"{digit}*")
+        os.utime(part, (now.at, now.at))
+    with pytest.raises(Overloaded):
+        store.append("3" * 64, offset=0, size=10, data=b"x")
+
+    now.at += 3601
+    store.append("3" * 64, offset=0, size=10, data=b"x")
+    assert store.uploads() == 1
+
+
+def test_the_reserve_of_the_disk_is_kept(tmp_path: Path) -> None:
+    store = a_store(tmp_path, disk_free=lambda path: 1500)
+    store.put(b"x" * 500)
+    with pytest.raises(DiskFull) as caught:
+        store.put(b"x" * 501)
+    assert caught.value.retry_after_s > 0
+    with pytest.raises(DiskFull):
+        store.append(SHA, offset=0, size=9000, data=b"x" * 501)
+
+
+def test_a_disk_that_fills_up_leaves_the_upload_where_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = a_store(tmp_path)
+    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+    real, calls = os.pwrite, 0
+
+    def fails_halfway(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(errno.ENOSPC, "no space")
+        return real(descriptor, data[:50], offset)
+
+    monkeypatch.setattr(os, "pwrite", fails_halfway)
+    with pytest.raises(DiskFull):
+        store.append(SHA, offset=100, size=len(DATA), data=DATA[100:300])
+    monkeypatch.undo()
+
+    found = store.progress(SHA, len(DATA))
+    assert isinstance(found, Upload)
+    assert found.received == 100
+    store.append(SHA, offset=100, size=len(DATA), data=DATA[100:])
+    assert store.path(SHA).read_bytes() == DATA
+
+
+def test_a_local_file_is_taken_in(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(DATA * 3)
+    store = a_store(tmp_path)
+    found = store.put_file(source)
+    assert store.path(found.sha256).read_bytes() == DATA * 3
+    source.write_bytes(b"x" * 100_001)
+    with pytest.raises(ArtifactTooLarge):
+        store.put_file(source)
+
+
+def test_the_same_parts_from_many_threads_make_one_artifact(tmp_path: Path) -> None:
+    store, others = a_store(tmp_path), a_store(tmp_path)
+    done: list[object] = []
+
+    def upload(own: ArtifactStore) -> None:
+        offset = 0
+        while True:
+            try:
+                found = own.append(
+                    SHA, offset=offset, size=len(DATA), data=DATA[offset : offset + 100]
+                )
+            except OffsetMismatch as error:
+                offset = error.received
+                continue
+            if isinstance(found, Artifact):
+                done.append(found)
+                return
+            offset = found.received
+
+    threads = [threading.Thread(target=upload, args=(own,)) for own in (store, others) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert done == [Artifact(sha256=SHA, size=len(DATA))] * 4
+    assert store.path(SHA).read_bytes() == DATA
+    assert files(tmp_path) == [SHA]

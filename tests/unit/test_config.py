@@ -1,0 +1,289 @@
+"""Settings: the guide's three files as they stand, overrides, bounds, and errors that help."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from hcna_ray.config import ConfigError, Settings, load_settings, short_name
+
+MODERATOR_FILE = """\
+moderator:
+  node_id: "HCNA-M1--prod--home--v1.0"
+  listen_address: "0.0.0.0"  # Listen on all interfaces
+  control_port: 8443          # M1 control API
+  worker_nodes:
+    - node_id: "HCNA-W1--prod--home--v1.0"
+      address: "hcna-w1.local"
+      port: 9443
+  scheduling:
+    max_concurrent_tasks: 10
+    task_timeout_seconds: 300
+  security:
+    enable_mtls: true
+    cert_path: "/opt/hcna-m1/certs/m1.crt"
+    key_path: "/opt/hcna-m1/certs/m1.key"
+    ca_path: "/opt/hcna-m1/certs/ca.crt"
+"""
+
+WORKER_FILE = """\
+worker:
+  node_id: "HCNA-W1--prod--home--v1.0"
+  listen_address: "0.0.0.0"
+  worker_port: 9443
+  moderator_node:
+    node_id: "HCNA-M1--prod--home--v1.0"
+    address: "hcna-m1.local"
+    port: 8443
+  resources:
+    cpu_cores: 8          # Max cores to use
+    memory_gb: 12         # Max RAM to allocate
+    disk_path: "/data"    # Working directory for tasks
+  security:
+    enable_mtls: true
+    cert_path: "/opt/hcna-w1/certs/w1.crt"
+    key_path: "/opt/hcna-w1/certs/w1.key"
+    ca_path: "/opt/hcna-w1/certs/ca.crt"
+"""
+
+COMPOSITE_FILE = """\
+composite:
+  node_id: "HCNA-C1--prod--home--v1.0"
+  listen_address: "0.0.0.0"
+  api_port: 8080           # Public API port (HTTP for testing, HTTPS for prod)
+  moderator_backend:
+    address: "localhost"   # M1 on same host
+    port: 8443
+  security:
+    enable_tls: false      # Set to true for production with proper cert
+"""
+
+
+def load(tmp_path: Path, text: str = "", **env: str) -> Settings:
+    file = tmp_path / "hcna.yaml"
+    file.write_text(text)
+    return load_settings(home=tmp_path, env=env)
+
+
+def test_without_a_file_everything_has_a_default(tmp_path: Path) -> None:
+    settings = load_settings(env={"HCNA_HOME": str(tmp_path)})
+
+    assert settings.home == tmp_path
+    assert settings.source is None
+    assert settings.moderator.scheduling.max_concurrent_tasks == 64
+    assert settings.lease.ttl_s == 30
+    assert settings.warnings() == ()
+
+
+def test_the_moderators_file_loads_as_it_stands(tmp_path: Path) -> None:
+    settings = load(tmp_path, MODERATOR_FILE)
+
+    moderator = settings.moderator
+    assert moderator.name == "M1"
+    assert moderator.scheduling.max_concurrent_tasks == 10
+    assert moderator.scheduling.task_timeout_seconds == 300
+    assert moderator.worker_nodes[0].address == "hcna-w1.local"
+    assert moderator.security.cert_path == Path("/opt/hcna-m1/certs/m1.crt")
+    assert settings.source == tmp_path / "hcna.yaml"
+
+
+def test_the_workers_file_loads_as_it_stands(tmp_path: Path) -> None:
+    settings = load(tmp_path, WORKER_FILE)
+
+    assert settings.worker.name == "W1"
+    assert settings.worker.resources.cpu_cores == 8
+    assert settings.worker.resources.memory_gb == 12
+    assert settings.data_dir == Path("/data")
+    assert settings.worker.moderator_node.address == "hcna-m1.local"
+
+
+def test_the_composites_file_loads_as_it_stands(tmp_path: Path) -> None:
+    settings = load(tmp_path, COMPOSITE_FILE)
+
+    assert settings.composite.name == "C1"
+    assert settings.composite.moderator_backend.address == "localhost"
+    assert settings.api_port == 8080
+
+
+def test_the_three_files_may_be_one(tmp_path: Path) -> None:
+    settings = load(tmp_path, MODERATOR_FILE + WORKER_FILE + COMPOSITE_FILE)
+
+    assert (settings.moderator.name, settings.worker.name, settings.composite.name) == (
+        "M1",
+        "W1",
+        "C1",
+    )
+
+
+@pytest.mark.parametrize("method", ["diffie-hellman", "pre-shared"])
+def test_the_message_cipher_is_part_of_security(tmp_path: Path, method: str) -> None:
+    text = f"moderator:\n  security:\n    enable_bpcs: true\n    bpcs_key_exchange: {method}\n"
+
+    assert load(tmp_path, text).moderator.security.bpcs_key_exchange == method
+
+
+def test_a_public_address_without_tls_binds_loopback_and_says_so(tmp_path: Path) -> None:
+    settings = load(tmp_path, COMPOSITE_FILE)
+
+    assert settings.api_host == "127.0.0.1"
+    (warning,) = settings.warnings()
+    assert "composite.listen_address is 0.0.0.0" in warning
+    assert "ssh -L 8080:127.0.0.1:8080" in warning
+
+
+def test_asking_for_encryption_that_is_not_there_is_not_passed_over(tmp_path: Path) -> None:
+    settings = load(tmp_path, MODERATOR_FILE)
+
+    assert settings.control_host == "127.0.0.1"
+    assert "moderator.security.enable_mtls is true, but" in settings.warnings()[0]
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    settings = load(
+        tmp_path,
+        "lease: {ttl_s: 60, heartbeat_s: 2}\n",
+        HCNA_LEASE__TTL_S="45",
+        HCNA_MODERATOR__SCHEDULING__MAX_CONCURRENT_TASKS="7",
+        HCNA_MODERATOR__SCHEDULING__CONCURRENCY_LIMITS="{gpu: 2}",
+        HCNA_WORKER__SECURITY__ENABLE_BPCS="true",
+        HCNA_URL="http://example.invalid",  # Not a setting: no double underscore.
+    )
+
+    assert settings.lease.ttl_s == 45
+    assert settings.lease.heartbeat_s == 2
+    assert settings.moderator.scheduling.max_concurrent_tasks == 7
+    assert settings.moderator.scheduling.concurrency_limits == {"gpu": 2}
+    assert settings.worker.security.enable_bpcs is True
+
+
+def test_the_file_may_be_named(tmp_path: Path) -> None:
+    file = tmp_path / "other.yaml"
+    file.write_text("ports: {offset: 3}\n")
+
+    settings = load_settings(env={"HCNA_HOME": str(tmp_path), "HCNA_CONFIG": str(file)})
+
+    assert settings.ports.offset == 3
+
+
+def test_the_offset_moves_every_port(tmp_path: Path) -> None:
+    plain, moved = load(tmp_path), load(tmp_path, HCNA_PORTS__OFFSET="20000")
+
+    assert moved.api_port == plain.api_port + 20000
+    assert moved.control_port == plain.control_port + 20000
+    assert moved.worker_port == plain.worker_port + 20000
+    assert moved.port("gcs") == 26379
+    assert moved.ray_address == "127.0.0.1:26379"
+    assert moved.api_url == "http://127.0.0.1:28080"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("moderatr: {}", ["unknown section 'moderatr'", "did you mean moderator?"]),
+        ("home: /x", ["unknown section 'home'", "HCNA_HOME"]),
+        ("moderator: {schedulng: {}}", ["moderator.schedulng", "did you mean scheduling?"]),
+        ("worker: {zzz: 1}", ["worker.zzz", "known: labels, listen_address"]),
+        ("lease: {ttl_s: -3}", ["lease.ttl_s = -3", "> 0", "<= 3600", "default 30"]),
+        ("lease: {ttl_s: 14}", ["lease:", "ttl_s (14)", "three times heartbeat_s (5)"]),
+        ("lease: {self_stop_s: 31}", ["self_stop_s (31)", "ttl_s (30)"]),
+        ("lease: {ttl_s: .nan}", ["lease.ttl_s"]),
+        ("lease: {ttl_s: 30, ttl_s: 40}", ["not valid YAML in line 1", "'ttl_s' is given twice"]),
+        ("lease: [1", ["not valid YAML"]),
+        ("- 1", ["must be a mapping"]),
+        ("lease: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
+        ("moderator: {node_id: w1}", ["moderator.node_id = 'w1'", "HCNA-W1--prod--home--v1.0"]),
+        ("moderator: {security: {enable_mtls: true}}", ["enable_mtls needs cert_path, key_path"]),
+        ("composite: {security: {enable_tls: true}}", ["enable_tls needs cert_path, key_path"]),
+        ("worker: {moderator_node: {address: x}}", ["worker.moderator_node.node_id is missing"]),
+        ("ports: {gcs: 8080}", ["ports.gcs", "composite.api_port", "8080"]),
+        ("ports: {worker_processes_max: 65000, offset: 1000}", ["above 65535"]),
+        ("ports: {replica_http_max: 10101}", ["replica_http_max must be at least"]),
+        ("slots: {max: 2}", ["max (2) must be at least base (4)"]),
+        ("limits: {gather_items: 5}", ["gather_items must be at least batch_items (10000)"]),
+        ("retry: {backoff_s: 400}", ["max_backoff_s must be at least backoff_s (400)"]),
+        ("store: {url: 'mysql://u:secret@h/d'}", ["store.url = ***"]),
+    ],
+)
+def test_a_mistake_is_refused_with_what_helps(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+
+    message = str(caught.value)
+    for part in [*expected, "hcna.yaml"]:
+        assert part in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("HCNA_PORT__OFFSET", "did you mean ports?"),
+        ("HCNA_PORTS__OFST", "unknown field ports.ofst (did you mean offset?)"),
+        ("HCNA_PORTS__", "unknown section in the name"),
+    ],
+)
+def test_a_wrong_variable_is_refused(tmp_path: Path, variable: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(home=tmp_path, env={variable: "1"})
+
+    assert variable in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "lease: {ttl_s: x}\nretry: {jitter: 2}\n")
+
+    assert "lease.ttl_s = 'x'" in str(caught.value)
+    assert "retry.jitter = 2" in str(caught.value)
+
+
+def test_a_named_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_settings(home=tmp_path, path=tmp_path / "none.yaml", env={})
+
+
+def test_a_section_with_nothing_in_it_means_its_defaults(tmp_path: Path) -> None:
+    settings = load(tmp_path, "worker:\ncomposite:\n  security:\n")
+
+    assert settings.worker == Settings().worker
+
+
+def test_settings_cannot_be_changed() -> None:
+    lease: Any = Settings().lease
+
+    with pytest.raises(ValidationError, match="frozen"):
+        lease.ttl_s = 1.0
+
+
+def test_settings_and_errors_survive_pickling(tmp_path: Path) -> None:
+    settings = load(tmp_path, MODERATOR_FILE)
+    error = ConfigError("bad", "here")
+
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    assert str(pickle.loads(pickle.dumps(error))) == "here: bad"
+
+
+def test_every_field_has_a_sentence() -> None:
+    def check(model: type[BaseModel], where: str) -> None:
+        for name, info in model.model_fields.items():
+            assert info.description, f"{where}.{name}"
+            assert not (info.is_required() and where.count(".") == 1), f"{where}.{name}"
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                check(info.annotation, f"{where}.{name}")
+
+    check(Settings, "settings")
+
+
+@pytest.mark.parametrize(
+    ("node_id", "short"),
+    [("HCNA-W1--prod--home--v1.0", "W1"), ("HCNA-M12", "M12"), ("LAT-X3--lab", "X3")],
+)
+def test_the_short_name_is_role_and_index(node_id: str, short: str) -> None:
+    assert short_name(node_id) == short
