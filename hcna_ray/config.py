@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -29,7 +28,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.errors import HcnaError, InvalidName
+from hcna_ray.core.naming import NodeName
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -54,18 +54,11 @@ class ConfigError(HcnaError, ValueError):
         return f"{self.source}: {self.message}"
 
 
-_NODE_ID = re.compile(
-    r"[A-Z][A-Z0-9]{0,15}-[A-Z][1-9][0-9]{0,3}"
-    r"(--[a-z0-9][a-z0-9-]{0,31}?){0,2}(--v[0-9]{1,4}\.[0-9]{1,4})?"
-)
-
-
 def _check_node_id(value: str) -> str:
-    if _NODE_ID.fullmatch(value) is None:
-        raise ValueError(
-            "a node id looks like HCNA-W1--prod--home--v1.0 "
-            "(ARCH-ROLE+INDEX, then optionally --ENV, --REGION, --vMAJOR.MINOR)"
-        )
+    try:
+        NodeName.parse(value)
+    except InvalidName as error:
+        raise ValueError(str(error)) from error
     return value
 
 
@@ -79,7 +72,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0
 
 def short_name(node_id: str) -> str:
     """Return role and index of a node id: ``HCNA-W1--prod--home--v1.0`` is ``W1``."""
-    return node_id.split("--", 1)[0].rsplit("-", 1)[1]
+    return NodeName.parse(node_id).short
 
 
 class _Section(BaseModel):

@@ -30,6 +30,7 @@ from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
+from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer
 from hcna_ray.runtime.attempts import disk_path, node_id_of, run_heavy, run_slot, scratch_root
@@ -98,7 +99,9 @@ class ModeratorActor(_Face):
     def __init__(self, home: str) -> None:
         """Open the store and rebuild; see `Moderator`."""
         settings = load_settings(Path(home))
-        logs.configure(settings.logs_dir / "moderator.log", fields={"node": settings.moderator.name})
+        logs.configure(
+            settings.logs_dir / "moderator.log", fields={"node": settings.moderator.name}
+        )
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._clock = SystemClock()
@@ -270,11 +273,10 @@ class ModeratorActor(_Face):
                 for node in nodes:
                     if not node["Alive"]:
                         continue
-                    for name in node["Resources"]:
-                        if name.startswith("W") and is_short_name(name):
-                            if (node["NodeID"], name) not in known:
-                                start_agent(name, self._settings.home)
-                                known.add((node["NodeID"], name))
+                    for name in workers_of(node):
+                        if (node["NodeID"], name) not in known:
+                            start_agent(name, self._settings.home)
+                            known.add((node["NodeID"], name))
             except Exception:
                 log.warning(
                     "could not look for workers",
@@ -293,7 +295,9 @@ class NodeAgent(_Face):
         logs.configure(settings.logs_dir / "worker.log", fields={"node": worker})
         self._settings, self._worker = settings, worker
         self._node_id = node_id_of(worker, settings)
-        incarnation = f"{int(time.time()):x}-{os.getpid():x}-{random.SystemRandom().getrandbits(32):08x}"
+        incarnation = (
+            f"{int(time.time()):x}-{os.getpid():x}-{random.SystemRandom().getrandbits(32):08x}"
+        )
         outbox = settings.outbox_dir.parent / worker
         scratch = scratch_root(settings, worker)
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -328,6 +332,14 @@ class NodeAgent(_Face):
         self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
+        host, port = self._settings.worker_host, self._settings.worker_port
+        try:
+            await worker_page.serve(host, port, self._figures)
+        except OSError as error:
+            log.warning(
+                "no metrics page for this worker: its port is taken",
+                extra={"action": "worker.page_failed", "port": port, "error": str(error)},
+            )
         try:
             await self._agent.run()
         except Exception:
@@ -378,6 +390,20 @@ class NodeAgent(_Face):
             "uptime_s": round(self._uptime(), 1),
         }
 
+    def _figures(self) -> dict[str, Any]:
+        """Return what `worker_page` shows."""
+        telemetry = self._telemetry()
+        return {
+            "worker": self._worker,
+            "node_id": self._node_id,
+            "hcna_worker_moderator_connected": self._agent.connected,
+            "hcna_worker_slots": self._agent.slots,
+            "hcna_worker_running_attempts": self._agent.running,
+            "hcna_worker_cpu_percent": telemetry["cpu_percent"],
+            "hcna_worker_memory_available_bytes": telemetry["memory_available_bytes"],
+            "hcna_worker_disk_free_bytes": telemetry["disk_free_bytes"],
+        }
+
     def _uptime(self) -> float:
         return time.time() - psutil.boot_time()
 
@@ -393,7 +419,8 @@ class _RayProcesses:
         ref: Awaitable[None] = task.options(
             num_cpus=0,
             max_retries=0,
-            name=f"slot:{self._worker}:{slot}", resources={self._worker: PIN}
+            name=f"slot:{self._worker}:{slot}",
+            resources={self._worker: PIN},
         ).remote(self._worker, self._home, self._incarnation, slot, name)
         return ref
 
@@ -441,6 +468,11 @@ class ArtifactsActor(_Face):
 
 
 # -- wiring ----------------------------------------------------------------------------------------
+
+
+def workers_of(node: dict[str, Any]) -> list[str]:
+    """Return the short names of the workers that a node of Ray's table is."""
+    return [name for name in node["Resources"] if name.startswith("W") and is_short_name(name)]
 
 
 def cluster_nodes() -> list[dict[str, Any]]:

@@ -211,6 +211,22 @@ class WorkerAgent:
         await runner.activated.wait()
         return not self._closing
 
+    @property
+    def connected(self) -> bool:
+        """Whether the moderator confirmed this worker's session lately."""
+        silence = self._clock.elapsed() - self._confirmed
+        return self._connected and silence < 3 * self._settings.heartbeat_s
+
+    @property
+    def slots(self) -> int:
+        """Slots that are ready."""
+        return sum(1 for one in self._runners.values() if one.offer is None and one.ready)
+
+    @property
+    def running(self) -> int:
+        """Attempts that run."""
+        return sum(1 for one in self._runners.values() if one.note is not None and one.note.task_id)
+
     # -- heartbeat -------------------------------------------------------------------------------
 
     async def _heartbeat_loop(self) -> None:
@@ -271,12 +287,11 @@ class WorkerAgent:
             payload=dict(self._telemetry()),
             trace={},
         )
-        slots = sum(1 for one in self._runners.values() if one.offer is None and one.ready)
         return Heartbeat(
             worker=self._settings.worker,
             incarnation=self._settings.incarnation,
             telemetry=envelope.to_dict(),
-            slots=slots,
+            slots=self.slots,
         )
 
     # -- heavy attempts, stops, intents ------------------------------------------------------------

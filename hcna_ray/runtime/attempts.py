@@ -96,9 +96,7 @@ def run_heavy(worker: str, home: str, incarnation: str, offer: Offer, name: str)
         runner.flush(10.0)
 
 
-def build_runner(
-    settings: Settings, worker: str, name: str, link: SlotModeratorLink
-) -> Runner:
+def build_runner(settings: Settings, worker: str, name: str, link: SlotModeratorLink) -> Runner:
     """Wire a runner for this process."""
     limits, slots = settings.limits, settings.slots
     return Runner(

@@ -20,8 +20,13 @@ import yaml
 
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.core.naming import is_short_name
-from hcna_ray.runtime.actors import cluster_nodes, start_agent, start_artifacts, start_moderator
+from hcna_ray.runtime.actors import (
+    cluster_nodes,
+    start_agent,
+    start_artifacts,
+    start_moderator,
+    workers_of,
+)
 from hcna_ray.runtime.ray_link import MODERATOR, NAMESPACE, ActorLink
 
 log = logging.getLogger(__name__)
@@ -52,15 +57,7 @@ def bring_up(settings: Settings) -> None:
 
 def worker_names() -> list[str]:
     """Return the workers whose nodes are in the cluster now."""
-    return sorted(
-        {
-            name
-            for node in cluster_nodes()
-            if node["Alive"]
-            for name in node["Resources"]
-            if name.startswith("W") and is_short_name(name)
-        }
-    )
+    return sorted({name for node in cluster_nodes() if node["Alive"] for name in workers_of(node)})
 
 
 def _wait_for_moderator() -> None:

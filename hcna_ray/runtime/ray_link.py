@@ -148,6 +148,6 @@ class SlotModeratorLink:
         except ModeratorUnavailable:
             return False
         except Exception:
-            # Refused for good (this worker was replaced): the journal keeps them, the fence decides.
+            # Refused for good: this worker was replaced. The journal keeps them, the fence decides.
             return False
         return isinstance(ack, Ack)

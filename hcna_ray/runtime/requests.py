@@ -1,4 +1,4 @@
-"""What the moderator's writer thread is handed, one object per call, each with its answer to come."""
+"""What the moderator's writer thread is handed: one object a call, its answer still to come."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Running attempts, one after the other, in a process of its own. No Ray here.
 
-A `Runner` is the inside of a slot (and, with a single offer, of a heavy attempt). Two threads share
-it: the main thread runs handlers, so that a signal can interrupt them; the side thread sends reports
-a few milliseconds after they happen, gives back what waits behind a long attempt, and watches for
-stop orders.
+A `Runner` is the inside of a slot (and, with a single offer, of a heavy attempt). Two threads
+share it: the main thread runs handlers, so that a signal can interrupt them; the side thread sends
+reports a few milliseconds after they happen, gives back what waits behind a long attempt, and
+watches for stop orders.
 """
 
 from __future__ import annotations
@@ -359,9 +359,7 @@ class Runner:
                 if not self._shared.unconfirmed or self._shared.exchanging:
                     continue
                 # Reports that follow within a moment travel together.
-                self._shared.lock.wait_for(
-                    lambda: self._shared.exchanging, self._settings.report_s
-                )
+                self._shared.lock.wait_for(lambda: self._shared.exchanging, self._settings.report_s)
                 if self._shared.exchanging:
                     continue
                 batch = tuple(self._shared.unconfirmed)

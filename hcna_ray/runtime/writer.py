@@ -116,7 +116,8 @@ class WriterThread:
                 return
             except Exception:
                 # A bug. Nothing of the batch was committed; a restart rebuilds from the store.
-                log.critical("the moderator failed", exc_info=True,
-                             extra={"action": "moderator.failed"})
+                log.critical(
+                    "the moderator failed", exc_info=True, extra={"action": "moderator.failed"}
+                )
                 self._exit(70)
                 return

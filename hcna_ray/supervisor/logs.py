@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 
 from hcna_ray.config import MIB, Settings
+from hcna_ray.observability.logs import JsonLines
 from hcna_ray.security.keys import make_private_dir
-
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-class JsonLines(logging.Formatter):
-    """Renders a record as one JSON object: time, level, message, and the fields given as extra."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {
-            "at": at.replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
-        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
 
 
 def open_log(settings: Settings) -> logging.Logger:

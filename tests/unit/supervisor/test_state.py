@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 from hcna_ray.config import load_settings
 from hcna_ray.supervisor.backoff import restart_delay_s
-from hcna_ray.supervisor.logs import JsonLines
 from hcna_ray.supervisor.processes import identify
 from hcna_ray.supervisor.state import (
     RunLock,
@@ -103,22 +101,3 @@ def test_a_recorded_process_counts_only_while_exactly_it_runs(tmp_path: Path) ->
 )
 def test_the_pause_doubles_up_to_its_bound(failures: int, draw: float, expected: float) -> None:
     assert restart_delay_s(failures, first_s=1.0, max_s=60.0, draw=draw) == expected
-
-
-def test_a_log_line_is_one_json_object_with_its_fields() -> None:
-    record = logging.makeLogRecord(
-        {
-            "msg": "%s is up",
-            "args": ("head",),
-            "levelname": "INFO",
-            "created": 0.0,
-            "member": "head",
-        }
-    )
-
-    assert json.loads(JsonLines().format(record)) == {
-        "at": "1970-01-01T00:00:00.000Z",
-        "level": "info",
-        "message": "head is up",
-        "member": "head",
-    }

@@ -1,0 +1,82 @@
+# Two commands are enough: `make demo` and `make test`. `make` alone lists all.
+# Everything lives in .venv (and .tools, if uv had to be brought); no environment has to be active.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# The caller's own environment must not decide which one is used here.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+export UV_PROJECT_ENVIRONMENT := .venv
+
+BIN := .venv/bin
+FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
+RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
+
+.PHONY: help sync demo up down test test-all test-unit test-contract test-property \
+	test-integration lint types format docs lock clean
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+sync: ## Install the locked environment into .venv
+	@[[ -d .venv ]] || echo "installing the locked environment into .venv (some minutes the first time)"
+	@$(FIND_UV) "$$UV" sync --frozen --quiet
+
+demo: sync ## Start M1, W1 and C1 on this machine, run the demo through C1, leave them up
+	@$(BIN)/hcna up --wait 300
+	@$(BIN)/hcna demo
+	@echo
+	@echo "It is still up. The commands are in $(BIN) (eval \"\$$($(BIN)/hcna env)\"); make down stops it."
+
+up: sync ## Start M1, W1 and C1 on this machine, or find them running
+	@$(BIN)/hcna up --wait 300
+
+down: ## Stop what make demo or make up started
+	@if [[ -x $(BIN)/hcna ]]; then $(BIN)/hcna down; \
+	else echo "there is no .venv here, so nothing was started from this folder"; fi
+
+test: sync ## Run the whole suite, each part within its time budget
+	@scripts/system_packages.sh
+	@$(RUN_TESTS)
+
+test-all: sync ## The same with ten times as many steps of the state machine, and acceptance tests
+	@scripts/system_packages.sh
+	@$(RUN_TESTS) --all
+
+test-unit: sync ## Unit tests, and branch coverage of the core
+	@$(RUN_TESTS) unit
+
+test-contract: sync ## One exam for every task store
+	@$(RUN_TESTS) contract
+
+test-property: sync ## Hypothesis against the state machine
+	@$(RUN_TESTS) property
+
+test-integration: sync ## Tests and notebooks against a real cluster
+	@scripts/system_packages.sh
+	@$(RUN_TESTS) integration
+
+lint: sync ## Ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: sync ## mypy strict, and the import contracts
+	@$(BIN)/mypy hcna_ray scripts
+	@$(BIN)/lint-imports
+
+format: sync ## Let Ruff sort imports and format
+	@$(BIN)/ruff check --fix-only --select I .
+	@$(BIN)/ruff format .
+
+docs: sync ## Write the generated pages of docs/ anew
+	@$(BIN)/python scripts/generate_reference.py
+
+lock: ## Resolve the dependencies anew into uv.lock
+	@$(FIND_UV) "$$UV" lock --upgrade
+
+clean: ## Remove caches and reports; .venv, .tools and your data stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
+	@find hcna_ray tests scripts notebooks -name __pycache__ -prune -exec rm -rf {} +
+	@echo "caches and reports are gone; .venv and .tools may be deleted by hand (make down first)"

@@ -1,0 +1,109 @@
+"""What workers report of their attempts, turned into events. The fence drops what is late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from hcna_ray.core.errors import Invalid
+from hcna_ray.core.events import (
+    AttemptCancelled,
+    AttemptCompleted,
+    AttemptFailed,
+    AttemptLost,
+    AttemptProgressed,
+    AttemptStarted,
+    LeaseReturned,
+)
+from hcna_ray.core.models import FailureKind, Task, TaskError, Token
+from hcna_ray.runtime.messages import Ack, Report, ReportKind
+from hcna_ray.runtime.turn import Turn
+
+
+class ReportDesk:
+    """Applies reports to tasks."""
+
+    def __init__(self, observe: Callable[[str, float], None], jitter: Callable[[], float]) -> None:
+        """Name the helpers.
+
+        Args:
+            observe: Takes a task type and how long one of it took, in milliseconds.
+            jitter: Draws from -1 to 1, for backoffs.
+        """
+        self._observe, self._jitter = observe, jitter
+
+    def apply(self, turn: Turn, reports: Iterable[Report]) -> Ack:
+        """Apply reports in order; say how many counted and which were late."""
+        applied, late = 0, []
+        for report in reports:
+            task = turn.ledger.get(report.task_id)
+            if task is not None and self._report(turn, task, report):
+                applied += 1
+            else:
+                late.append((report.task_id, report.token))
+        return Ack(applied=applied, late=tuple(late))
+
+    def _report(self, turn: Turn, task: Task, report: Report) -> bool:
+        token = Token(*report.token)
+        match report.kind:
+            case ReportKind.STARTED:
+                started = AttemptStarted(at=report.at, token=token)
+                return turn.ledger.step(task, started).changed
+            case ReportKind.COMPLETED:
+                step = turn.ledger.step(
+                    task,
+                    AttemptCompleted(
+                        at=turn.now,
+                        token=token,
+                        started_at=report.started_at,
+                        result=report.result or b"{}",
+                    ),
+                )
+                if step.changed:
+                    self._observe(task.spec.task_type, report.duration_ms)
+                return step.changed
+            case ReportKind.FAILED:
+                return turn.ledger.step(
+                    task,
+                    AttemptFailed(
+                        at=turn.now,
+                        token=token,
+                        started_at=report.started_at,
+                        error=_error(report),
+                        jitter=self._jitter(),
+                    ),
+                ).changed
+            case ReportKind.PROGRESS:
+                return turn.ledger.step(
+                    task,
+                    AttemptProgressed(
+                        at=turn.now,
+                        token=token,
+                        progress=report.progress,
+                        checkpoint=report.checkpoint,
+                    ),
+                ).changed
+            case ReportKind.CANCELLED:
+                if task.cancel_requested_at is None:
+                    return False
+                return turn.ledger.step(
+                    task,
+                    AttemptCancelled(at=turn.now, token=token, started_at=report.started_at),
+                ).changed
+            case ReportKind.LOST:
+                error = _error(report)
+                return turn.ledger.step(
+                    task,
+                    AttemptLost(at=turn.now, token=token, kind=error.kind, message=error.message),
+                ).changed
+            case ReportKind.RETURNED:
+                return turn.ledger.step(
+                    task, LeaseReturned(at=turn.now, token=token, reason="given back")
+                ).changed
+            case _:
+                raise Invalid("invalid_report", f"unknown report kind {report.kind!r}")
+
+
+def _error(report: Report) -> TaskError:
+    if report.error is not None:
+        return report.error
+    return TaskError(kind=FailureKind.ERROR, message="the worker gave no reason")

@@ -1,0 +1,441 @@
+"""Workers as the moderator deals with them: sessions, parked calls, grants, orders, losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from hcna_ray.core.errors import NotFound, StaleWorker, WorkerUnavailable
+from hcna_ray.core.events import AttemptLost, LeaseReturned, StopAttempt
+from hcna_ray.core.models import (
+    HEAVY_SLOT,
+    FailureKind,
+    Task,
+    WorkerRecord,
+    WorkerState,
+    WorkerView,
+)
+from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
+from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.messages import (
+    Ack,
+    Exchange,
+    Grant,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    IntentOrder,
+    Offer,
+    SlotGone,
+    Stop,
+    Welcome,
+    WorkerInfo,
+)
+from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.reports import ReportDesk
+from hcna_ray.runtime.requests import MarkWorker, Pending, Reports, SendIntent
+from hcna_ray.runtime.sessions import Session, Sessions, marked
+from hcna_ray.runtime.turn import LATER, Turn
+from hcna_ray.store.base import TaskStore
+
+log = logging.getLogger(__name__)
+
+
+class Workforce:
+    """Every worker, and every call of theirs that waits for work."""
+
+    def __init__(
+        self,
+        store: TaskStore,
+        policy: Policy,
+        live: LiveTable,
+        dispatcher: Dispatcher,
+        reports: ReportDesk,
+    ) -> None:
+        """Start empty; `reset` reads the store."""
+        self._store, self._policy = store, policy
+        self._live, self._dispatcher, self._reports = live, dispatcher, reports
+        self._generation = 1
+        self.sessions = Sessions(
+            suspect_s=2.5 * policy.heartbeat_s, ttl_s=policy.lease_ttl_s + policy.lease_grace_s
+        )
+        #: Calls that wait for work, by (worker, slot).
+        self._parked: dict[Place, Pending] = {}
+        #: The last answer to each slot, for a repeated exchange.
+        self._grants: dict[Place, tuple[str, Grant]] = {}
+        #: Orders for agents that are not parked just now.
+        self._stops: dict[str, list[Stop]] = {}
+        self._intents: dict[str, list[IntentOrder]] = {}
+        self._asked: dict[str, Pending] = {}
+
+    def reset(self, leased: list[Task], elapsed: float) -> None:
+        """Follow the store: whom to wait for, and what must be stopped."""
+        self._generation = self._store.generation()
+        if not list(self.sessions):
+            self.sessions.restore(self._store.workers(), elapsed)
+        self._stops.clear()
+        for task in leased:
+            if task.cancel_requested_at is not None and task.lease is not None:
+                stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
+                self._stops.setdefault(task.lease.worker, []).append(stop)
+
+    def stop(self, command: StopAttempt) -> None:
+        """Pass an order on with the agent's next answer."""
+        stop = Stop(command.task_id, command.token, command.slot, command.reason)
+        self._stops.setdefault(command.worker, []).append(stop)
+
+    # -- sessions --------------------------------------------------------------------------------
+
+    def hello(self, turn: Turn, hello: Hello) -> Welcome:
+        """Register a worker, or a new life of its agent."""
+        known = self.sessions.find(hello.worker)
+        fresh = known is None or known.record.incarnation != hello.incarnation
+        # What the old incarnation's journals held counts before its leases are closed.
+        self._reports.apply(turn, hello.reports)
+        if known is not None and fresh:
+            self._close_leases(
+                turn,
+                known.record.name,
+                "the worker's agent was replaced",
+                keep_incarnation=hello.incarnation,
+                worker_gone=True,
+            )
+            self._drop_parked(turn, known.record.name)
+        record = WorkerRecord(
+            name=hello.worker,
+            node_id=hello.node_id,
+            incarnation=hello.incarnation,
+            registered_at=turn.now,
+            last_seen_at=turn.now,
+            cordoned=known is not None and known.record.cordoned,
+            draining_until=None if known is None else known.record.draining_until,
+            cpu=hello.cpu,
+            mem_gb=hello.mem_gb,
+            gpu=hello.gpu,
+            resources=hello.resources,
+            labels=hello.labels,
+            task_types=hello.task_types,
+            address=hello.address,
+        )
+        self.sessions.put(record, turn.elapsed)
+        turn.writes.append(lambda: self._store.save_worker(record))
+        log.info(
+            "%s node %s registered successfully",
+            hello.worker,
+            hello.node_id,
+            extra={"action": "worker.registered", "worker": hello.worker},
+        )
+        return Welcome(
+            moderator_node_id=self._policy.node_id,
+            generation=self._generation,
+            lease_ttl_s=self._policy.lease_ttl_s,
+            heartbeat_s=self._policy.heartbeat_s,
+        )
+
+    def heartbeat(self, turn: Turn, beat: Heartbeat) -> HeartbeatReply:
+        """Renew a session."""
+        session = self.sessions.current(beat.worker, beat.incarnation)
+        if session is None:
+            return HeartbeatReply(known=False)
+        session.renewed = turn.elapsed
+        session.telemetry, session.slots = beat.telemetry, beat.slots
+        session.record = dataclasses.replace(session.record, last_seen_at=turn.now)
+        return HeartbeatReply(known=True)
+
+    def mark(self, turn: Turn, request: MarkWorker) -> WorkerInfo:
+        """Drain, cordon or uncordon. Raises `NotFound`."""
+        session = self.sessions.find(request.name)
+        if session is None:
+            raise NotFound("worker", request.name)
+        until = session.record.draining_until
+        cordoned = session.record.cordoned
+        match request.action:
+            case "drain":
+                until = turn.now + (request.deadline_s or 600.0)
+            case "cordon":
+                cordoned = True
+            case _:
+                cordoned, until = False, None
+        record = marked(session.record, cordoned=cordoned, draining_until=until)
+        session.record = record
+        turn.writes.append(lambda: self._store.save_worker(record))
+        turn.note(request.principal, f"worker.{request.action}", record.name, "done")
+        return self.info(session, turn.elapsed)
+
+    def send_intent(self, turn: Turn, pending: Pending, request: SendIntent) -> object:
+        """Hand an intent to a worker's agent. Raises `NotFound`, `WorkerUnavailable`."""
+        session = self.sessions.find(request.worker)
+        if session is None:
+            raise NotFound("worker", request.worker)
+        state = self.sessions.state(session, turn.elapsed)
+        if state is WorkerState.GONE:
+            raise WorkerUnavailable(f"worker {session.record.name} is {state.value}", 10)
+        name = session.record.name
+        self._asked[str(request.envelope["msg_id"])] = pending
+        self._intents.setdefault(name, []).append(IntentOrder(request.envelope))
+        intent = str(request.envelope["intent"])
+        turn.note(request.principal, "intent.send", name, "sent", intent)
+        return LATER
+
+    def take_reports(self, turn: Turn, request: Reports) -> Ack:
+        """Apply reports that a slot sent between two exchanges. Raises `StaleWorker`."""
+        self.sessions.current(request.worker, request.incarnation)
+        return self._reports.apply(turn, request.reports)
+
+    # -- exchanges -------------------------------------------------------------------------------
+
+    def exchange(self, turn: Turn, pending: Pending, exchange: Exchange) -> object:
+        """Take what a slot or agent delivers; park it until there is work."""
+        place = (exchange.worker, exchange.slot)
+        session = self.sessions.current(exchange.worker, exchange.incarnation)
+        if session is None:
+            return Grant(seq=exchange.seq, hello=True)
+        for msg_id, answer in exchange.answers:
+            asked = self._asked.pop(msg_id, None)
+            if asked is not None:
+                turn.answers.append((asked, dict(answer)))
+        self._reports.apply(turn, exchange.reports)
+        previous = self._parked.pop(place, None)
+        if previous is not None:  # Its call was given up by the slot; nobody reads this answer.
+            turn.answers.append((previous, Grant(seq=_seq(previous))))
+        repeated = self._repeated(exchange)
+        if repeated is not None:
+            return repeated
+        if exchange.slot != HEAVY_SLOT:
+            self._settle_slot(turn, exchange)
+        self._parked[place] = pending
+        return LATER
+
+    def _repeated(self, exchange: Exchange) -> Grant | None:
+        """Return the answer that this exchange was given before, if it was."""
+        place = (exchange.worker, exchange.slot)
+        last = self._grants.get(place)
+        if last is not None and last[0] == exchange.incarnation:
+            if last[1].seq == exchange.seq:
+                return last[1]
+            if last[1].seq > exchange.seq:
+                return Grant(seq=exchange.seq)
+            return None
+        # A new moderator: the leases themselves say what was granted.
+        granted = [
+            task
+            for task in self._live.in_slot(*place)
+            if task.lease is not None
+            and task.lease.incarnation == exchange.incarnation
+            and task.lease.grant_seq == exchange.seq
+        ]
+        if not granted:
+            return None
+        offers = tuple(self._dispatcher.offer(task) for task in granted)
+        return Grant(seq=exchange.seq, offers=offers)
+
+    def _settle_slot(self, turn: Turn, exchange: Exchange) -> None:
+        """A slot that asks again has nothing left of its earlier grants."""
+        for task_id in [task.id for task in self._live.in_slot(exchange.worker, exchange.slot)]:
+            task = turn.ledger.get(task_id)
+            if task is None or task.lease is None or task.lease.slot != exchange.slot:
+                continue
+            if task.lease.worker != exchange.worker or task.lease.grant_seq >= exchange.seq:
+                continue
+            self._take_back(turn, task, "the slot moved on without it", FailureKind.LOST)
+
+    def slot_gone(self, turn: Turn, gone: SlotGone) -> Ack:
+        """Take back what a dead process held."""
+        self.sessions.current(gone.worker, gone.incarnation)
+        ack = self._reports.apply(turn, gone.reports)
+        place = (gone.worker, gone.slot)
+        parked = self._parked.pop(place, None)
+        if parked is not None:
+            turn.answers.append((parked, Grant(seq=_seq(parked))))
+        self._grants.pop(place, None)
+        if gone.slot == HEAVY_SLOT:
+            return ack
+        for live in self._live.in_slot(*place):
+            task = turn.ledger.get(live.id)
+            if task is None or task.lease is None or task.lease.incarnation != gone.incarnation:
+                continue
+            if (task.lease.worker, task.lease.slot) == place:
+                self._take_back(turn, task, "the slot's process ended", FailureKind.POISON)
+        return ack
+
+    def _take_back(
+        self, turn: Turn, task: Task, why: str, kind: FailureKind, worker_gone: bool = False
+    ) -> None:
+        """End a lease whose holder is gone: lost if the attempt had started, else just returned."""
+        lease = task.lease
+        assert lease is not None
+        if lease.started_at is None:
+            returned = LeaseReturned(at=turn.now, token=lease.token, reason=why)
+            turn.ledger.step(task, returned)
+            return
+        turn.ledger.step(
+            task,
+            AttemptLost(
+                at=turn.now, token=lease.token, kind=kind, message=why, worker_gone=worker_gone
+            ),
+        )
+
+    def _close_leases(
+        self,
+        turn: Turn,
+        worker: str,
+        why: str,
+        *,
+        keep_incarnation: str | None = None,
+        worker_gone: bool,
+    ) -> None:
+        for live in self._live.on_worker(worker):
+            task = turn.ledger.get(live.id)
+            if task is None or task.lease is None or task.lease.worker != worker:
+                continue
+            if task.lease.incarnation != keep_incarnation:
+                self._take_back(turn, task, why, FailureKind.LOST, worker_gone)
+
+    def _drop_parked(self, turn: Turn, worker: str) -> None:
+        for place in [place for place in self._parked if place[0] == worker]:
+            pending = self._parked.pop(place)
+            turn.answers.append((pending, StaleWorker(worker, "", None)))
+        for place in [place for place in self._grants if place[0] == worker]:
+            del self._grants[place]
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def keep_house(self, turn: Turn) -> None:
+        """Give up on silent workers, on calls parked too long, on intents without an answer."""
+        for session in self.sessions.overdue(turn.elapsed):
+            self._lose(turn, session)
+        for place, pending in list(self._parked.items()):
+            if turn.elapsed - pending.arrived > self._policy.exchange_wait_s:
+                del self._parked[place]
+                self._answer_exchange(turn, place, pending, Grant(seq=_seq(pending)))
+        for msg_id, pending in list(self._asked.items()):
+            request = pending.request
+            if isinstance(request, SendIntent) and (
+                turn.elapsed - pending.arrived > request.wait_s
+            ):
+                del self._asked[msg_id]
+                error = WorkerUnavailable(f"{request.worker} did not answer in time", 5)
+                turn.answers.append((pending, error))
+
+    def _lose(self, turn: Turn, session: Session) -> None:
+        name = session.record.name
+        log.warning(
+            "health check failed",
+            extra={
+                "action": "worker.lost",
+                "worker": name,
+                "silence_s": round(turn.elapsed - session.renewed, 1),
+            },
+        )
+        why = f"{name} was silent for {turn.elapsed - session.renewed:.0f} s"
+        self._close_leases(turn, name, why, worker_gone=True)
+        session.gone = True
+        self._drop_parked(turn, name)
+
+    # -- handing out work ------------------------------------------------------------------------
+
+    def grant(self, turn: Turn, paused: frozenset[str]) -> dict[Place, tuple[Offer, ...]]:
+        """Lease ready tasks to the calls that are parked."""
+        return self._dispatcher.dispatch(
+            turn.ledger,
+            {view.name: view for view in self.views(turn.elapsed, turn.ledger)},
+            {place: _seq(pending) for place, pending in self._parked.items()},
+            {place: _incarnation(pending) for place, pending in self._parked.items()},
+            paused,
+            self._generation,
+            turn.now,
+        )
+
+    def answer_parked(self, turn: Turn, granted: dict[Place, tuple[Offer, ...]]) -> None:
+        """Answer the calls for which there is something: leases, stops or intents."""
+        for place, pending in list(self._parked.items()):
+            worker, slot = place
+            offers = granted.get(place, ())
+            stops: tuple[Stop, ...] = ()
+            intents: tuple[IntentOrder, ...] = ()
+            if slot == HEAVY_SLOT:
+                stops = tuple(self._stops.get(worker, ()))
+                intents = tuple(self._intents.get(worker, ()))
+            if offers or stops or intents:
+                grant = Grant(seq=_seq(pending), offers=offers, stops=stops, intents=intents)
+                self._answer_exchange(turn, place, pending, grant)
+
+    def _answer_exchange(
+        self, turn: Turn, place: tuple[str, int], pending: Pending, grant: Grant
+    ) -> None:
+        """Answer a parked call, once the batch is committed, and remember what it was told."""
+        turn.answers.append((pending, grant))
+
+        def settled() -> None:
+            self._parked.pop(place, None)
+            self._grants[place] = (_incarnation(pending), grant)
+            if grant.stops:
+                self._stops.pop(place[0], None)
+            if grant.intents:
+                self._intents.pop(place[0], None)
+
+        turn.effects.append(settled)
+
+    # -- looking in ------------------------------------------------------------------------------
+
+    def views(self, elapsed: float, ledger: Ledger | None = None) -> list[WorkerView]:
+        """Return every worker as a scheduling decision sees it."""
+        return [self._view(session, elapsed, ledger) for session in self.sessions]
+
+    def _view(self, session: Session, elapsed: float, ledger: Ledger | None = None) -> WorkerView:
+        name = session.record.name
+        return self.sessions.view(
+            session, elapsed, self._live.count(name), self._live.used(name, ledger)
+        )
+
+    def info(self, session: Session, elapsed: float) -> WorkerInfo:
+        """Return one worker for people."""
+        record = session.record
+        view = self._view(session, elapsed)
+        names = ["cpu", "mem_gb", "gpu", *(name for name, _ in record.resources)]
+        totals: dict[str, float] = {
+            "cpu": record.cpu,
+            "mem_gb": record.mem_gb,
+            "gpu": record.gpu,
+            **dict(record.resources),
+        }
+        running: list[dict[str, Any]] = []
+        for task in self._live.on_worker(record.name):
+            lease = task.lease
+            if lease is not None and lease.started_at is not None:
+                running.append(
+                    {
+                        "task_id": task.id,
+                        "task_type": task.spec.task_type,
+                        "attempt": lease.token.attempt,
+                        "started_at": lease.started_at,
+                    }
+                )
+        return WorkerInfo(
+            name=record.name,
+            node_id=record.node_id,
+            state=view.state,
+            last_seen_at=record.last_seen_at,
+            last_seen_age_s=max(0.0, elapsed - session.renewed),
+            resources=totals,
+            free={name: view.free(name) for name in names},
+            labels=dict(record.labels),
+            task_types=record.task_types,
+            slots=session.slots,
+            running=tuple(running),
+            telemetry=session.telemetry,
+            draining_until=record.draining_until,
+        )
+
+
+def _seq(pending: Pending) -> int:
+    request = pending.request
+    assert isinstance(request, Exchange)
+    return request.seq
+
+
+def _incarnation(pending: Pending) -> str:
+    request = pending.request
+    assert isinstance(request, Exchange)
+    return request.incarnation

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Installs the system packages that the tests use and that are missing. Debian and Ubuntu, as root.
+# Without root, or elsewhere, it names them and goes on: tests then say what they skipped.
+set -euo pipefail
+
+# command:package
+wanted=(curl:curl git:git ss:iproute2)
+
+missing=()
+for pair in "${wanted[@]}"; do
+  command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+done
+if ((${#missing[@]} == 0)); then
+  exit 0
+fi
+
+if ! command -v apt-get >/dev/null; then
+  printf 'Missing for some tests: %s. Install them with your package manager.\n' "${missing[*]}" >&2
+elif ((EUID != 0)); then
+  printf 'Missing for some tests: %s. As root: apt-get install %s\n' "${missing[*]}" \
+    "${missing[*]}" >&2
+else
+  printf 'Installing system packages for the tests: %s\n' "${missing[*]}" >&2
+  export DEBIAN_FRONTEND=noninteractive
+  if ! { apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
+    { apt-get update -qq >/dev/null &&
+      apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; }; }; then
+    printf 'They could not be installed; going on without them.\n' >&2
+  fi
+fi
