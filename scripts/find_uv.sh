@@ -38,6 +38,7 @@ fi
 
 say "uv is missing: bringing a private one into .tools/"
 mkdir -p "$root/.tools"
+export PIP_ROOT_USER_ACTION=ignore
 options=(--quiet --disable-pip-version-check --no-input "uv>=$oldest")
 # --target installs beside the system's Python, not into it, so an "externally managed" one agrees.
 if "$python" -m pip --version >/dev/null 2>&1 &&

@@ -1,4 +1,4 @@
-"""A worker's agent: keeps its slots alive, starts heavy attempts, enforces stops, beats the heart.
+"""A worker's agent: keeps its slots alive, starts heavy attempts, beats the heart.
 
 Plain asyncio; Ray is behind the `Processes` and `ModeratorLink` protocols. The agent owns every
 process that runs work on its machine, so what it cannot vouch for any more it ends: a worker that
@@ -11,24 +11,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.envelopes import Intent, Telemetry
-from hcna_ray.core.errors import HcnaError
-from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.models import HEAVY_SLOT, FailureKind, Token
+from hcna_ray.runtime.host import last_words, signal_group
 from hcna_ray.runtime.journal import (
-    Note,
     RunnerFiles,
     StopOrder,
-    read_journal,
+    process_birth,
     read_note,
-    unfinished,
+    read_stops,
     write_stops,
 )
 from hcna_ray.runtime.messages import (
@@ -47,16 +46,17 @@ from hcna_ray.runtime.messages import (
 
 log = logging.getLogger(__name__)
 
-#: How often the agent looks at its runners' notes.
-WATCH_S = 0.1
-#: Time between SIGTERM and SIGKILL.
-KILL_GRACE_S = 10.0
-#: After the worker fenced itself off, processes get less time: the moderator is about to re-lease.
-FENCE_GRACE_S = 5.0
+#: How often the agent looks whether it is still in contact and all slots are there.
+WATCH_S = 0.25
 #: Pause before a slot that died is replaced, doubled by each quick death up to the maximum.
 RESPAWN_S = 0.2
 RESPAWN_MAX_S = 10.0
-CALL_TIMEOUT_S = 15.0
+#: Longest wait for a killed process to be gone.
+GONE_WAIT_S = 5.0
+#: Pause before a call that failed is repeated.
+RETRY_S = 0.2
+#: Stop orders left for one member; older ones have long been obeyed or are void.
+ORDERS_KEPT = 100
 
 
 class Processes(Protocol):
@@ -99,37 +99,26 @@ class AgentSettings:
     node_id: str
     incarnation: str
     outbox: Path
+    #: Slots kept alive.
     base: int = 4
-    spare: int = 1
-    reserve: int = 2
-    slots_max: int = 16
-    long_s: float = 0.05
-    idle_s: float = 30.0
     heartbeat_s: float = 5.0
     self_stop_s: float = 20.0
     moderator_address: str = ""
 
 
 @dataclass(slots=True)
-class _Runner:
-    """One process that runs work: a slot, or a heavy attempt (``offer`` set)."""
+class _Member:
+    """One process that hosts work: a slot, or a heavy attempt (``offer`` set)."""
 
     slot: int
+    #: Only its stop file is the agent's; notes and journals are its executors'.
     files: RunnerFiles
-    started: float
     offer: Offer | None = None
-    ready: bool = False
-    activated: asyncio.Event = field(default_factory=asyncio.Event)
-    retiring: bool = False
-    note: Note | None = None
-    idle_since: float = 0.0
-    #: Stop orders by token, with the time of SIGTERM and whether SIGKILL has gone out.
-    orders: dict[Token, tuple[StopOrder, float]] = field(default_factory=dict)
-    killed: Token | None = None
+    pid: int | None = None
 
 
 class WorkerAgent:
-    """Owner of one worker's processes. Invariant: no attempt runs here outside a known runner."""
+    """Owner of one worker's processes. Invariant: no attempt runs here outside a known member."""
 
     def __init__(
         self,
@@ -141,6 +130,7 @@ class WorkerAgent:
         describe: Callable[[tuple[Report, ...]], Hello],
         telemetry: Callable[[], Mapping[str, Any]],
         kill: Callable[[int, int], None] | None = None,
+        birth: Callable[[int], int | None] = process_birth,
         new_id: Callable[[], str],
     ) -> None:
         """Wire the agent; `run` starts it.
@@ -153,19 +143,23 @@ class WorkerAgent:
             describe: Builds the `Hello` around reports left by an earlier incarnation.
             telemetry: Reads the machine's load.
             kill: Sends a signal to a process group; the default is the real thing.
+            birth: Tells when a living process began; see `process_birth`.
             new_id: Mints message ids.
         """
         self._settings, self._link, self._processes = settings, link, processes
         self._clock, self._describe, self._telemetry = clock, describe, telemetry
         self._kill = kill or signal_group
-        self._new_id = new_id
-        self._runners: dict[str, _Runner] = {}
+        self._birth, self._new_id = birth, new_id
+        self._members: dict[str, _Member] = {}
         self._numbers = itertools.count()
         self._confirmed = clock.elapsed()
         self._connected = False
         self._fenced = False
         self._closing = False
         self._deaths = 0
+        self._respawn_at = 0.0
+        #: Names of members that are gone while the moderator has not yet heard of it.
+        self._telling: set[str] = set()
         self._answers: list[tuple[str, Mapping[str, Any]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._leftovers: list[RunnerFiles] = []
@@ -190,26 +184,23 @@ class WorkerAgent:
     async def close(self) -> None:
         """End every process of this worker and stop serving. Harmless twice."""
         self._closing = True
-        for runner in self._runners.values():
-            if runner.note is not None:
-                self._signal(runner, signal.SIGKILL)
+        for member in self._members.values():
+            if member.pid is not None:
+                self._kill(member.pid, signal.SIGKILL)
 
     async def attach(self, name: str, pid: int) -> bool:
-        """A runner's process is ready. Returns when it shall begin; False means: end.
+        """A member's process is ready; tell whether there is still work for it.
 
         Args:
-            name: The runner's name, as given to `Processes.start_slot`.
-            pid: Its process id, which is also its process group.
+            name: Its name, as given to `Processes`.
+            pid: Its process id.
         """
-        runner = self._runners.get(name)
-        if runner is None or self._closing:
+        member = self._members.get(name)
+        if member is None or self._closing:
             return False
-        runner.ready = True
-        runner.note = Note(pid=pid)
+        member.pid = pid
         self._deaths = 0
-        self._balance()
-        await runner.activated.wait()
-        return not self._closing
+        return True
 
     @property
     def connected(self) -> bool:
@@ -220,12 +211,13 @@ class WorkerAgent:
     @property
     def slots(self) -> int:
         """Slots that are ready."""
-        return sum(1 for one in self._runners.values() if one.offer is None and one.ready)
+        return sum(1 for one in self._members.values() if one.offer is None and one.pid is not None)
 
     @property
     def running(self) -> int:
         """Attempts that run."""
-        return sum(1 for one in self._runners.values() if one.note is not None and one.note.task_id)
+        notes = (read_note(files) for files in self._executors())
+        return sum(1 for note in notes if note is not None and note.task_id)
 
     # -- heartbeat -------------------------------------------------------------------------------
 
@@ -234,10 +226,12 @@ class WorkerAgent:
             try:
                 if not self._connected:
                     await self._say_hello()
+                # The moderator renews the session when the call arrives, not when it is answered.
+                asked = self._clock.elapsed()
                 reply = await self._link.heartbeat(self._beat())
                 if reply.known:
-                    self._confirmed = self._clock.elapsed()
-                    self._fenced = False
+                    self._confirmed = asked
+                    self._unfence()
                 else:
                     self._connected = False
                     continue
@@ -251,13 +245,22 @@ class WorkerAgent:
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def _say_hello(self) -> None:
-        left_behind = self._collect_leftovers()
-        welcome = await self._link.hello(self._describe(left_behind))
+        left_behind = await self._collect_leftovers()
+        try:
+            hello = self._describe(left_behind)
+        except Exception as error:
+            # Asks the cluster, which may be as much away as the moderator.
+            raise ModeratorUnavailable(f"cannot describe this worker: {error!r}") from error
+        asked = self._clock.elapsed()
+        welcome = await self._link.hello(hello)
         for files in self._leftovers:
             files.remove()
         self._leftovers.clear()
+        for path in self._settings.outbox.glob("*.stop"):
+            if not path.name.startswith(f"{self._settings.incarnation}."):
+                path.unlink(missing_ok=True)  # An earlier life's orders to its members.
         self._connected = True
-        self._confirmed = self._clock.elapsed()
+        self._confirmed = asked
         log.info(
             "Connected to M1 %s at %s",
             welcome.moderator_node_id,
@@ -265,17 +268,52 @@ class WorkerAgent:
             extra={"action": "agent.connected", "worker": self._settings.worker},
         )
 
-    def _collect_leftovers(self) -> tuple[Report, ...]:
-        """Read the journals of runners that an earlier life of this agent owned."""
+    async def _collect_leftovers(self) -> tuple[Report, ...]:
+        """Read the journals of executors that an earlier life of this agent owned."""
+        known = self._members.keys() | self._telling
+        self._leftovers = [
+            files for files in self._executors() if files.name.rpartition(".")[0] not in known
+        ]
+        await self._end(self._leftovers)
+        return self._last_words(self._leftovers, FailureKind.LOST, "its worker's agent ended")
+
+    def _executors(self, member: str = "") -> list[RunnerFiles]:
+        """Return the files of a member's executors, or of all that there are."""
+        outbox = self._settings.outbox
+        pattern = f"{member}.*" if member else "*"
+        names = {
+            path.stem
+            for ending in ("note", "journal")
+            for path in outbox.glob(f"{pattern}.{ending}")
+        }
+        return [RunnerFiles(outbox, name) for name in sorted(names)]
+
+    async def _end(self, executors: list[RunnerFiles]) -> None:
+        """Make sure that processes are gone: their journals are about to be read for good.
+
+        Raises:
+            ModeratorUnavailable: one of them will not die; the caller tries again later.
+        """
+        living = {
+            note.pid: note.born
+            for files in executors
+            if (note := read_note(files)) is not None and self._birth(note.pid) == note.born
+        }
+        for pid in living:
+            self._kill(pid, signal.SIGKILL)
+        end = self._clock.elapsed() + GONE_WAIT_S
+        while any(self._birth(pid) == born for pid, born in living.items()):
+            if self._clock.elapsed() >= end:
+                raise ModeratorUnavailable("a process of this worker will not die")
+            await asyncio.sleep(0.02)
+
+    def _last_words(
+        self, executors: list[RunnerFiles], kind: FailureKind, how: str
+    ) -> tuple[Report, ...]:
         reports: list[Report] = []
-        self._leftovers = []
-        for path in sorted(self._settings.outbox.glob("*.note")):
-            name = path.name.removesuffix(".note")
-            if name in self._runners:
-                continue
-            files = RunnerFiles(self._settings.outbox, name)
-            reports += self._last_words(files, FailureKind.LOST, "its worker's agent ended")
-            self._leftovers.append(files)
+        for files in executors:
+            orders = {Token(one.generation, one.attempt): one for one in read_stops(files.stop)}
+            reports += last_words(files, orders, self._clock.now(), kind, how)
         return tuple(reports)
 
     def _beat(self) -> Heartbeat:
@@ -329,7 +367,7 @@ class WorkerAgent:
             try:
                 grant = await self._link.exchange(exchange)
             except HcnaError:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(RETRY_S)
                 continue
             if grant.hello:
                 self._connected = False
@@ -359,41 +397,49 @@ class WorkerAgent:
         }
 
     def _start_heavy(self, offer: Offer) -> None:
-        token = Token(*offer.token)
-        name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{token}"
-        if name in self._runners:
+        name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{Token(*offer.token)}"
+        if name in self._members or name in self._telling:
             return  # The same grant, told twice.
-        runner = self._new_runner(HEAVY_SLOT, name, offer)
-        runner.activated.set()
-        self._spawn(self._follow(runner, self._processes.start_heavy(offer, name)))
+        member = self._add(HEAVY_SLOT, name, offer)
+        self._spawn(self._follow(member, lambda: self._processes.start_heavy(offer, name)))
 
     def _on_stop(self, stop: Stop) -> None:
         token = Token(*stop.token)
-        for runner in self._runners.values():
-            if runner.offer is not None:
-                if runner.offer.task_id != stop.task_id:
+        for member in self._members.values():
+            offer = member.offer
+            if offer is None:
+                # A slot whose executors are all busy does not ask the moderator: it looks here.
+                if member.slot != stop.slot:
                     continue
-            elif runner.slot != stop.slot:
+            elif (offer.task_id, Token(*offer.token)) != (stop.task_id, token):
                 continue
-            self._order(
-                runner,
-                StopOrder(
-                    task_id=stop.task_id,
-                    generation=token.generation,
-                    attempt=token.attempt,
-                    reason=stop.reason,
-                ),
+            order = StopOrder(
+                task_id=stop.task_id,
+                generation=token.generation,
+                attempt=token.attempt,
+                reason=stop.reason,
             )
-            return
+            self._order(member, order)
+
+    def _order(self, member: _Member, order: StopOrder) -> None:
+        """Leave an order where the member looks for it."""
+        try:
+            known = read_stops(member.files.stop)[-ORDERS_KEPT:]
+            write_stops(member.files, [*known, order])
+        except OSError as error:
+            log.error(
+                "a stop order cannot be written",
+                extra={"action": "agent.order_failed", "error": str(error)},
+            )
+            if member.pid is not None:  # A full disk: ending the process is what is left.
+                self._kill(member.pid, signal.SIGKILL)
 
     # -- processes -------------------------------------------------------------------------------
 
-    def _new_runner(self, slot: int, name: str, offer: Offer | None = None) -> _Runner:
-        files = RunnerFiles(self._settings.outbox, name)
-        now = self._clock.elapsed()
-        runner = _Runner(slot=slot, files=files, started=now, offer=offer, idle_since=now)
-        self._runners[name] = runner
-        return runner
+    def _add(self, slot: int, name: str, offer: Offer | None = None) -> _Member:
+        member = _Member(slot, RunnerFiles(self._settings.outbox, name), offer)
+        self._members[name] = member
+        return member
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -401,222 +447,108 @@ class WorkerAgent:
         task.add_done_callback(self._tasks.discard)
 
     def _balance(self) -> None:
-        """Keep enough slots that are free of long attempts, and a warm spare behind them."""
-        if self._closing or self._fenced:
+        """Keep the slots alive."""
+        if self._closing or self._clock.elapsed() < self._respawn_at:
             return
-        settings = self._settings
-        slots = [one for one in self._runners.values() if one.offer is None and not one.retiring]
-        active = [one for one in slots if one.activated.is_set()]
-        waiting = [one for one in slots if one.ready and not one.activated.is_set()]
-        nimble = [one for one in active if not self._is_long(one)]
-        while waiting and (len(active) < settings.base or len(nimble) < settings.reserve):
-            if len(active) >= settings.slots_max:
-                break
-            runner = waiting.pop(0)
-            runner.idle_since = self._clock.elapsed()
-            runner.activated.set()
-            active.append(runner)
-            nimble.append(runner)
-        room = min(settings.slots_max, max(settings.base, len(active))) + settings.spare
-        for _ in range(room - len(slots)):
-            number = next(self._numbers)
-            runner = self._new_runner(number, f"{settings.incarnation}.slot.{number}")
-            self._spawn(self._follow(runner, self._processes.start_slot(number, runner.files.name)))
-        self._retire(active, nimble)
+        slots = sum(1 for one in self._members.values() if one.offer is None)
+        for _ in range(self._settings.base - slots):
+            self._start_slot(next(self._numbers))
 
-    def _retire(self, active: list[_Runner], nimble: list[_Runner]) -> None:
-        """Let a slot go that was added for long attempts and has been idle for a while."""
-        now = self._clock.elapsed()
-        extra = len(active) - self._settings.base
-        for runner in reversed(nimble):
-            if extra <= 0 or len(nimble) <= self._settings.reserve:
-                return
-            busy = runner.note is not None and runner.note.task_id
-            if busy or now - runner.idle_since < self._settings.idle_s:
-                continue
-            runner.retiring = True
-            self._order(runner, StopOrder(task_id="", generation=0, attempt=0, reason="retire"))
-            extra -= 1
+    def _start_slot(self, number: int) -> None:
+        name = f"{self._settings.incarnation}.slot.{number}"
+        member = self._add(number, name)
+        self._spawn(self._follow(member, lambda: self._processes.start_slot(number, name)))
 
-    def _is_long(self, runner: _Runner) -> bool:
-        note = runner.note
-        if note is None or not note.task_id:
-            return False
-        return self._clock.elapsed() - note.started_boot > self._settings.long_s
-
-    async def _follow(self, runner: _Runner, process: Awaitable[None]) -> None:
-        """Wait for a process to end, then tell the moderator what its journal still holds."""
+    async def _follow(self, member: _Member, start: Callable[[], Awaitable[None]]) -> None:
+        """Wait for a process to end, then tell the moderator what its journals still hold."""
+        name = member.files.name
+        how, kind = "its slot's process ended", FailureKind.LOST
         try:
-            await process
-            how = "its process ended"
+            await start()
         except Exception as error:
-            how = f"its process ended: {type(error).__name__}"
-            if not self._closing and runner.killed is None:
+            if "OutOfMemory" in type(error).__name__:
+                how, kind = "the machine ran out of memory", FailureKind.OOM
+            if not self._closing:
                 log.warning(
                     "a process that ran work died",
-                    extra={
-                        "action": "runner.died",
-                        "runner": runner.files.name,
-                        "error": str(error)[:300],
-                    },
+                    extra={"action": "slot.died", "slot": name, "error": str(error)[:300]},
                 )
-                self._deaths += 1
+                self._count_death()
         finally:
-            self._runners.pop(runner.files.name, None)
-        oom = "OutOfMemory" in how
-        reports = self._last_words(
-            runner.files, FailureKind.OOM if oom else FailureKind.POISON, how, runner
-        )
-        if self._closing:
-            return
-        await self._tell_gone(runner, tuple(reports))
-        if runner.offer is None:
-            await asyncio.sleep(min(RESPAWN_S * 2**self._deaths, RESPAWN_MAX_S))
-            self._balance()
+            self._members.pop(name, None)
+            self._telling.add(name)
+        self._balance()
+        await self._tell_gone(member, kind, how)
+        self._telling.discard(name)
 
-    async def _tell_gone(self, runner: _Runner, reports: tuple[Report, ...]) -> None:
-        gone = SlotGone(
-            worker=self._settings.worker,
-            incarnation=self._settings.incarnation,
-            slot=runner.slot,
-            reports=reports,
-        )
+    def _count_death(self) -> None:
+        """Let the next process wait longer; those that die together count once."""
+        now = self._clock.elapsed()
+        if now >= self._respawn_at:
+            self._deaths += 1
+            pause = min(RESPAWN_S * 2 ** min(self._deaths, 16), RESPAWN_MAX_S)
+            self._respawn_at = now + pause
+
+    async def _tell_gone(self, member: _Member, kind: FailureKind, how: str) -> None:
+        """Deliver what a dead member's executors had written, until the moderator has it."""
         while not self._closing:
+            executors = self._executors(member.files.name)
             try:
+                await self._end(executors)
+                reports = self._last_words(executors, kind, how)
+                if member.offer is not None and not reports:
+                    reports = await self._never_started(member.offer)
+                gone = SlotGone(
+                    worker=self._settings.worker,
+                    incarnation=self._settings.incarnation,
+                    slot=member.slot,
+                    reports=reports,
+                )
                 await self._link.slot_gone(gone)
             except HcnaError:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(RETRY_S)
                 continue
-            runner.files.remove()
+            for files in (*executors, member.files):
+                files.remove()
             return
 
-    def _last_words(
-        self, files: RunnerFiles, kind: FailureKind, how: str, runner: _Runner | None = None
-    ) -> list[Report]:
-        """Return a dead runner's journal, with an end for what it had started."""
-        reports = read_journal(files)
-        now = self._clock.now()
-        started = unfinished(reports)
-        note = read_note(files)
-        idle = note is None or not note.task_id
-        if runner is not None and runner.offer is not None and not reports and idle:
-            # A heavy attempt whose process never came to write anything (or was confirmed to the
-            # last word: then this is late and changes nothing).
-            token = Token(*runner.offer.token)
-            return [Report(ReportKind.RETURNED, runner.offer.task_id, token, now)]
-        for report in started:
-            token = Token(*report.token)
-            order = None if runner is None else runner.orders.get(token)
-            reports.append(_end_of(report, token, now, kind, how, order and order[0]))
-        return reports
+    async def _never_started(self, offer: Offer) -> tuple[Report, ...]:
+        """A heavy attempt left no word: it never began, or was confirmed to the last one."""
+        # Told at once, one whose process cannot start would be back at once.
+        await asyncio.sleep(max(0.0, self._respawn_at - self._clock.elapsed()))
+        token = Token(*offer.token)
+        return (Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now()),)
 
     # -- watching --------------------------------------------------------------------------------
 
     async def _watch_loop(self) -> None:
-        self._balance()
         while not self._closing:
+            silence = self._clock.elapsed() - self._confirmed
+            if silence > self._settings.self_stop_s and not self._fenced:
+                self._fence()
+            self._balance()
             await asyncio.sleep(WATCH_S)
-            self._watch()
-
-    def _watch(self) -> None:
-        """Read every runner's note; enforce deadlines and stop orders; fence this worker off."""
-        now = self._clock.elapsed()
-        if now - self._confirmed > self._settings.self_stop_s and not self._fenced:
-            self._fence()
-        for runner in list(self._runners.values()):
-            note = read_note(runner.files) or runner.note
-            if note is None:
-                continue
-            if runner.note is not None and runner.note.task_id and not note.task_id:
-                runner.idle_since = now
-            runner.note = note
-            if not note.task_id:
-                continue
-            if now >= note.deadline_boot and note.token not in runner.orders:
-                self._order(
-                    runner,
-                    StopOrder(
-                        task_id=note.task_id,
-                        generation=note.generation,
-                        attempt=note.attempt,
-                        reason="timeout",
-                    ),
-                )
-            self._enforce(runner, note, now)
-        self._balance()
-
-    def _enforce(self, runner: _Runner, note: Note, now: float) -> None:
-        """SIGKILL what has not stopped in time."""
-        found = runner.orders.get(note.token)
-        if found is None or runner.killed is not None:
-            return
-        order, since = found
-        grace = FENCE_GRACE_S if order.reason == "fenced" else KILL_GRACE_S
-        if now - since >= grace:
-            runner.killed = note.token
-            self._signal(runner, signal.SIGKILL)
-
-    def _order(self, runner: _Runner, order: StopOrder) -> None:
-        token = Token(order.generation, order.attempt)
-        runner.orders[token] = (order, self._clock.elapsed())
-        write_stops(runner.files, [one for one, _ in runner.orders.values()])
-        self._signal(runner, signal.SIGTERM)
-
-    def _signal(self, runner: _Runner, number: int) -> None:
-        note = read_note(runner.files) or runner.note
-        if note is not None:
-            self._kill(note.pid, number)
 
     def _fence(self) -> None:
-        """Nobody has confirmed this worker's session for too long: stop what runs."""
+        """Nobody has confirmed this worker's session for too long: whatever runs must stop.
+
+        Also what starts from now on, out of a grant that is still being worked off: an order that
+        names no task stands until it is withdrawn.
+        """
         self._fenced = True
         log.error(
             "no contact with the moderator: stopping this worker's attempts",
             extra={"action": "agent.fenced", "worker": self._settings.worker},
         )
-        for runner in self._runners.values():
-            note = read_note(runner.files)
-            if note is None or not note.task_id:
-                continue
-            self._order(
-                runner,
-                StopOrder(
-                    task_id=note.task_id,
-                    generation=note.generation,
-                    attempt=note.attempt,
-                    reason="fenced",
-                ),
-            )
+        for member in self._members.values():
+            self._order(member, StopOrder(task_id="", generation=0, attempt=0, reason="fenced"))
 
-
-def _end_of(
-    started: Report,
-    token: Token,
-    now: float,
-    kind: FailureKind,
-    how: str,
-    order: StopOrder | None,
-) -> Report:
-    """Return how an attempt ended whose process is gone."""
-    reason = None if order is None else order.reason
-    if reason == "cancel":
-        return Report(ReportKind.CANCELLED, started.task_id, token, now, started_at=started.at)
-    if reason == "timeout":
-        text = "ran longer than its timeout_s and was killed"
-        error = TaskError(kind=FailureKind.TIMEOUT, type="TaskTimedOut", message=text)
-        return Report(
-            ReportKind.FAILED, started.task_id, token, now, started_at=started.at, error=error
-        )
-    error = TaskError(kind=kind, message=how)
-    return Report(ReportKind.LOST, started.task_id, token, now, error=error)
-
-
-def signal_group(pid: int, number: int) -> None:
-    """Send a signal to a process, and with SIGKILL to its whole group; it may be gone already."""
-    try:
-        if number == signal.SIGKILL and os.getpgid(pid) == pid:
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
+    def _unfence(self) -> None:
+        if self._fenced:
+            self._fenced = False
+            for member in self._members.values():
+                kept = [one for one in read_stops(member.files.stop) if one.task_id]
+                try:
+                    write_stops(member.files, kept)
+                except OSError:  # A full disk: no order at all is the better half of it.
+                    member.files.stop.unlink(missing_ok=True)

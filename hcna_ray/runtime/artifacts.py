@@ -16,7 +16,7 @@ from pathlib import Path
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError, Invalid
 from hcna_ray.runtime.ray_link import ARTIFACTS, ActorLink
-from hcna_ray.store.artifacts import ArtifactStore, Upload
+from hcna_ray.store.artifacts import ArtifactStore, OffsetMismatch, Upload
 
 #: Names the store's directory, so that a worker can tell whether it sees the same one.
 _IDENTITY_FILE = "identity"
@@ -120,16 +120,18 @@ class WorkerArtifacts:
         with path.open("rb") as source:
             while received < total:
                 source.seek(received)
-                received = int(
-                    self._link.call(
-                        "write",
-                        sha256,
-                        total,
-                        received,
-                        source.read(part_bytes),
-                        timeout_s=_PART_TIMEOUT_S,
+                part = source.read(part_bytes)
+                if not part:
+                    raise Invalid("invalid_request", f"{path.name} became shorter on its way")
+                try:
+                    received = int(
+                        self._link.call(
+                            "write", sha256, total, received, part, timeout_s=_PART_TIMEOUT_S
+                        )
                     )
-                )
+                except OffsetMismatch as elsewhere:
+                    # Somebody sends the same file; what is there is there.
+                    received = elsewhere.received
         return sha256, total
 
     def _fetch(self, sha256: str) -> Path:

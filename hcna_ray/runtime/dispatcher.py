@@ -7,7 +7,7 @@ assignments into leases. Memory here follows commits (`absorb`) and can be rebui
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from hcna_ray.core.events import KeyHeld, KeyReleased, LeaseGranted, TimePassed
 from hcna_ray.core.models import (
@@ -96,9 +96,30 @@ class LiveTable:
         """Return how many leases a worker holds."""
         return sum(len(ids) for place, ids in self._places.items() if place[0] == worker)
 
-    def starts(self) -> int:
-        """Return how many attempts run at once: one per busy slot, and every heavy one."""
-        return sum(len(ids) if slot == HEAVY_SLOT else 1 for (_, slot), ids in self._places.items())
+    def starts(self, idle: Container[Place] = (), ledger: Ledger | None = None) -> int:
+        """Return how many attempts run at once, or are about to.
+
+        That is every attempt that has started, every heavy one, and one for each slot that has a
+        grant of which nothing has started yet.
+
+        Args:
+            idle: Slots that ask for work just now: all they hold has started.
+            ledger: What has happened since the last commit.
+        """
+        running = 0
+        for place, ids in self._places.items():
+            tasks = [None if ledger is None else ledger.get(task_id) for task_id in ids]
+            leases = [
+                task.lease
+                for task in (now or self.tasks[id_] for now, id_ in zip(tasks, ids, strict=True))
+                if task.lease is not None
+            ]
+            if place[1] == HEAVY_SLOT:
+                running += len(leases)
+                continue
+            started = sum(1 for lease in leases if lease.started_at is not None)
+            running += started or (bool(leases) and place not in idle)
+        return running
 
     def live_of_key(self, key: str) -> int:
         """Return how many leases a concurrency key has."""
@@ -202,22 +223,13 @@ class Dispatcher:
         """
         self.unfinished = False
         openings = self._openings(views, seqs)
-        room = self._policy.max_concurrent_tasks - self._starts(ledger)
+        room = self._policy.max_concurrent_tasks - self._live.starts(idle=seqs, ledger=ledger)
         if not openings or room <= 0:
             return {}
         lanes = self._heads(ledger, views, openings, paused)
         lanes = self._hold_busy_keys(ledger, lanes, now)
         assignments = assign(views, lanes, openings, estimates_ms=self._estimates, starts_max=room)
         return self._grant(ledger, assignments, seqs, incarnations, generation, now)
-
-    def _starts(self, ledger: Ledger) -> int:
-        """Attempts that run at once after this batch. Exact enough: slots free up on exchange."""
-        busy = {
-            (task.lease.worker, task.lease.slot, task.id if task.lease.slot == HEAVY_SLOT else "")
-            for task_id, live in self._live.tasks.items()
-            if (task := ledger.get(task_id) or live).lease is not None
-        }
-        return len(busy)
 
     def _openings(
         self, views: Mapping[str, WorkerView], seqs: Mapping[Place, int]

@@ -48,6 +48,8 @@ class ChangeFeed:
                     await news.wait()
             except TimeoutError:
                 pass
+            if number < self._floor:
+                return Changes(last=self._last, gap=True)
             found = self._since(number)
         return Changes(last=self._last, ended=tuple(found))
 

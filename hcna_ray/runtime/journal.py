@@ -7,14 +7,16 @@ fsynced: after a power failure the attempt simply runs again.
 Three small files per runner, all below ``outbox/<worker>/``:
 
 ``<name>.journal``  length-prefixed msgpack `Report` records not confirmed by the moderator yet
-``<name>.note``     what runs now, rewritten in place
+``<name>.note``     what runs now, rewritten in place; a checksum tells a torn read from a whole one
 ``<name>.stop``     tokens the agent wants stopped; written by the agent alone
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from hcna_ray.core.models import Token
 from hcna_ray.runtime.messages import Report, ReportKind
 
 _LENGTH = struct.Struct("<I")
+#: Length and CRC-32 before a note.
+_NOTE_HEAD = struct.Struct("<II")
 _NOTE_BYTES = 1024
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Report)
@@ -46,6 +50,8 @@ class Note:
     """What a runner's process is doing. ``task_id`` is empty while it does nothing."""
 
     pid: int
+    #: When the process began (`process_birth`): tells it from a later one with the same id.
+    born: int = 0
     task_id: str = ""
     generation: int = 0
     attempt: int = 0
@@ -71,6 +77,10 @@ class StopOrder:
     reason: str
 
 
+_note_decoder = msgspec.msgpack.Decoder(Note)
+_stops_decoder = msgspec.json.Decoder(list[StopOrder])
+
+
 class RunnerFiles:
     """The three files of one runner. The runner writes journal and note, its agent the stop."""
 
@@ -82,8 +92,9 @@ class RunnerFiles:
         self.stop = folder / f"{name}.stop"
 
     def remove(self) -> None:
-        """Delete all three. Harmless twice."""
-        for path in (self.journal, self.note, self.stop):
+        """Delete all three. Harmless twice, and when it was interrupted the first time."""
+        # The note goes last: by it the next agent finds what this one left.
+        for path in (self.journal, self.stop, _scratch(self.stop), self.note):
             path.unlink(missing_ok=True)
 
 
@@ -98,12 +109,22 @@ class JournalWriter:
         self._stop = files.stop
 
     def append(self, reports: Iterable[Report]) -> None:
-        """Add reports in one write."""
+        """Add reports in one write, whole or not at all.
+
+        Raises:
+            OSError: the disk took none of it.
+        """
         parts: list[bytes] = []
         for report in reports:
             raw = _encoder.encode(report)
             parts += (_LENGTH.pack(len(raw)), raw)
-        os.write(self._journal, b"".join(parts))
+        data = b"".join(parts)
+        before = os.fstat(self._journal).st_size
+        written = os.write(self._journal, data)
+        if written < len(data):
+            # A full disk takes what fits; half a record would hide all that follow it.
+            os.ftruncate(self._journal, before)
+            raise OSError(errno.ENOSPC, "the journal's disk is full")
 
     def clear(self) -> None:
         """Forget everything: the moderator has confirmed it."""
@@ -112,17 +133,19 @@ class JournalWriter:
     def write_note(self, note: Note) -> None:
         """Say what runs now."""
         raw = _encoder.encode(note)
-        assert len(raw) + _LENGTH.size <= _NOTE_BYTES, "ids are bounded"
-        os.pwrite(self._note, _LENGTH.pack(len(raw)) + raw, 0)
+        assert len(raw) + _NOTE_HEAD.size <= _NOTE_BYTES, "ids are bounded"
+        os.pwrite(self._note, _NOTE_HEAD.pack(len(raw), zlib.crc32(raw)) + raw, 0)
 
     def read_stops(self) -> list[StopOrder]:
         """Return the agent's orders; cheap when there are none."""
         return read_stops(self._stop)
 
     def close(self) -> None:
-        """Close both files."""
-        os.close(self._journal)
-        os.close(self._note)
+        """Close both files. What comes later fails, and strikes no file that took their number."""
+        journal, note = self._journal, self._note
+        self._journal = self._note = -1
+        os.close(journal)
+        os.close(note)
 
 
 def read_journal(files: RunnerFiles) -> list[Report]:
@@ -152,29 +175,49 @@ def read_note(files: RunnerFiles) -> Note | None:
         raw = files.note.read_bytes()
     except FileNotFoundError:
         return None
-    if len(raw) < _LENGTH.size:
+    if len(raw) < _NOTE_HEAD.size:
         return None
-    (length,) = _LENGTH.unpack_from(raw)
+    length, checksum = _NOTE_HEAD.unpack_from(raw)
+    body = raw[_NOTE_HEAD.size : _NOTE_HEAD.size + length]
+    if zlib.crc32(body) != checksum:
+        return None
     try:
-        return msgspec.msgpack.decode(raw[_LENGTH.size : _LENGTH.size + length], type=Note)
+        return _note_decoder.decode(body)
     except msgspec.DecodeError:
         return None
 
 
 def read_stops(path: Path) -> list[StopOrder]:
-    """Return the stop orders in a file."""
+    """Return the stop orders in a file.
+
+    One that cannot be read counts as empty: a signal handler and a starting agent look in here, and
+    an order that is not obeyed ends in a SIGKILL anyway.
+    """
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+        return _stops_decoder.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError):
         return []
-    return msgspec.json.decode(raw, type=list[StopOrder])
 
 
 def write_stops(files: RunnerFiles, orders: list[StopOrder]) -> None:
     """Replace the stop orders, atomically."""
-    scratch = files.stop.with_suffix(".stop.new")
+    scratch = _scratch(files.stop)
     scratch.write_bytes(msgspec.json.encode(orders))
     scratch.replace(files.stop)
+
+
+def process_birth(pid: int) -> int | None:
+    """Return when a living process began, in clock ticks since boot; ``None`` if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # Fields 3 (state) and 22 (starttime) of proc(5), counted after the command's name.
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _scratch(stop: Path) -> Path:
+    return stop.with_suffix(".stop.new")
 
 
 def unfinished(reports: Iterable[Report]) -> list[Report]:

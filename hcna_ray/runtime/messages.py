@@ -235,6 +235,8 @@ class Exchange:
     slot: int
     seq: int
     reports: tuple[Report, ...] = ()
+    #: What the slot still runs from earlier grants: long attempts beside which it takes more.
+    holding: tuple[tuple[str, Token], ...] = ()
     #: Answers of an agent to intents, by ``msg_id``.
     answers: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from hcna_ray.core.errors import ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
@@ -125,29 +125,29 @@ class AgentModeratorLink:
 
 
 class SlotModeratorLink:
-    """A slot's calls over Ray: exchanges from the main thread, reports from the side thread."""
+    """A slot's calls over Ray (`hcna_ray.runtime.host.SlotLink`)."""
 
     def __init__(self, worker: str, incarnation: str, exchange_wait_s: float) -> None:
         """Remember who calls."""
         self._worker, self._incarnation = worker, incarnation
         self._exchange_timeout_s = exchange_wait_s + CALL_TIMEOUT_S
-        self._exchanges = ActorLink(MODERATOR)
-        self._reports = ActorLink(MODERATOR)
+        self._link = ActorLink(MODERATOR)
 
-    def exchange(self, exchange: Exchange) -> Grant:
+    async def exchange(self, exchange: Exchange) -> Grant:
         """Park for work. Raises as `ActorLink.call` does."""
-        grant: Grant = self._exchanges.call(
+        grant: Grant = await self._link.acall(
             "exchange", exchange, timeout_s=self._exchange_timeout_s
         )
         return grant
 
-    def report(self, reports: tuple[Report, ...]) -> bool:
-        """Send reports; return whether they were confirmed."""
+    async def report(self, reports: tuple[Report, ...]) -> bool:
+        """Send reports; return whether they were confirmed.
+
+        A worker that was replaced never is: its journals keep what it had to say, and the fence
+        decides what of it still counts.
+        """
         try:
-            ack: Ack = self._reports.call("report", self._worker, self._incarnation, reports)
-        except ModeratorUnavailable:
-            return False
-        except Exception:
-            # Refused for good: this worker was replaced. The journal keeps them, the fence decides.
+            ack: Ack = await self._link.acall("report", self._worker, self._incarnation, reports)
+        except HcnaError:
             return False
         return isinstance(ack, Ack)

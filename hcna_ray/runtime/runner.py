@@ -28,7 +28,7 @@ from hcna_ray.handlers.context import ArtifactRef, TaskContext
 from hcna_ray.handlers.errors import ResultTooLarge, TaskCancelled, TaskTimedOut
 from hcna_ray.handlers.registry import Registry
 from hcna_ray.handlers.run import HandlerOutcome, run_handler
-from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles
+from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_birth
 from hcna_ray.runtime.messages import Offer, Report, ReportKind
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,8 @@ class _Current:
     stopping: str | None = None
     #: Whether a signal may raise in the main thread: only while the handler's own code runs.
     interruptible: bool = False
+    #: Whether one has raised: once is enough, the handler may be cleaning up.
+    struck: bool = False
 
     def raise_if_stopping(self) -> None:
         """Raise what the order asks for."""
@@ -135,6 +137,7 @@ class Runner:
         self._settings, self._registry, self._link = settings, registry, link
         self._artifacts, self._clock = artifacts, clock
         self._journal = JournalWriter(files)
+        self._born = process_birth(os.getpid()) or 0
         self._shared = _Shared()
         self._note_idle()
         self.must_end = False
@@ -153,6 +156,8 @@ class Runner:
             signal.signal(signal.SIGTERM, previous)
             with self._shared.lock:
                 self._shared.closed = True
+                # An exchange that was given up carries nothing any more.
+                self._shared.exchanging = False
                 self._shared.lock.notify_all()
             side.join(timeout=5.0)
             self._journal.close()
@@ -197,35 +202,56 @@ class Runner:
 
     def _next(self) -> Offer | None:
         """Take the next offer, noting it as started; give back all that must not start."""
-        stops = {(one.task_id, one.generation, one.attempt) for one in self._journal.read_stops()}
         with self._shared.lock:
-            if self.must_end:
-                self._give_back(list(self._shared.waiting), "the runner ends")
-                self._shared.waiting.clear()
-            while self._shared.waiting:
+            while self._shared.waiting and not self.must_end:
                 offer = self._shared.waiting.popleft()
-                now = self._clock.now()
-                stopped = (offer.task_id, *offer.token) in stops
-                if stopped or (offer.expires_at is not None and offer.expires_at <= now):
-                    self._give_back([offer], "stopped or expired before it started")
-                    continue
-                boot = self._clock.elapsed()
-                token = Token(*offer.token)
-                self._journal.write_note(
-                    Note(
-                        pid=os.getpid(),
-                        task_id=offer.task_id,
-                        generation=token.generation,
-                        attempt=token.attempt,
-                        started_at=now,
-                        started_boot=boot,
-                        deadline_boot=boot + offer.timeout_s,
-                    )
-                )
-                self._shared.current = _Current(offer, now, boot)
-                self._add(Report(ReportKind.STARTED, offer.task_id, token, now))
-                return offer
+                current = _Current(offer, self._clock.now(), self._clock.elapsed())
+                # From here on a signal finds it; an order that came before is in the file.
+                self._shared.current = current
+                if self._may_start(current) and self._note_start(current):
+                    return offer
+                self._shared.current = None
+                self._give_back([offer], "stopped, expired, or could not be noted")
+            self._give_back(list(self._shared.waiting), "the runner ends")
+            self._shared.waiting.clear()
             return None
+
+    def _may_start(self, current: _Current) -> bool:
+        """Whether nobody wants the attempt stopped, and its task has not expired."""
+        offer = current.offer
+        if current.stopping is not None:
+            return False
+        if offer.expires_at is not None and offer.expires_at <= current.started_at:
+            return False
+        name = (offer.task_id, *offer.token)
+        stops = self._journal.read_stops()
+        return all((one.task_id, one.generation, one.attempt) != name for one in stops)
+
+    def _note_start(self, current: _Current) -> bool:
+        """Write down that an attempt starts; one that no agent could ever find does not."""
+        offer, token = current.offer, Token(*current.offer.token)
+        note = Note(
+            pid=os.getpid(),
+            born=self._born,
+            task_id=offer.task_id,
+            generation=token.generation,
+            attempt=token.attempt,
+            started_at=current.started_at,
+            started_boot=current.started_boot,
+            deadline_boot=current.started_boot + offer.timeout_s,
+        )
+        started = Report(ReportKind.STARTED, offer.task_id, token, current.started_at)
+        try:
+            self._journal.write_note(note)
+            self._journal.append((started,))
+        except OSError as error:
+            self._say_disk_failed(error)
+            self._note_idle()
+            self.must_end = True
+            return False
+        self._shared.unconfirmed.append(started)
+        self._shared.lock.notify_all()
+        return True
 
     def _run_one(self, offer: Offer) -> None:
         current = self._shared.current
@@ -278,8 +304,10 @@ class Runner:
         except ResultTooLarge as large:
             current.interruptible = False
             return self._offload(large)
-        if current.stopping == "timeout" and outcome.outcome is Outcome.CANCELLED:
-            return _interrupted(TaskTimedOut())
+        if current.stopping is not None and outcome.outcome is not Outcome.COMPLETED:
+            # Whatever the handler made of the interruption, the order is why it ended.
+            timed_out = current.stopping == "timeout"
+            return _interrupted(TaskTimedOut() if timed_out else TaskCancelled())
         return outcome
 
     def _offload(self, large: ResultTooLarge) -> HandlerOutcome:
@@ -307,15 +335,21 @@ class Runner:
             if (order.generation, order.attempt) != tuple(current.offer.token):
                 continue
             self.must_end = True
-            if current.stopping is None:
-                current.stopping = order.reason
-                if current.interruptible:
-                    current.raise_if_stopping()
+            current.stopping = current.stopping or order.reason
+            if current.interruptible and not current.struck:
+                current.struck = True
+                current.raise_if_stopping()
 
     # -- both threads, lock held ------------------------------------------------------------------
 
     def _add(self, report: Report) -> None:
-        self._journal.append((report,))
+        # Progress is not worth keeping, and a long attempt's would fill the disk. Of the rest, what
+        # the disk does not take still goes out from memory.
+        if report.kind != ReportKind.PROGRESS:
+            try:
+                self._journal.append((report,))
+            except OSError as error:
+                self._say_disk_failed(error)
         self._shared.unconfirmed.append(report)
         self._shared.lock.notify_all()
 
@@ -335,7 +369,16 @@ class Runner:
         self._shared.unconfirmed = [one for one in self._shared.unconfirmed if id(one) not in sent]
 
     def _note_idle(self) -> None:
-        self._journal.write_note(Note(pid=os.getpid()))
+        try:
+            self._journal.write_note(Note(pid=os.getpid(), born=self._born))
+        except OSError as error:
+            self._say_disk_failed(error)
+
+    def _say_disk_failed(self, error: OSError) -> None:
+        log.error(
+            "the outbox cannot be written",
+            extra={"action": "runner.outbox_failed", "error": str(error)},
+        )
 
     # -- side thread -----------------------------------------------------------------------------
 
@@ -346,7 +389,7 @@ class Runner:
                 if (
                     not self._shared.unconfirmed or self._shared.exchanging
                 ) and not self._shared.closed:
-                    self._shared.lock.wait(WATCH_S)
+                    self._shared.lock.wait(self._until_long())
                 if self._shared.closed and not self._shared.unconfirmed:
                     return
                 elapsed = self._clock.elapsed()
@@ -376,6 +419,14 @@ class Runner:
             if closed and not confirmed:
                 return  # The journal keeps them for the agent.
 
+    def _until_long(self) -> float:
+        """Return how long to wait for news: at most until the current attempt turns long."""
+        current = self._shared.current
+        if current is None or not self._shared.waiting:
+            return WATCH_S
+        left = current.started_boot + self._settings.long_s - self._clock.elapsed()
+        return min(WATCH_S, max(left, 0.001))
+
     def _give_back_behind_long(self, elapsed: float) -> None:
         current = self._shared.current
         if current is None or not self._shared.waiting:
@@ -396,6 +447,7 @@ class Runner:
         """Hand a checkpoint to the moderator and wait until it is durable.
 
         Raises:
+            TaskCancelled: the attempt was told to stop meanwhile.
             TimeoutError: the moderator did not confirm it in time.
         """
         report = Report(
@@ -406,6 +458,8 @@ class Runner:
             self._add(report)
             while any(one is report for one in self._shared.unconfirmed):
                 left = end - self._clock.elapsed()
+                if self.is_stopping(token):
+                    raise TaskCancelled
                 if left <= 0:
                     raise TimeoutError("the moderator did not confirm the checkpoint")
                 self._shared.lock.wait(min(left, WATCH_S))
@@ -415,11 +469,14 @@ class Runner:
         current = self._shared.current
         if current is None or current.offer.token != token or current.stopping is not None:
             return True
-        return any(
-            (order.generation, order.attempt) == tuple(token)
-            for order in self._journal.read_stops()
-            if order.task_id == current.offer.task_id
-        )
+        for order in self._journal.read_stops():
+            named = (order.task_id, order.generation, order.attempt)
+            if named == (current.offer.task_id, *token):
+                # The file is here before the signal: a handler that asks must not seem to have
+                # stopped without a reason.
+                current.stopping = order.reason
+                return True
+        return False
 
     @property
     def artifacts(self) -> ArtifactLink:

@@ -12,6 +12,7 @@ from hcna_ray.core.models import (
     HEAVY_SLOT,
     FailureKind,
     Task,
+    Token,
     WorkerRecord,
     WorkerState,
     WorkerView,
@@ -64,8 +65,8 @@ class Workforce:
         self._parked: dict[Place, Pending] = {}
         #: The last answer to each slot, for a repeated exchange.
         self._grants: dict[Place, tuple[str, Grant]] = {}
-        #: Orders for agents that are not parked just now.
-        self._stops: dict[str, list[Stop]] = {}
+        #: Orders for calls that are not parked just now.
+        self._stops: dict[Place, list[Stop]] = {}
         self._intents: dict[str, list[IntentOrder]] = {}
         self._asked: dict[str, Pending] = {}
 
@@ -78,12 +79,19 @@ class Workforce:
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
-                self._stops.setdefault(task.lease.worker, []).append(stop)
+                self._order(task.lease.worker, stop)
 
     def stop(self, command: StopAttempt) -> None:
-        """Pass an order on with the agent's next answer."""
+        """Pass an order on with the next answer to whoever holds the attempt."""
         stop = Stop(command.task_id, command.token, command.slot, command.reason)
-        self._stops.setdefault(command.worker, []).append(stop)
+        self._order(command.worker, stop)
+
+    def _order(self, worker: str, stop: Stop) -> None:
+        place = (worker, stop.slot)
+        if place not in self._parked:
+            # Busy in full, a slot may not ask for hours. Its agent always does, and passes it on.
+            place = (worker, HEAVY_SLOT)
+        self._stops.setdefault(place, []).append(stop)
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -231,12 +239,15 @@ class Workforce:
         return Grant(seq=exchange.seq, offers=offers)
 
     def _settle_slot(self, turn: Turn, exchange: Exchange) -> None:
-        """A slot that asks again has nothing left of its earlier grants."""
+        """Take back what a slot that asks again does not know of any more."""
+        holding = {(task_id, Token(*token)) for task_id, token in exchange.holding}
         for task_id in [task.id for task in self._live.in_slot(exchange.worker, exchange.slot)]:
             task = turn.ledger.get(task_id)
             if task is None or task.lease is None or task.lease.slot != exchange.slot:
                 continue
             if task.lease.worker != exchange.worker or task.lease.grant_seq >= exchange.seq:
+                continue
+            if (task.id, task.lease.token) in holding:
                 continue
             self._take_back(turn, task, "the slot moved on without it", FailureKind.LOST)
 
@@ -248,9 +259,10 @@ class Workforce:
         parked = self._parked.pop(place, None)
         if parked is not None:
             turn.answers.append((parked, Grant(seq=_seq(parked))))
-        self._grants.pop(place, None)
-        if gone.slot == HEAVY_SLOT:
+        if gone.slot == HEAVY_SLOT:  # One attempt's process; the agent itself goes on asking.
             return ack
+        self._grants.pop(place, None)
+        self._stops.pop(place, None)
         for live in self._live.in_slot(*place):
             task = turn.ledger.get(live.id)
             if task is None or task.lease is None or task.lease.incarnation != gone.incarnation:
@@ -337,6 +349,8 @@ class Workforce:
 
     def grant(self, turn: Turn, paused: frozenset[str]) -> dict[Place, tuple[Offer, ...]]:
         """Lease ready tasks to the calls that are parked."""
+        if not self._parked:
+            return {}
         return self._dispatcher.dispatch(
             turn.ledger,
             {view.name: view for view in self.views(turn.elapsed, turn.ledger)},
@@ -352,10 +366,9 @@ class Workforce:
         for place, pending in list(self._parked.items()):
             worker, slot = place
             offers = granted.get(place, ())
-            stops: tuple[Stop, ...] = ()
+            stops = tuple(self._stops.get(place, ()))
             intents: tuple[IntentOrder, ...] = ()
             if slot == HEAVY_SLOT:
-                stops = tuple(self._stops.get(worker, ()))
                 intents = tuple(self._intents.get(worker, ()))
             if offers or stops or intents:
                 grant = Grant(seq=_seq(pending), offers=offers, stops=stops, intents=intents)
@@ -371,7 +384,7 @@ class Workforce:
             self._parked.pop(place, None)
             self._grants[place] = (_incarnation(pending), grant)
             if grant.stops:
-                self._stops.pop(place[0], None)
+                self._stops.pop(place, None)
             if grant.intents:
                 self._intents.pop(place[0], None)
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 #: Exit status after a failed fsync: what is on disk is unknown, only a restart can tell.
 EXIT_FSYNC = 74
+#: Exit status after anything else that must not happen.
+EXIT_BUG = 70
 
 
 class WriterThread:
@@ -95,29 +97,30 @@ class WriterThread:
             self._started.set()
             return
         self._started.set()
+        try:
+            self._serve(moderator)
+        except OSError as error:
+            log.critical(
+                "fsync failed: the process must end",
+                extra={"action": "store.fsync_failed", "error": str(error)},
+            )
+            self._exit(EXIT_FSYNC)
+        except Exception:
+            # A bug. Nothing of the batch was committed; a restart rebuilds from the store.
+            log.critical(
+                "the moderator failed", exc_info=True, extra={"action": "moderator.failed"}
+            )
+            self._exit(EXIT_BUG)
+
+    def _serve(self, moderator: Moderator) -> None:
         while True:
+            # Reads the store: whoever calls `submit` meanwhile must not wait for that.
+            pause = moderator.sleep_s()
             with self._wake:
-                if not self._inbox and not self._closed:
-                    pause = moderator.sleep_s()
-                    if pause > 0:
-                        self._wake.wait(pause)
+                if not self._inbox and not self._closed and pause > 0:
+                    self._wake.wait(pause)
                 batch, self._inbox = self._inbox, []
                 closed = self._closed
             if closed and not batch:
                 return
-            try:
-                self._publish(moderator.apply(batch))
-            except OSError as error:
-                log.critical(
-                    "fsync failed: the process must end",
-                    extra={"action": "store.fsync_failed", "error": str(error)},
-                )
-                self._exit(EXIT_FSYNC)
-                return
-            except Exception:
-                # A bug. Nothing of the batch was committed; a restart rebuilds from the store.
-                log.critical(
-                    "the moderator failed", exc_info=True, extra={"action": "moderator.failed"}
-                )
-                self._exit(70)
-                return
+            self._publish(moderator.apply(batch))

@@ -273,9 +273,7 @@ class TaskReader(Protocol):
         """Return the attempts of a task, oldest first."""
         ...
 
-    def page(
-        self, where: TaskFilter, *, before_seq: int | None, limit: int
-    ) -> list[Task]:
+    def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Task]:
         """Return tasks that fit, newest first, with ``seq < before_seq`` (a keyset page)."""
         ...
 
@@ -296,9 +294,7 @@ class TaskReader(Protocol):
         """Return whether any task carries this batch id."""
         ...
 
-    def facts(
-        self, *, after: int, limit: int, task_id: str | None = None
-    ) -> list[StoredFact]:
+    def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
         """Return history with numbers above ``after``, oldest first."""
         ...
 

@@ -79,7 +79,7 @@ _START_S = 60.0
 #: How long ports may stay taken before that is said (again).
 _PORTS_S = 15.0
 #: Looks at a member's port, one each `ray.check_s`, that must fail before it is replaced.
-_DEAF_CHECKS = 2
+_DEAF_CHECKS = 4
 _BOOTSTRAP_S = 180.0
 #: /ready may fail this often in a row before C1 is deployed again: a moderator restarts in 2 s.
 _UNREADY_CHECKS = 2
@@ -121,6 +121,8 @@ class Member:
     node: str | None
     #: Ports that must be free before it starts: a dead node's agents hold theirs for a while.
     own_ports: Sequence[int] = ()
+    #: Further ports that must accept connections: `ray start --block` stays when its raylet left.
+    also: Sequence[int] = ()
     #: Port that must accept connections before this member may start.
     after_port: int | None = None
     process: ProcessRef | None = None
@@ -280,6 +282,7 @@ class Supervisor:
                 port=settings.port("gcs"),
                 node=settings.moderator.name,
                 own_ports=[settings.port("gcs"), settings.port("dashboard"), *self._ports("head")],
+                also=[settings.port("head_node_manager")],
             ),
             Member(
                 name="worker",
@@ -392,7 +395,7 @@ class Supervisor:
         for member in self.members:
             if member.process is None:
                 continue
-            if accepts(member.port):
+            if accepts(member.port) and all(accepts(port) for port in member.also):
                 member.deaf_checks = 0
                 if not member.up:
                     member.up = True

@@ -9,19 +9,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hcna_ray.client import Client
 from hcna_ray.config import Settings, load_settings
+from tests.support.live import FIGURES
+from tests.support.plugin import install_example
 
 #: Far from the default ports, so that a running `make demo` is not disturbed.
-PORTS_OFFSET = 17_000
+PORTS_OFFSET = int(os.environ.get("HCNA_TEST_OFFSET", "17000"))
 UP_S = 180.0
+#: Where the guide's worker keeps its files.
+GUIDE_DATA = Path("/data")
+_HOME_PREFIX = "hcna-it-"
 
 CONFIG = f"""\
 ports:
@@ -56,6 +65,7 @@ class Cluster:
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("HCNA_")},
             **ray_environment(self.settings),
+            "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
             "HCNA_HOME": str(self.settings.home),
             "HCNA_URL": self.url,
             "HCNA_API_KEY": self.api_key,
@@ -71,19 +81,29 @@ class Cluster:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the tests measured."""
+    for figure in FIGURES:
+        terminalreporter.write_line(figure)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """The session's cluster."""
     from hcna_ray.security.keys import read_client_key
     from hcna_ray.supervisor import down, up
 
-    home = Path(tempfile.mkdtemp(prefix="hcna-it-"))
-    data = home / "data"
-    data.mkdir()
-    (home / "hcna.yaml").write_text(CONFIG.format(data=data))
+    home = Path(tempfile.mkdtemp(prefix=_HOME_PREFIX))
+    (home / "data").mkdir()
     # What the caller's shell says about another instance must not leak into this one.
     saved = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("HCNA_")}
+    before = dict(os.environ)
     os.environ["HCNA_HOME"] = str(home)
+    # The environment that runs the tests is not changed: the package lies beside it.
+    path = [str(install_example(home / "plugin")), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    data = _lend_guide_data(home / "data")
+    (home / "hcna.yaml").write_text(CONFIG.format(data=data))
     settings = load_settings(home)
     steps: list[str] = []
     try:
@@ -92,9 +112,14 @@ def cluster() -> Iterator[Cluster]:
         assert key is not None
         yield Cluster(settings, info.url, info.control_url, key)
     finally:
-        report = down(settings, on_step=steps.append)
-        os.environ.pop("HCNA_HOME", None)
-        os.environ.update(saved)
+        try:
+            report = down(settings, on_step=steps.append)
+        finally:
+            if data == GUIDE_DATA:
+                data.unlink()
+            for name in ("HCNA_HOME", "PYTHONPATH"):
+                os.environ.pop(name)
+            os.environ.update(before | saved)
         kept = os.environ.get("HCNA_KEEP_LOGS")
         if kept:
             shutil.copytree(settings.logs_dir, kept, dirs_exist_ok=True)
@@ -108,3 +133,48 @@ def client(cluster: Cluster) -> Iterator[Client]:
     """A client with the owner's key."""
     with cluster.client() as client:
         yield client
+
+
+@pytest.fixture
+def http(cluster: Cluster) -> Iterator[httpx.Client]:
+    """Plain HTTP to C1 with the owner's key."""
+    headers = {"Authorization": f"Bearer {cluster.api_key}"}
+    with httpx.Client(base_url=cluster.url, headers=headers, timeout=90, trust_env=False) as opened:
+        yield opened
+
+
+@contextmanager
+def paused(http: httpx.Client, queue: str) -> Iterator[None]:
+    """Hold a queue, and let it go again whatever happens."""
+    http.post(f"/admin/queues/{queue}/pause").raise_for_status()
+    try:
+        yield
+    finally:
+        http.post(f"/admin/queues/{queue}/resume").raise_for_status()
+
+
+def _lend_guide_data(data: Path) -> Path:
+    """Make the guide's ``/data`` lead to ``data`` while the tests run, where that harms nobody.
+
+    Returns:
+        ``/data``, or ``data`` itself if we may not write there or there is such a folder already.
+    """
+    try:
+        if GUIDE_DATA.is_symlink() and _left_behind(GUIDE_DATA):
+            GUIDE_DATA.unlink()
+        GUIDE_DATA.symlink_to(data)
+    except OSError:
+        return data
+    return GUIDE_DATA
+
+
+def _left_behind(link: Path) -> bool:
+    """Whether a link was made by an earlier session that was killed: nobody uses it any more."""
+    from hcna_ray.supervisor.state import RunLock
+
+    home = Path(os.readlink(link)).parent
+    if not home.name.startswith(_HOME_PREFIX):
+        return False
+    if not link.exists():
+        return True
+    return time.time() - link.lstat().st_mtime > UP_S and RunLock(home / "run").is_free()

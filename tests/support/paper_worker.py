@@ -167,9 +167,17 @@ class PaperWorker:
         )
 
     def heartbeat(self) -> Any:
-        return self.desk.ask(Heartbeat(worker=self.name, incarnation=self.incarnation, telemetry={}))
+        return self.desk.ask(
+            Heartbeat(worker=self.name, incarnation=self.incarnation, telemetry={})
+        )
 
-    def exchange(self, slot: int = 0, *reports: Report, seq: int | None = None) -> Pending:
+    def exchange(
+        self,
+        slot: int = 0,
+        *reports: Report,
+        seq: int | None = None,
+        holding: Sequence[Offer] = (),
+    ) -> Pending:
         """Ask for work (and deliver reports); the call parks if there is none."""
         number = self.seqs.get(slot, 0) + 1 if seq is None else seq
         self.seqs[slot] = number
@@ -180,6 +188,7 @@ class PaperWorker:
                 slot=slot,
                 seq=number,
                 reports=reports,
+                holding=tuple((offer.task_id, Token(*offer.token)) for offer in holding),
             )
         )
 
@@ -200,9 +209,7 @@ class PaperWorker:
         )
 
     def started(self, offer: Offer) -> Report:
-        return Report(
-            ReportKind.STARTED, offer.task_id, Token(*offer.token), self.desk.clock.now()
-        )
+        return Report(ReportKind.STARTED, offer.task_id, Token(*offer.token), self.desk.clock.now())
 
     def ended(self, offer: Offer, kind: str = ReportKind.COMPLETED, **more: Any) -> Report:
         now = self.desk.clock.now()

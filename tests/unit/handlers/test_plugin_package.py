@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,28 +12,13 @@ from typing import Any
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "plugin_example"
-REPOSITORY = Path(__file__).parents[3]
-
-
-def find_uv() -> str:
-    """Return the uv of this environment: the one running us, on the path, or brought by make."""
-    brought = [str(path) for path in sorted((REPOSITORY / ".tools").glob("**/uv"))]
-    found = os.environ.get("UV") or shutil.which("uv") or next(iter(brought), None)
-    assert found, "uv is needed to install the example package: https://docs.astral.sh/uv"
-    return found
+from tests.support.plugin import REPOSITORY, install_example
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example package, built from a copy of its sources and installed into a directory."""
-    directory = tmp_path_factory.mktemp("plugin")
-    source, target = directory / "source", directory / "site"
-    shutil.copytree(EXAMPLE, source)
-    command = [find_uv(), "pip", "install", "--offline", "--no-cache", "--no-deps", "--quiet"]
-    command += ["--python", sys.executable, "--target", str(target), str(source)]
-    subprocess.run(command, check=True, timeout=120, cwd=directory)
-    return target
+    return install_example(tmp_path_factory.mktemp("plugin"))
 
 
 def in_process(installed: Path, code: str) -> Any:

@@ -256,9 +256,7 @@ def test_a_parent_that_does_not_exist_is_refused(desk: Desk) -> None:
     assert answer.error.code == "dependency_not_found"
 
 
-def test_thousands_of_dependents_are_settled_in_durable_steps(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_thousands_of_dependents_are_settled_in_durable_steps(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("a")
     desk.submit(*(a_spec(f"c{n}", depends_on=("a",)) for n in range(2500)))
     (offer,) = w1.granted()
@@ -278,9 +276,7 @@ def test_thousands_of_dependents_are_settled_in_durable_steps(
 # -- cancelling ------------------------------------------------------------------------------------
 
 
-def test_a_queued_task_is_cancelled_at_once_and_never_starts(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_a_queued_task_is_cancelled_at_once_and_never_starts(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1")
 
     assert desk.cancel("t1") is TaskState.CANCELLED
@@ -289,14 +285,14 @@ def test_a_queued_task_is_cancelled_at_once_and_never_starts(
         desk.cancel("t1")
 
 
-def test_a_running_task_is_stopped_through_its_agent(desk: Desk, w1: PaperWorker) -> None:
-    agent = w1.exchange(HEAVY_SLOT)
+def test_a_running_task_is_stopped_through_its_slot(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1")
     (offer,) = w1.granted()
     w1.report(w1.started(offer))
+    parked = w1.exchange(holding=[offer])  # It runs for long; the slot asks for more beside it.
 
     assert desk.cancel("t1") is TaskState.RUNNING
-    (stop,) = desk.answer(agent).stops
+    (stop,) = desk.answer(parked).stops
     assert (stop.task_id, stop.slot, stop.reason) == ("t1", 0, "cancel")
 
     w1.report(w1.ended(offer, ReportKind.CANCELLED))
@@ -336,6 +332,18 @@ def test_a_stop_survives_a_moderator_restart(desk: Desk, w1: PaperWorker) -> Non
 
     (stop,) = desk.answer(w1.exchange(HEAVY_SLOT)).stops
     assert stop.task_id == "t1"
+
+
+def test_a_heavy_task_is_stopped_through_its_agent(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("h1", needs=Needs(cpu=1.0))
+    (offer,) = w1.granted(HEAVY_SLOT)
+    w1.report(w1.started(offer))
+    agent = w1.exchange(HEAVY_SLOT)
+
+    desk.cancel("h1")
+
+    (stop,) = desk.answer(agent).stops
+    assert (stop.task_id, stop.slot) == ("h1", HEAVY_SLOT)
 
 
 def test_cancelling_what_does_not_exist_says_so(desk: Desk) -> None:
@@ -503,9 +511,7 @@ def test_waiting_for_a_worker_has_an_end(desk: Desk, w1: PaperWorker) -> None:
     assert offer.task_id == "t1"
 
 
-def test_a_new_incarnation_takes_over_and_the_old_one_is_told(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_a_new_incarnation_takes_over_and_the_old_one_is_told(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1")
     (offer,) = w1.granted()
     w1.report(w1.started(offer))
@@ -558,6 +564,7 @@ def test_an_attempt_that_its_worker_does_not_stop_is_ended_by_the_moderator(
     assert task.state is TaskState.FAILED
     assert task.error is not None
     assert task.error.kind is FailureKind.TIMEOUT
+    # The slot does not ask just now: the agent passes it on.
     assert desk.answer(w1.exchange(HEAVY_SLOT)).stops[0].reason == "timeout"
 
 
@@ -626,6 +633,33 @@ def test_no_more_than_max_concurrent_tasks_run_at_once() -> None:
     assert desk.answer(third).offers[0].task_id == "t3"
 
 
+def test_a_slot_takes_more_beside_a_long_attempt(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("long", "short")
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+
+    again = desk.answer(w1.exchange(holding=[offer]))
+
+    assert [one.task_id for one in again.offers] == ["short"]
+    assert desk.task("long").state is TaskState.RUNNING
+    assert desk.task("long").losses == 0
+
+
+def test_what_a_slot_holds_counts_against_the_limit() -> None:
+    desk = Desk(max_concurrent_tasks=2)
+    w1 = PaperWorker(desk)
+    desk.submit_ids("t1", "t2", "t3")
+    (first,) = w1.granted()
+    w1.report(w1.started(first))
+    (second,) = desk.answer(w1.exchange(holding=[first])).offers
+    w1.report(w1.started(second))
+
+    third = w1.exchange(holding=[first, second])
+    assert desk.answer(third) is WAITING
+    w1.report(w1.ended(first))
+    assert [one.task_id for one in desk.answer(third).offers] == ["t3"]
+
+
 def test_a_heavy_task_goes_to_an_agent_with_room_and_keeps_its_share(desk: Desk) -> None:
     w1 = PaperWorker(desk, cpu=4.0)
     desk.submit_ids("h1", "h2", needs=Needs(cpu=3.0))
@@ -664,9 +698,7 @@ def test_a_pinned_task_waits_and_does_not_hold_up_others(desk: Desk, w1: PaperWo
     assert w2.granted()[0].task_id == "pinned"
 
 
-def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_a_paused_queue_hands_out_nothing_until_it_is_resumed(desk: Desk, w1: PaperWorker) -> None:
     desk.ask(PauseQueue(queue="default", paused=True, principal="p"))
     desk.submit_ids("t1")
     parked = w1.exchange()
@@ -706,9 +738,7 @@ def test_an_ordering_key_lets_one_task_go_at_a_time_in_accept_order(
     assert desk.answer(parked).offers[0].task_id == "b"
 
 
-def test_cancelling_a_whole_line_at_once_leaves_the_key_usable(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_cancelling_a_whole_line_at_once_leaves_the_key_usable(desk: Desk, w1: PaperWorker) -> None:
     from hcna_ray.runtime.requests import Cancel
 
     ids = [f"t{n}" for n in range(20)]
@@ -719,9 +749,7 @@ def test_cancelling_a_whole_line_at_once_leaves_the_key_usable(
     assert offer.task_id == ids[-1]
 
 
-def test_a_replayed_task_does_not_run_beside_the_one_behind_it(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_a_replayed_task_does_not_run_beside_the_one_behind_it(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1", "t2", "t3", ordering_key="k")
     (first,) = w1.granted()
     w1.report(w1.started(first), w1.ended(first, ReportKind.FAILED, error=BOOM))
@@ -820,9 +848,7 @@ def test_a_scheduled_task_becomes_due_by_itself(desk: Desk, w1: PaperWorker) -> 
 # -- operations ------------------------------------------------------------------------------------
 
 
-def test_an_intent_reaches_the_agent_and_its_answer_the_sender(
-    desk: Desk, w1: PaperWorker
-) -> None:
+def test_an_intent_reaches_the_agent_and_its_answer_the_sender(desk: Desk, w1: PaperWorker) -> None:
     from hcna_ray.runtime.messages import Exchange
 
     agent = w1.exchange(HEAVY_SLOT)
@@ -846,9 +872,7 @@ def test_an_intent_to_a_silent_worker_is_refused_or_runs_out_of_time(
     desk: Desk, w1: PaperWorker
 ) -> None:
     sender = desk.park(
-        SendIntent(
-            envelope={"msg_id": "m1", "intent": "x"}, worker="W1", principal="p", wait_s=5.0
-        )
+        SendIntent(envelope={"msg_id": "m1", "intent": "x"}, worker="W1", principal="p", wait_s=5.0)
     )
     desk.tick(6.0)
     assert isinstance(desk.answer(sender), WorkerUnavailable)

@@ -1,10 +1,13 @@
-"""Example task types: a plain function, one that needs retries, and a generator.
+"""Example task types: a plain function, one that needs retries, a generator, a side effect.
 
 hcna-ray imports this module because ``pyproject.toml`` names it in the group ``hcna_ray.tasks``.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -72,3 +75,47 @@ def countdown(payload: CountdownPayload) -> Iterator[CountdownItem]:
     """Count down to zero; each number is seen as progress at once."""
     for left in range(payload.start, -1, -1):
         yield CountdownItem(left=left)
+
+
+class MarkedPayload(Payload):
+    """How long to work, where to leave marks, and whether to die instead of returning."""
+
+    seconds: float = Field(default=0.0, ge=0, le=3600, allow_inf_nan=False)
+    mark: str | None = Field(default=None, description="File that gets a line per start and end.")
+    die: bool = Field(default=False, description="End the whole process instead of returning.")
+
+
+class MarkedResult(BaseModel):
+    """Who did it."""
+
+    pid: int
+
+
+@task("example.marked", payload=MarkedPayload, result=MarkedResult)
+def marked(payload: MarkedPayload, ctx: TaskContext) -> MarkedResult:
+    """Wait, leaving a mark at the start and at the end: a side effect that others can count."""
+    _leave_mark(payload.mark, "start", ctx)
+    if payload.seconds:
+        ctx.pause(payload.seconds)
+    if payload.die:
+        os._exit(9)
+    _leave_mark(payload.mark, "end", ctx)
+    return MarkedResult(pid=os.getpid())
+
+
+def _leave_mark(path: str | None, what: str, ctx: TaskContext) -> None:
+    """Append one line in one write, so that lines of many processes never mix."""
+    if path is None:
+        return
+    mark = {
+        "what": what,
+        "task_id": ctx.task_id,
+        "token": list(ctx.fence),
+        "pid": os.getpid(),
+        "at": time.time(),
+    }
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(descriptor, json.dumps(mark).encode() + b"\n")
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,222 @@
+"""The processes in which handlers run: forked from a clean one, without Ray, keys or store in them.
+
+A slot's host starts one *nursery*: a fresh interpreter that has imported the task types and does
+nothing but fork. Each child is an *executor*: it runs what its host sends it, one attempt after the
+other, in a process group of its own, and dies with its host. Forking takes milliseconds, so a slot
+whose executor turned out to be busy for long simply goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import logging
+import os
+import queue
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from hcna_ray.core.clock import SystemClock
+from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.handlers import load_registry
+from hcna_ray.handlers.registry import Registry
+from hcna_ray.observability import logs
+from hcna_ray.runtime import channel
+from hcna_ray.runtime.channel import BlockingChannel, ChannelClosed, Frame
+from hcna_ray.runtime.journal import RunnerFiles
+from hcna_ray.runtime.messages import Report
+from hcna_ray.runtime.runner import Runner, RunnerSettings
+
+_PR_SET_PDEATHSIG = 1
+#: What a handler's process is not told about the cluster around it.
+_HIDDEN_PREFIXES = ("RAY_", "HCNA_API_KEY", "HCNA_STORE")
+#: Time for the last reports of an executor that ends.
+_FLUSH_S = 5.0
+
+
+def nursery_environment(base: dict[str, str]) -> dict[str, str]:
+    """Return the environment of handlers: the machine's, less what opens the cluster."""
+    return {name: value for name, value in base.items() if not name.startswith(_HIDDEN_PREFIXES)}
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with its parent (Linux; elsewhere the socket tells)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# -- the nursery -----------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    """Fork executors until the host closes the control socket.
+
+    Args:
+        argv: File descriptor of the control socket, and what executors need to know as JSON.
+    """
+    die_with_parent()
+    control = socket.socket(fileno=int(argv[0]))
+    facts: dict[str, Any] = json.loads(argv[1])
+    logs.configure(Path(facts["log"]), fields={"node": facts["worker"]}, rotate=False)
+    registry = load_registry()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    gc.freeze()  # What is shared with the children stays untouched, hence shared.
+    control.send(json.dumps({"ready": os.getpid()}).encode())
+    while True:
+        readable, _, _ = select.select([control.fileno(), woken], [], [])
+        if woken in readable:
+            os.read(woken, 4096)
+            _tell_exits(control)
+        if control.fileno() in readable:
+            raw, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+            if not raw:
+                return 0
+            order = json.loads(raw)
+            child = os.fork()
+            if child == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for descriptor in (woken, wake):
+                    os.close(descriptor)
+                control.close()
+                _be_executor(descriptors[0], str(order["name"]), facts, registry)
+            os.close(descriptors[0])
+            control.send(json.dumps({"forked": child, "name": order["name"]}).encode())
+
+
+def _tell_exits(control: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        control.send(json.dumps({"exited": pid, "status": status}).encode())
+
+
+# -- an executor -----------------------------------------------------------------------------------
+
+
+def _be_executor(descriptor: int, name: str, facts: dict[str, Any], registry: Registry) -> None:
+    """Live as an executor; never returns."""
+    status = 1
+    try:
+        die_with_parent()
+        os.setpgid(0, 0)
+        random.seed()
+        settings = RunnerSettings(
+            worker=facts["worker"],
+            node_id=facts["node_id"],
+            disk_path=Path(facts["disk_path"]),
+            scratch_root=Path(facts["scratch_root"]),
+            long_s=facts["long_s"],
+            report_s=facts["report_s"],
+            result_bytes_max=facts["result_bytes_max"],
+        )
+        files = RunnerFiles(Path(facts["outbox"]), name)
+        Executor(socket.socket(fileno=descriptor), settings, files, registry).serve()
+        status = 0
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+class Executor:
+    """Carries frames between a `Runner` and its host."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        settings: RunnerSettings,
+        files: RunnerFiles,
+        registry: Registry,
+    ) -> None:
+        """Wire a runner to the socket."""
+        self._channel = BlockingChannel(sock)
+        self._orders: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._acks: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._asking = threading.Lock()
+        self._runner = Runner(settings, registry, files, self, self, SystemClock())
+
+    def serve(self) -> None:
+        """Run what the host sends until it says ``END``, or is gone."""
+        threading.Thread(target=self._receive, name="hcna-channel", daemon=True).start()
+        with self._runner.serving():
+            while not self._runner.must_end:
+                reports = self._runner.take_unconfirmed()
+                self._channel.send(Frame(channel.IDLE, reports))
+                order = self._orders.get()
+                if order is None:
+                    return  # The host is gone; the kernel is about to end this process too.
+                self._runner.confirm(reports)
+                if order.kind == channel.END:
+                    return
+                self._runner.run(order.offers)
+            self._runner.flush(_FLUSH_S)
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                frame = self._channel.receive()
+                match frame.kind:
+                    case channel.ACK:
+                        self._acks.put(bool(frame.number))
+                    case channel.FILE:
+                        self._found.put(frame)
+                    case _:
+                        self._orders.put(frame)
+        except ChannelClosed:
+            self._acks.put(False)
+            self._found.put(None)
+            self._orders.put(None)
+
+    # `hcna_ray.runtime.runner.ReportLink`
+
+    def report(self, reports: tuple[Report, ...]) -> bool:
+        """Pass reports to the host; return whether the moderator confirmed them."""
+        try:
+            self._channel.send(Frame(channel.REPORTS, reports))
+        except ChannelClosed:
+            return False
+        return self._acks.get()
+
+    # `hcna_ray.runtime.runner.ArtifactLink`
+
+    def put(self, path: Path) -> tuple[str, int]:
+        """Have the host store a file."""
+        frame = self._ask(Frame(channel.PUT, text=str(path.resolve())))
+        return frame.text, frame.number
+
+    def get(self, sha256: str) -> Path:
+        """Have the host find an artifact. Raises `NotFound`."""
+        frame = self._ask(Frame(channel.GET, text=sha256))
+        if not frame.text:
+            raise NotFound("artifact", sha256)
+        return Path(frame.text)
+
+    def _ask(self, question: Frame) -> Frame:
+        with self._asking:  # Handlers may have threads of their own; answers come in order.
+            self._channel.send(question)
+            answer = self._found.get()
+        if answer is None:
+            raise HcnaError("the slot's host is gone")
+        if answer.number < 0:
+            raise HcnaError(answer.text)
+        return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,641 @@
+"""A slot from inside: exchanges with the moderator, and executors that do the work. No Ray here.
+
+The host gives the moderator outcomes and gets leases in one call that parks while there is nothing
+to do. One executor at a time takes grants; when what it runs turns out to be long, it keeps that
+and the next executor, already forked, takes the following grant. So a long attempt never holds up
+a short one, and a cancel or a crash ends one executor and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from hcna_ray.core.clock import Clock
+from hcna_ray.core.errors import CannotAccept, NotFound, StaleWorker
+from hcna_ray.core.models import FailureKind, TaskError, Token
+from hcna_ray.runtime import channel
+from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
+from hcna_ray.runtime.journal import (
+    FINAL,
+    Note,
+    RunnerFiles,
+    StopOrder,
+    read_journal,
+    read_note,
+    read_stops,
+    unfinished,
+    write_stops,
+)
+from hcna_ray.runtime.messages import Exchange, Grant, Offer, Report, ReportKind, Stop
+from hcna_ray.runtime.runner import ArtifactLink
+
+log = logging.getLogger(__name__)
+
+#: How often the host looks at notes, deadlines and its own stop orders.
+WATCH_S = 0.05
+#: Time between SIGTERM and SIGKILL.
+KILL_GRACE_S = 10.0
+#: A worker that fenced itself off gives less: the moderator is about to lease again.
+FENCE_GRACE_S = 5.0
+#: Pause before a call that failed is repeated.
+RETRY_S = 0.1
+#: Idle executors kept, beside the one that takes grants.
+SPARES = 1
+#: Pause before an executor is forked after one that died before its first word.
+REFORK_S = 0.5
+#: Longest wait for the nursery's word on an executor whose channel is closed.
+EXIT_WAIT_S = 1.0
+#: An idle executor beyond the spares ends after this long.
+SPARE_IDLE_S = 30.0
+
+
+class SlotLink(Protocol):
+    """The host's calls to the moderator; they raise `CannotAccept` while it is away."""
+
+    async def exchange(self, exchange: Exchange) -> Grant:
+        """Give outcomes, get leases; parks."""
+        ...
+
+    async def report(self, reports: tuple[Report, ...]) -> bool:
+        """Send reports between two exchanges; return whether they were confirmed."""
+        ...
+
+
+class Nursery(Protocol):
+    """Where executors come from."""
+
+    async def fork(self, name: str) -> tuple[int, AsyncChannel]:
+        """Make an executor; return its process id and the channel to it."""
+        ...
+
+    def on_exit(self, told: Callable[[int, int], None]) -> None:
+        """Have ``told(pid, wait status)`` called whenever an executor has ended."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostSettings:
+    """What a host needs to know."""
+
+    worker: str
+    incarnation: str
+    slot: int
+    name: str
+    outbox: Path
+    #: Most attempts that may run under this host at once.
+    attempts_max: int = 16
+    #: An attempt older than this no longer keeps the slot from its next grant.
+    long_s: float = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class _Executor:
+    """One process, and what it holds."""
+
+    name: str
+    pid: int
+    channel: AsyncChannel
+    files: RunnerFiles
+    #: Granted to it, by token, until the moderator has confirmed how it ended.
+    holds: dict[Token, Offer] = field(default_factory=dict)
+    #: Outcomes that came with its last word and are not confirmed yet.
+    reports: tuple[Report, ...] = ()
+    #: Whether it has ever said a word.
+    ready: bool = False
+    dead: bool = False
+    idle_since: float = 0.0
+    #: Set when it is idle again, turned long, or died.
+    turned: asyncio.Event = field(default_factory=asyncio.Event)
+    orders: dict[Token, tuple[StopOrder, float]] = field(default_factory=dict)
+    killed: bool = False
+
+
+class SlotHost:
+    """Serves one slot, or one heavy attempt. Owns its executors; they die with it."""
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        link: SlotLink,
+        nursery: Nursery,
+        artifacts: ArtifactLink,
+        clock: Clock,
+        *,
+        kill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Wire the host; `serve` or `run_once` starts it.
+
+        Args:
+            settings: About the slot.
+            link: To the moderator.
+            nursery: Forks executors.
+            artifacts: The artifact store; its calls may block and are made on threads.
+            clock: Wall clock and CLOCK_BOOTTIME.
+            kill: Sends a signal to a process (group); the default is the real thing.
+        """
+        self._settings, self._link, self._nursery = settings, link, nursery
+        self._artifacts, self._clock = artifacts, clock
+        self._kill = kill or signal_group
+        self._stop_file = RunnerFiles(settings.outbox, settings.name).stop
+        self._executors: dict[int, _Executor] = {}
+        #: Dead, but their last words are not confirmed yet.
+        self._mourned: list[_Executor] = []
+        self._main: asyncio.Task[object] | None = None
+        self._idle: deque[_Executor] = deque()
+        self._active: _Executor | None = None
+        self._news = asyncio.Event()
+        self._outgoing: list[tuple[tuple[Report, ...], Callable[[bool], None]]] = []
+        self._outgoing_news = asyncio.Event()
+        self._sending = False
+        self._forks = 0
+        self._forking = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Exchange and run until the moderator says that this worker was replaced.
+
+        Raises:
+            StaleWorker: another incarnation has taken the worker's name.
+        """
+        self._begin()
+        self._fork_soon()
+        seq = 0
+        while True:
+            executor = await self._next_executor()
+            seq += 1
+            grant = await self._exchange(seq, executor)
+            for stop in grant.stops:
+                self._stop(stop)
+            self._active = executor
+            self._hand_over(executor, grant.offers)
+            await executor.turned.wait()
+            self._active = None
+
+    async def run_once(self, offer: Offer, flush_s: float) -> None:
+        """Run one attempt, deliver its outcome if the moderator can be reached in time, and end.
+
+        What could not be delivered stays in the journal, for the worker's agent.
+        """
+        self._begin()
+        self._fork_soon()
+        executor = await self._next_executor()
+        self._hand_over(executor, (offer,))
+        await executor.turned.wait()
+        end = self._clock.elapsed() + flush_s
+        while self._sending or self._outgoing or executor.holds:
+            if self._clock.elapsed() >= end:
+                return
+            await asyncio.sleep(WATCH_S)
+
+    def _begin(self) -> None:
+        self._main = asyncio.current_task()
+        self._nursery.on_exit(self._on_exit)
+        self.spawn(self._watch_loop())
+        self.spawn(self._report_loop())
+
+    def spawn(self, work: Awaitable[None]) -> None:
+        """Run something beside the main loop, until the host ends; if it fails, so does all."""
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Half a host would hold leases and run nothing: the agent replaces a dead one.
+            log.critical("the slot failed", exc_info=error, extra={"action": "slot.failed"})
+            if self._main is not None:
+                self._main.cancel()
+
+    async def end(self) -> None:
+        """Stop everything that runs beside the main loop."""
+        for executor in self._executors.values():
+            self._kill(executor.pid, signal.SIGKILL)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- executors -------------------------------------------------------------------------------
+
+    async def _next_executor(self) -> _Executor:
+        """Return an idle executor, the one used last if possible; wait while there is none."""
+        while True:
+            while self._idle:
+                executor = self._idle.pop()
+                if not executor.dead:
+                    return executor
+            self._fork_if_needed()
+            self._news.clear()
+            await self._news.wait()
+
+    def _fork_if_needed(self) -> None:
+        """Have a warm spare behind whatever takes grants, within the bound."""
+        alive = len(self._executors) + self._forking
+        ready = sum(1 for one in self._executors.values() if not one.holds and not one.dead)
+        while ready + self._forking < 1 + SPARES and alive <= self._settings.attempts_max:
+            self._fork_soon()
+            alive += 1
+
+    def _fork_soon(self) -> None:
+        self._forking += 1
+        self.spawn(self._fork())
+
+    async def _fork(self) -> None:
+        self._forks += 1
+        name = f"{self._settings.name}.{self._forks}"
+        try:
+            pid, stream = await self._nursery.fork(name)
+        except OSError as error:
+            log.error(
+                "no executor could be started",
+                extra={"action": "slot.fork_failed", "error": str(error)},
+            )
+            await asyncio.sleep(1.0)
+            self._news.set()
+            return
+        finally:
+            self._forking -= 1
+        files = RunnerFiles(self._settings.outbox, name)
+        executor = _Executor(name, pid, stream, files)
+        self._executors[pid] = executor
+        self.spawn(self._listen(executor))
+
+    async def _listen(self, executor: _Executor) -> None:
+        try:
+            while True:
+                frame = await executor.channel.receive()
+                match frame.kind:
+                    case channel.IDLE:
+                        self._on_idle(executor, frame.reports)
+                    case channel.REPORTS:
+                        self._on_reports(executor, frame.reports)
+                    case channel.PUT | channel.GET:
+                        self.spawn(self._serve_file(executor, frame))
+                    case _:
+                        log.error(
+                            "an executor broke the protocol",
+                            extra={"action": "slot.bad_frame", "kind": frame.kind},
+                        )
+        except ChannelClosed:
+            # Its end is told by the nursery, with the reason; unless that died too, or told it
+            # before we knew the process, or the process lives on without its channel.
+            await asyncio.sleep(EXIT_WAIT_S)
+            if not executor.dead:
+                self._kill(executor.pid, signal.SIGKILL)
+                self._on_exit(executor.pid, signal.SIGKILL)
+
+    def _on_idle(self, executor: _Executor, reports: tuple[Report, ...]) -> None:
+        executor.idle_since = self._clock.elapsed()
+        executor.ready = True
+        if executor is self._active or not reports:
+            executor.reports = reports  # They travel with the next exchange.
+            self._idle.append(executor)
+        else:
+            # It had been busy for long: what it brings does not wait for its turn.
+            def confirmed(arrived: bool) -> None:
+                if not arrived:
+                    self._send(reports, confirmed)
+                    return
+                self._note_ends(executor, reports)
+                self._idle.append(executor)
+                self._news.set()
+
+            self._send(reports, confirmed)
+        executor.turned.set()
+        self._news.set()
+
+    def _on_reports(self, executor: _Executor, reports: tuple[Report, ...]) -> None:
+        def confirmed(arrived: bool) -> None:
+            if arrived:
+                self._note_ends(executor, reports)
+            executor.channel.send(Frame(channel.ACK, number=int(arrived)))
+
+        self._send(reports, confirmed)
+
+    def _note_ends(self, executor: _Executor, reports: tuple[Report, ...]) -> None:
+        """Forget what is over, once the moderator knows.
+
+        Forgotten any earlier, an exchange that overtakes the report would not name the attempt, and
+        the moderator would count it as lost.
+        """
+        for report in reports:
+            if report.kind in FINAL:
+                executor.holds.pop(Token(*report.token), None)
+
+    async def _serve_file(self, executor: _Executor, question: Frame) -> None:
+        try:
+            if question.kind == channel.PUT:
+                path = Path(question.text)
+                sha256, size = await asyncio.to_thread(self._artifacts.put, path)
+                answer = Frame(channel.FILE, text=sha256, number=size)
+            else:
+                found = await asyncio.to_thread(self._artifacts.get, question.text)
+                answer = Frame(channel.FILE, text=str(found))
+        except NotFound:
+            answer = Frame(channel.FILE)
+        except Exception as error:
+            # Whatever it was: the handler waits for an answer.
+            answer = Frame(channel.FILE, text=str(error) or type(error).__name__, number=-1)
+        executor.channel.send(answer)
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        """An executor ended: its journal says what had started and what had ended."""
+        executor = self._executors.pop(pid, None)
+        if executor is None:
+            return
+        executor.dead = True
+        executor.channel.close()
+        self._kill(-pid, signal.SIGKILL)  # Whatever the handler left running.
+        how = describe_exit(status)
+        if executor.holds and not executor.killed and not executor.orders:
+            log.warning(
+                "a handler's process died",
+                extra={"action": "executor.died", "how": how, "executor": executor.name},
+            )
+        oom = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and _low_memory()
+        kind = FailureKind.OOM if oom else FailureKind.POISON
+        orders = {token: order for token, (order, _) in executor.orders.items()}
+        reports = last_words(executor.files, orders, self._clock.now(), kind, how)
+        told = {Token(*report.token) for report in reports if report.kind in FINAL}
+        reports += [
+            Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now())
+            for token, offer in executor.holds.items()
+            if token not in told
+        ]
+
+        def confirmed(arrived: bool) -> None:
+            if arrived:
+                self._mourned.remove(executor)
+                executor.files.remove()
+            else:
+                self._send(tuple(reports), confirmed)
+
+        if reports:
+            self._mourned.append(executor)
+            self._send(tuple(reports), confirmed)
+        else:
+            executor.files.remove()
+        executor.turned.set()
+        self._news.set()
+        if executor.ready:
+            self._fork_if_needed()
+        else:
+            self.spawn(self._fork_later())
+
+    async def _fork_later(self) -> None:
+        """Try again after a pause: what ends the executors before they begin may go on."""
+        log.error("an executor died before it began", extra={"action": "executor.stillborn"})
+        self._forking += 1
+        try:
+            await asyncio.sleep(REFORK_S)
+        finally:
+            self._forking -= 1
+        self._fork_if_needed()
+
+    # -- the moderator ---------------------------------------------------------------------------
+
+    async def _exchange(self, seq: int, executor: _Executor) -> Grant:
+        """Exchange until it is answered; the same number gets the same grant."""
+        while True:
+            exchange = Exchange(
+                worker=self._settings.worker,
+                incarnation=self._settings.incarnation,
+                slot=self._settings.slot,
+                seq=seq,
+                reports=executor.reports,
+                holding=tuple(
+                    (offer.task_id, token)
+                    for other in (*self._executors.values(), *self._mourned)
+                    for token, offer in other.holds.items()
+                ),
+            )
+            try:
+                grant = await self._link.exchange(exchange)
+            except CannotAccept:
+                await asyncio.sleep(RETRY_S)
+                continue
+            except StaleWorker as stale:
+                if stale.current is not None:
+                    raise
+                # The worker was given up for a while; its agent says hello again.
+                await asyncio.sleep(RETRY_S)
+                continue
+            if grant.hello:
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._note_ends(executor, executor.reports)
+            executor.reports = ()
+            return grant
+
+    def _hand_over(self, executor: _Executor, offers: tuple[Offer, ...]) -> None:
+        """Give an executor its grant (an empty one confirms what it reported)."""
+        if executor.dead:  # It died while its call was parked.
+            now = self._clock.now()
+            back = tuple(
+                Report(ReportKind.RETURNED, offer.task_id, Token(*offer.token), now)
+                for offer in offers
+            )
+            if back:
+                self._send_surely(back)
+            return
+        executor.turned.clear()
+        for offer in offers:
+            executor.holds[Token(*offer.token)] = offer
+        executor.channel.send(Frame(channel.RUN, offers=offers))
+        self._fork_if_needed()
+
+    def _send(self, reports: tuple[Report, ...], confirmed: Callable[[bool], None]) -> None:
+        self._outgoing.append((reports, confirmed))
+        self._outgoing_news.set()
+
+    def _send_surely(self, reports: tuple[Report, ...]) -> None:
+        def confirmed(arrived: bool) -> None:
+            if not arrived:
+                self._send(reports, confirmed)
+
+        self._send(reports, confirmed)
+
+    async def _report_loop(self) -> None:
+        """Pass reports on, everything that waits in one call."""
+        while True:
+            await self._outgoing_news.wait()
+            self._outgoing_news.clear()
+            batch, self._outgoing = self._outgoing, []
+            if not batch:
+                continue
+            reports = tuple(report for one, _ in batch for report in one)
+            self._sending = True
+            arrived = await self._link.report(reports)
+            self._sending = False
+            if not arrived:
+                await asyncio.sleep(RETRY_S)
+            for _, confirmed in batch:
+                confirmed(arrived)
+
+    # -- stops and deadlines ---------------------------------------------------------------------
+
+    def _stop(self, stop: Stop) -> None:
+        token = Token(*stop.token)
+        for executor in self._executors.values():
+            if token in executor.holds and executor.holds[token].task_id == stop.task_id:
+                self._order(executor, token, stop.task_id, stop.reason)
+
+    def _order(self, executor: _Executor, token: Token, task_id: str, reason: str) -> None:
+        if token in executor.orders:
+            return
+        order = StopOrder(
+            task_id=task_id,
+            generation=token.generation,
+            attempt=token.attempt,
+            reason=reason,
+        )
+        executor.orders = {
+            known: found for known, found in executor.orders.items() if known in executor.holds
+        }
+        executor.orders[token] = (order, self._clock.elapsed())
+        try:
+            write_stops(executor.files, [one for one, _ in executor.orders.values()])
+        except OSError as error:
+            # A full disk: the executor will not know what the signal means, SIGKILL follows.
+            log.error(
+                "a stop order cannot be written",
+                extra={"action": "slot.order_failed", "error": str(error)},
+            )
+        self._kill(executor.pid, signal.SIGTERM)
+
+    async def _watch_loop(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._obey_agent()
+            now = self._clock.elapsed()
+            for executor in list(self._executors.values()):
+                self._watch(executor, now)
+
+    def _watch(self, executor: _Executor, now: float) -> None:
+        if not executor.holds:
+            spare = executor in self._idle and now - executor.idle_since > SPARE_IDLE_S
+            if spare and len(self._idle) > 1 + SPARES and not executor.reports:
+                self._idle.remove(executor)
+                executor.channel.send(Frame(channel.END))
+            return
+        note = read_note(executor.files)
+        if note is None or not note.task_id:
+            return
+        if executor is self._active and now - note.started_boot >= self._settings.long_s:
+            executor.turned.set()
+        if now >= note.deadline_boot and note.token in executor.holds:
+            self._order(executor, note.token, note.task_id, "timeout")
+        self._enforce(executor, note, now)
+
+    def _enforce(self, executor: _Executor, note: Note, now: float) -> None:
+        """SIGKILL what has not stopped in time."""
+        found = executor.orders.get(note.token)
+        if found is None or executor.killed:
+            return
+        order, since = found
+        grace = FENCE_GRACE_S if order.reason == "fenced" else KILL_GRACE_S
+        if now - since >= grace:
+            executor.killed = True
+            self._kill(executor.pid, signal.SIGKILL)
+
+    def _obey_agent(self) -> None:
+        """Carry out the agent's orders: one attempt, or (with no task named) all of them."""
+        for order in read_stops(self._stop_file):
+            key = (order.task_id, order.generation, order.attempt)
+            for executor in self._executors.values():
+                for token, offer in list(executor.holds.items()):
+                    if not order.task_id or (offer.task_id, *token) == key:
+                        self._order(executor, token, offer.task_id, order.reason)
+
+
+def last_words(
+    files: RunnerFiles,
+    orders: dict[Token, StopOrder],
+    now: float,
+    kind: FailureKind,
+    how: str,
+) -> list[Report]:
+    """Return a dead executor's journal, with an end for what it had started.
+
+    Args:
+        files: Its journal.
+        orders: What it had been told to stop.
+        now: The instant.
+        kind: What to call an attempt that nobody had stopped.
+        how: How the process ended, for people.
+    """
+    reports = read_journal(files)
+    for started in unfinished(reports):
+        token = Token(*started.token)
+        order = orders.get(token)
+        reports.append(_end_of(started, token, now, kind, how, order))
+    return reports
+
+
+def _end_of(
+    started: Report,
+    token: Token,
+    now: float,
+    kind: FailureKind,
+    how: str,
+    order: StopOrder | None,
+) -> Report:
+    """Return how an attempt ended whose process is gone."""
+    reason = None if order is None else order.reason
+    if reason == "cancel":
+        return Report(ReportKind.CANCELLED, started.task_id, token, now, started_at=started.at)
+    if reason == "timeout":
+        text = "ran longer than its timeout_s and was killed"
+        error = TaskError(kind=FailureKind.TIMEOUT, type="TaskTimedOut", message=text)
+        return Report(
+            ReportKind.FAILED, started.task_id, token, now, started_at=started.at, error=error
+        )
+    if reason is not None:
+        kind, how = FailureKind.LOST, f"stopped by its worker ({reason})"
+    return Report(
+        ReportKind.LOST, started.task_id, token, now, error=TaskError(kind=kind, message=how)
+    )
+
+
+def describe_exit(status: int) -> str:
+    """Return a wait status in words."""
+    if os.WIFSIGNALED(status):
+        return f"its process was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"its process ended with status {os.waitstatus_to_exitcode(status)}"
+
+
+def signal_group(pid: int, number: int) -> None:
+    """Send a signal to a process (or to a whole group: a negative id); it may be gone already.
+
+    SIGKILL always goes to the whole group that the process leads.
+    """
+    try:
+        if pid < 0:
+            os.killpg(-pid, number)
+        elif number == signal.SIGKILL and os.getpgid(pid) == pid:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def _low_memory() -> bool:
+    """Return whether the machine is short of memory: then a SIGKILL was probably the kernel's."""
+    try:
+        with open("/proc/meminfo") as table:
+            fields = dict(line.split(":", 1) for line in table)
+    except OSError:
+        return False
+    total, free = (int(fields[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return free < total * 0.05

@@ -1,0 +1,783 @@
+"""Write the generated pages of ``docs/reference/`` from the code they describe.
+
+``--check`` writes nothing and fails if a page is not what the code says. A code, failure kind or
+pending reason that has no sentence here, or a sentence whose code is gone, fails as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, WithJsonSchema
+from pydantic.fields import FieldInfo
+
+from hcna_ray.api import schemas
+from hcna_ray.api.admission import BATCHES_MAX, PROBES_MAX, UPLOADS_MAX, Sort
+from hcna_ray.api.app import GROUPS
+from hcna_ray.api.problems import status_of, title_of
+from hcna_ray.cli.main import app
+from hcna_ray.config import PortSettings, Settings
+from hcna_ray.core.errors import CannotAccept, Conflict, HcnaError, Invalid
+from hcna_ray.core.models import FailureKind
+from hcna_ray.observability.exposition import Sample, families
+from hcna_ray.runtime.worker_page import GAUGES
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hcna_ray"
+PAGES = ROOT / "docs" / "reference"
+
+HELP_COLUMNS = 88
+
+
+class Stale(Exception):
+    """The sentences of this program and the code disagree."""
+
+
+# -- small helpers ---------------------------------------------------------------------------------
+
+
+def header(title: str, source: str) -> list[str]:
+    """Return the first lines of a page."""
+    return [
+        f"# {title}",
+        "",
+        f"Generated from {source} by `make docs`; edit that, not this page.",
+        "",
+    ]
+
+
+def prose(text: str) -> list[str]:
+    """Return a dedented text as lines, with the empty line after it."""
+    return [*textwrap.dedent(text).strip().splitlines(), ""]
+
+
+def cell(text: object) -> str:
+    """Return text that stays within its cell."""
+    return " ".join(str(text).split()).replace("``", "`").replace("|", "\\|")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return a Markdown table and the empty line after it."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join(cell(value) for value in row)} |" for row in rows]
+    return [*lines, ""]
+
+
+def agree(what: str, described: Iterable[str], found: Iterable[str]) -> None:
+    """Raise `Stale` unless both name the same things."""
+    missing, gone = set(found) - set(described), set(described) - set(found)
+    if missing:
+        raise Stale(f"{what} without a sentence in {Path(__file__).name}: {sorted(missing)}")
+    if gone:
+        raise Stale(
+            f"{what} described in {Path(__file__).name}, but not in the code: {sorted(gone)}"
+        )
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def kind_of(annotation: Any) -> str:
+    """Return a type in words a reader of YAML or JSON knows."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        schemas_of = [one.json_schema or {} for one in inner if isinstance(one, WithJsonSchema)]
+        if any(schema.get("format") == "date-time" for schema in schemas_of):
+            return "instant"
+        return kind_of(inner[0])
+    if origin in (Union, UnionType):
+        kinds = [kind_of(one) for one in inner if one is not NoneType]
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is Literal:
+        return " or ".join(f"`{one}`" for one in inner)
+    if origin in (list, tuple):
+        return f"list of {kind_of(inner[0])}"
+    if origin is dict:
+        return "object" if inner[1] is Any else f"mapping of name to {kind_of(inner[1])}"
+    if annotation is NoneType:
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[`{annotation.__name__}`](#{annotation.__name__.lower()})"
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def constraints(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
+    """Yield the constraints of a field, those of optional annotated types included."""
+    for one in metadata:
+        yield from (one.metadata if isinstance(one, FieldInfo) else [one])
+    if get_origin(annotation) is Annotated:
+        yield from constraints(get_args(annotation)[0], get_args(annotation)[1:])
+    elif get_origin(annotation) in (Union, UnionType):
+        for inner in get_args(annotation):
+            yield from constraints(inner)
+
+
+def bounds_of(info: FieldInfo) -> str:
+    """Return the numeric bounds of a field."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = list(constraints(info.annotation, info.metadata))
+    return ", ".join(
+        f"{sign} {number(getattr(one, name))}"
+        for name, sign in signs.items()
+        for one in found
+        if getattr(one, name, None) is not None
+    )
+
+
+def number(value: float) -> str:
+    """Return a number as it would be typed."""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def default_of(info: FieldInfo) -> str:
+    """Return the default of a field; empty if there is none to tell."""
+    if info.is_required():
+        return "required"
+    if _makes_model(info):
+        return ""
+    value = (
+        info.default
+        if info.default_factory is None
+        else info.get_default(call_default_factory=True, validated_data={})
+    )
+    if isinstance(value, Enum):
+        value = value.value
+    if value in (None, ""):
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float | int):
+        return f"`{number(value)}`"
+    if isinstance(value, tuple | list):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value}`" if value != {} else "`{}`"
+
+
+def _makes_model(info: FieldInfo) -> bool:
+    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+def configuration() -> list[str]:
+    """Every setting with its bounds, default and meaning."""
+    lines = header("Configuration", "the settings models in `hcna_ray/config.py`")
+    lines += prose("""
+        One file, `$HCNA_HOME/hcna.yaml` (or the one that `HCNA_CONFIG` names), with the sections
+        below, all of them optional. An unknown key, a key given twice or a value out of bounds
+        stops the start and is named. The environment wins over the file: `HCNA_` + section + `__` +
+        field, in capitals, such as `HCNA_LEASE__TTL_S=45` or
+        `HCNA_MODERATOR__SCHEDULING__MAX_CONCURRENT_TASKS=8`; collections are given as JSON. See
+        [how to configure](../how-to/configure.md) for examples.
+        """)
+    for name, info in Settings.model_fields.items():
+        if name not in ("home", "source"):
+            lines += _section(name, info)
+    return lines
+
+
+#: Settings that are read, but do less than their description says.
+NOT_YET = {
+    "enable_tls": "**Encrypts nothing yet**: loopback is bound, with a warning.",
+    "enable_mtls": "**Encrypts nothing yet**: loopback is bound, with a warning.",
+    "ca_path": "**No effect yet.**",
+    "listen_address": "**Only loopback is bound yet.**",
+}
+
+
+@functools.cache
+def _attributes_read() -> frozenset[str]:
+    """Return the name of every attribute that the package reads anywhere."""
+    return frozenset(
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+    )
+
+
+def _meaning(section: str, name: str, info: FieldInfo) -> str:
+    """Return what a setting does, and whether it does it already."""
+    text = info.description or ""
+    if name in NOT_YET:
+        return f"{text} {NOT_YET[name]}"
+    # Ports are read by name (`Settings.port`); of all others somebody must use the field.
+    if section != "ports" and name not in _attributes_read():
+        return f"{text} **No effect yet.**"
+    return text
+
+
+def _section(path: str, info: FieldInfo) -> list[str]:
+    model = info.annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    lines = [f"## `{path}`", "", cell(model.__doc__ or ""), ""]
+    nested = {n: i for n, i in model.model_fields.items() if _makes_model(i)}
+    plain = {n: i for n, i in model.model_fields.items() if n not in nested}
+    rows = [
+        (f"`{n}`", kind_of(i.annotation), default_of(i), bounds_of(i), _meaning(path, n, i))
+        for n, i in plain.items()
+    ]
+    lines += table(("field", "kind", "default", "bounds", "meaning"), rows)
+    for name, inner in nested.items():
+        lines += _section(f"{path}.{name}", inner)
+    return [
+        line.replace("[`NodeAddress`](#nodeaddress)", "node (`node_id`, `address`, `port`)")
+        for line in lines
+    ]
+
+
+# -- ports -----------------------------------------------------------------------------------------
+
+#: Where each port was seen to listen with Ray 2.60 (``ss -ltn`` beside a running cluster).
+#: ``every``: on all addresses of the machine, whatever is configured.
+EVERYWHERE = "every address"
+HERE = "loopback"
+LISTENS = {
+    "gcs": EVERYWHERE,
+    "dashboard": HERE,
+    "head_node_manager": EVERYWHERE,
+    "head_object_manager": EVERYWHERE,
+    "head_agent_http": HERE,
+    "head_agent_grpc": EVERYWHERE,
+    "head_runtime_env_agent": "",
+    "head_metrics_export": EVERYWHERE,
+    "autoscaler_metrics": EVERYWHERE,
+    "dashboard_metrics": EVERYWHERE,
+    "worker_node_manager": EVERYWHERE,
+    "worker_object_manager": EVERYWHERE,
+    "worker_agent_http": HERE,
+    "worker_agent_grpc": EVERYWHERE,
+    "worker_runtime_env_agent": "",
+    "worker_metrics_export": EVERYWHERE,
+    "serve_fallback_proxy": HERE,
+    "serve_grpc": "",
+    "haproxy_stats": EVERYWHERE,
+    "haproxy_metrics": EVERYWHERE,
+    "replica_http": HERE,
+    "replica_grpc": "",
+    "head_processes": EVERYWHERE,
+    "worker_processes": EVERYWHERE,
+}
+
+
+def ports() -> list[str]:
+    """Every port, who listens on it, and where."""
+    lines = header("Ports", "`PortSettings` in `hcna_ray/config.py`")
+    lines += prose("""
+        `ports.offset` is added to every port of an instance, so a second one beside the first needs
+        another offset and another `HCNA_HOME`. *Listens on* is what `ss -ltn` showed beside a
+        running cluster with Ray 2.60: Ray opens most of its ports on every address of the machine,
+        and no setting of Ray changes that. Ray's gRPC ports demand the cluster's token; its
+        Prometheus pages, and what is marked "no key", demand nothing. **Close everything but what
+        you mean to offer in the machine's firewall.** Nothing between the processes is encrypted
+        yet.
+        """)
+    settings = Settings()
+    public = [
+        (
+            settings.composite.api_port,
+            "`composite.api_port`",
+            HERE,
+            "C1: the HTTP API. Needs a key.",
+        ),
+        (
+            settings.moderator.control_port,
+            "`moderator.control_port`",
+            HERE,
+            "Control edge: `/admin/*` (admin key), `/metrics` and `/health` (no key).",
+        ),
+        (
+            settings.worker.worker_port,
+            "`worker.worker_port`",
+            HERE,
+            "The worker's `/metrics` and `/health` (no key).",
+        ),
+    ]
+    rows: list[tuple[object, ...]] = list(public)
+    described = []
+    for name, info in PortSettings.model_fields.items():
+        if name == "offset" or name.endswith("_max"):
+            continue
+        first, short = getattr(settings.ports, name), name.removesuffix("_min")
+        number_of = first
+        text = info.description or ""
+        if name.endswith("_min"):
+            number_of = f"{first}-{getattr(settings.ports, f'{short}_max')}"
+            text = text.replace("First port", "Ports").replace("First gRPC port", "gRPC ports")
+        if short.startswith("haproxy"):
+            text += " No key."
+        described.append(short)
+        where = LISTENS.get(short) or "nothing listens"
+        rows.append((number_of, f"`ports.{name}`", where, text))
+    agree("ports", LISTENS, described)
+    return lines + table(("port", "setting", "listens on", "what for"), rows)
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def cli() -> list[str]:
+    """The help of every command."""
+    lines = header("The `hcna` command", "the commands in `hcna_ray/cli/`")
+    lines += prose("""
+        Data goes to stdout, talk to stderr; `--json` works everywhere. Where C1 is and the key are
+        found in this order: `HCNA_URL` and `HCNA_API_KEY`, then what `hcna up` left in `$HCNA_HOME`
+        (default `~/.hcna`).
+        """)
+    codes = [
+        (0, "it worked"),
+        (1, "it failed, or a task that was waited for did not complete"),
+        (2, "the command line is wrong"),
+        (3, "C1 cannot be reached"),
+        (4, "C1 refused"),
+        (130, "interrupted"),
+    ]
+    lines += table(("exit code", "means"), codes)
+    lines += prose("""
+        Every error is one line on stderr and ends with the command to type next; `HCNA_DEBUG=1`
+        shows the traceback. `HCNA_RETRY_FOR_S` (5) is how long a C1 that is away is tried again.
+        """)
+    for path, text in _help(typer.main.get_command(app), "hcna", None):
+        lines += [f"## `{path}`", "", "```text", text, "```", ""]
+    return lines
+
+
+def _help(command: Any, path: str, parent: Any) -> Iterator[tuple[str, str]]:
+    context = command.make_context(
+        path.rpartition(" ")[2],
+        [],
+        parent=parent,
+        resilient_parsing=True,
+        terminal_width=HELP_COLUMNS,
+    )
+    text = "\n".join(line.rstrip() for line in command.get_help(context).strip().splitlines())
+    yield path, text
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _help(inner, f"{path} {name}", context)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+#: Every ``code`` of a problem that a client can meet.
+CODES = {
+    "malformed_json": "The body is not JSON, not UTF-8, empty, or holds half a surrogate pair.",
+    "duplicate_key": "An object of the body names a key twice.",
+    "too_deep": "The body is nested deeper than `limits.json_depth`.",
+    "too_many_keys": "An object of the body has more than 1000 keys.",
+    "not_finite": "The body holds NaN, an infinity, or a number too large for a double.",
+    "number_out_of_range": "An integer of the body does not fit into 64 bits.",
+    "invalid_header": "Content-Length is not a number.",
+    "unauthorized": "No key, two keys, or one that is not known.",
+    "forbidden": "The key has no admin role, which the route needs.",
+    "not_found": "There is nothing at this path.",
+    "task_not_found": "There is no such task.",
+    "batch_not_found": "There is no such batch.",
+    "artifact_not_found": "There is no such artifact.",
+    "worker_not_found": "There is no such worker.",
+    "intent_not_found": "The node does not know this intent.",
+    "method_not_allowed": "The path is there, the method is not; see `Allow`.",
+    "task_finished": "The task has ended, so it cannot be cancelled.",
+    "not_failed": "The task has not failed, so it cannot be run again.",
+    "idempotency_conflict": "The idempotency key was used before for another request.",
+    "offset_mismatch": "The part does not begin where the upload stands; `received` says where.",
+    "too_large": "More bytes or items than the route takes.",
+    "uri_too_long": "The URL has more than 8 KiB.",
+    "headers_too_large": "More than 100 header fields, or more than 32 KiB of them.",
+    "unsupported_encoding": "The body is compressed; send it as it is.",
+    "range_not_satisfiable": "The range begins behind the end of the artifact.",
+    "unknown_task_type": "No handler has this name; near names are given.",
+    "invalid_payload": "The payload does not fit the model of its type; fields are named.",
+    "invalid_request": "A field is unknown, missing, or has a wrong value; fields are named.",
+    "dependency_not_found": "`depends_on` names a task or ref that is not there.",
+    "dependency_cycle": "`depends_on` goes in a circle, or leads to one.",
+    "digest_mismatch": "The bytes do not have the SHA-256 that was announced.",
+    "quota": "The caller's own limit is reached. No route uses it yet.",
+    "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
+    "moderator_unavailable": "M1 does not answer. Reads go on.",
+    "worker_unavailable": "The worker that an intent was for does not answer.",
+    "store_unavailable": "The store cannot be read or written.",
+    "disk_full": "Less free space than `limits.disk_free_bytes_min`.",
+    "internal": "Something unexpected; `log_id` finds it in `composite.log`.",
+}
+
+#: Codes that only our own processes and commands meet.
+NOT_OVER_HTTP = {
+    "invalid_report",
+    "invalid_query",
+    "invalid_envelope",
+}
+
+#: Calls whose first argument that is a word is a code, and the status that goes with it.
+RAISED_WITH_CODE = {"Invalid": 422, "BadRequest": 400}
+
+
+def _codes_in_source() -> dict[str, int]:
+    """Return status by code of everything that is raised or rendered with a literal code."""
+    found: dict[str, int] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        below = path.relative_to(PACKAGE).parts[0]
+        if below in ("cli", "client"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                found |= _code_of_call(node)
+    return found
+
+
+def _code_of_call(node: ast.Call) -> dict[str, int]:
+    name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+    words = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+    texts = [word for word in words if isinstance(word, str)]
+    if name in RAISED_WITH_CODE and isinstance(node.args[:1][0], ast.Constant) and texts:
+        return {texts[0]: RAISED_WITH_CODE[name]}
+    if name == "NotFound" and texts:
+        return {f"{texts[0]}_not_found": 404}
+    if name == "refuse_field" and len(node.args) == 3 and isinstance(node.args[2], ast.Constant):
+        return {texts[-1]: 422}
+    if name == "problem" and len(words) >= 2 and isinstance(words[0], int):
+        return {texts[0]: words[0]}
+    return {}
+
+
+def _codes_of_classes() -> dict[str, int]:
+    """Return status by code of every error class that C1 turns into a problem."""
+    found: dict[str, int] = {}
+    pending: list[type[HcnaError]] = [HcnaError]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        blank = kind.__new__(kind)
+        status = status_of(blank)
+        if status == 500 or kind in (Conflict, CannotAccept, Invalid):
+            continue  # Met by our own processes alone, or a base that nobody raises by itself.
+        found[kind.code] = status
+    return found
+
+
+#: Codes whose class sets them when it is made: the class attribute says nothing.
+MADE_WITH_CODE = {
+    "unauthorized": 401,
+    "forbidden": 403,
+    "too_large": 413,
+    "uri_too_long": 414,
+    "unsupported_encoding": 415,
+    "range_not_satisfiable": 416,
+    "unknown_task_type": 422,
+    "invalid_payload": 422,
+    "headers_too_large": 431,
+}
+#: Only between a worker and M1, or between M1 and its store.
+INTERNAL_CLASSES = {"stale_worker", "version_conflict", "artifact_too_large"}
+
+FAILURES = {
+    FailureKind.ERROR: "The handler raised, and no attempt is left or the error is not retried.",
+    FailureKind.TIMEOUT: "An attempt ran longer than `timeout_s`, or the task waited longer than "
+    "`queue_timeout_s`.",
+    FailureKind.LOST: "`max_losses` attempts were lost, the last one with its worker.",
+    FailureKind.OOM: "`max_losses` attempts were lost, the last one for want of memory.",
+    FailureKind.POISON: "`max_losses` attempts were lost, the last one when its process died.",
+    FailureKind.REJECTED: "The handler said that no attempt can help, or a task it depends on did "
+    "not complete.",
+}
+
+REASONS = {
+    "scheduled": "Its `run_at` has not come.",
+    "due": "Its time has come; M1 queues it in a moment.",
+    "waiting_dependencies": "Tasks it depends on have not ended.",
+    "backoff": "An attempt failed; the pause before the next one is not over.",
+    "granted": "A worker has it and is about to start it.",
+    "ordering_key": "An earlier task of the same ordering key has not ended.",
+    "concurrency_key": "As many tasks of the same concurrency key run as are allowed.",
+    "queue_paused": "Its queue is paused.",
+    "moderator_unavailable": "M1 does not answer, so nothing is placed now.",
+    "waiting_worker_return": "It waits for the worker that fell silent (`on_disconnect: wait`).",
+    "waiting_worker": "It names a worker that has never joined.",
+    "no_workers": "No worker has joined yet.",
+    "no_healthy_workers": "No worker takes tasks now.",
+    "unplaceable": "No worker has what it needs; says which need excludes which worker.",
+    "no_room": "A worker could run it, but has too little free now.",
+    "max_concurrent_tasks": "As many attempts run as `max_concurrent_tasks` allows.",
+    "waiting_turn": "Others come first.",
+}
+
+
+def error_codes() -> list[str]:
+    """Problems, failure kinds and pending reasons."""
+    import hcna_ray.store.artifacts  # noqa: F401 - so that its error classes are known
+
+    source, classes = _codes_in_source(), _codes_of_classes()
+    found = {**classes, **source, **MADE_WITH_CODE}
+    for code in INTERNAL_CLASSES | NOT_OVER_HTTP:
+        found.pop(code, None)
+    agree("error codes", CODES, found)
+    agree("failure kinds", FAILURES, FailureKind)
+    agree("pending reasons", REASONS, _reasons_in_source())
+    lines = header("Error codes", "the errors in `hcna_ray/`")
+    lines += prose("""
+        Every error of C1 is `application/problem+json`
+        ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)):
+
+        ```json
+        {"type": "urn:hcna:task_not_found", "title": "Not Found", "status": 404,
+         "detail": "there is no task 'task-x'", "code": "task_not_found"}
+        ```
+
+        `code` is stable and may be matched on; `detail` is for people. `errors` lists
+        `{field, message}` where fields are wrong. 503 and 507 carry `Retry-After`, also as
+        `retry_after_s`: nothing was stored, trying again later is safe.
+        """)
+    ranked = sorted(CODES, key=lambda code: (found[code], list(CODES).index(code)))
+    rows = [(found[code], title_of(found[code]), f"`{code}`", CODES[code]) for code in ranked]
+    lines += table(("status", "title", "code", "means"), rows)
+    lines += ["## Why a task failed", "", "`error.kind` of a task that is `failed`.", ""]
+    lines += table(("kind", "means"), [(f"`{k.value}`", text) for k, text in FAILURES.items()])
+    lines += prose("""
+        ## Why a task waits
+
+        `pending_reason.code` of a task that is `scheduled` or `queued`; `message` and `fix` say it
+        in words.
+        """)
+    return lines + table(("code", "means"), [(f"`{c}`", text) for c, text in REASONS.items()])
+
+
+def _reasons_in_source() -> set[str]:
+    found = set()
+    for path in (PACKAGE / "core" / "placement.py", PACKAGE / "api" / "views.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "PendingReason":
+                first = node.args[0]
+                assert isinstance(first, ast.Constant)
+                found.add(str(first.value))
+    return found
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def metrics() -> list[str]:
+    """Every metric of C1 and of a worker."""
+    lines = header("Metrics", "`hcna_ray/observability/` and `hcna_ray/runtime/worker_page.py`")
+    lines += prose("""
+        C1 serves them at `/metrics` on its own port and on the control port, each worker its own at
+        `/metrics` on `worker.worker_port`. Prometheus' text format, no key. Counters of tasks live
+        in the store, so a restart never makes them go backwards; while the store cannot be read
+        they are left out. Ids are never labels.
+
+        ## C1
+        """)
+    rows = []
+    for family in families(Sample(store_readable=True, workers={})):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(getattr(family, "_labelnames", ()))
+        rows.append((f"`{name}`", family.type, labels, family.documentation))
+    lines += table(("name", "kind", "labels", "meaning"), rows)
+    lines += ["## A worker", ""]
+    return lines + table(
+        ("name", "kind", "labels", "meaning"),
+        [(f"`{name}`", "gauge", "worker", text) for name, text in GAUGES.items()],
+    )
+
+
+# -- HTTP ------------------------------------------------------------------------------------------
+
+REQUESTS: tuple[type[BaseModel], ...] = (
+    schemas.TaskIn,
+    schemas.RetryIn,
+    schemas.RequiresIn,
+    schemas.BatchTaskIn,
+    schemas.WaitIn,
+    schemas.CancelIn,
+    schemas.ReplayIn,
+    schemas.ReplayFilterIn,
+    schemas.DrainIn,
+    schemas.IntentIn,
+)
+ANSWERS: tuple[type[BaseModel], ...] = (
+    schemas.SubmitOut,
+    schemas.BatchOut,
+    schemas.BatchItemOut,
+    schemas.TaskOut,
+    schemas.PendingReasonOut,
+    schemas.ProgressOut,
+    schemas.FailureOut,
+    schemas.AttemptOut,
+    schemas.AttemptErrorOut,
+    schemas.WaitOut,
+    schemas.TasksOut,
+    schemas.CancelOut,
+    schemas.ReplayOut,
+    schemas.UploadOut,
+    schemas.WorkerOut,
+    schemas.WorkersOut,
+    schemas.IntentOut,
+    schemas.QueueOut,
+    schemas.HealthOut,
+    schemas.ReadyOut,
+)
+
+
+def http_api() -> list[str]:
+    """Routes and shapes."""
+    lines = header("HTTP API", "the routes and models in `hcna_ray/api/`")
+    lines += prose("""
+        A running C1 shows the same, complete, at `/docs` and, for machines, at `/openapi.json`.
+
+        * Every route but the open ones needs `Authorization: Bearer <key>` or `X-API-Key: <key>`;
+          `hcna env` prints yours.
+        * Bodies are JSON whatever their Content-Type, and strict: no key twice, no NaN, at most 32
+          levels, 1 MiB. An unknown field is refused. Instants are ISO 8601 with a time zone;
+          answers use UTC and milliseconds.
+        * `Idempotency-Key` on any submit: the same key and request give the task that was stored
+          before; another request under it is a 409. In a batch it covers item *i* as `key/i`.
+        * `traceparent` (W3C trace context) is kept with the task.
+        * Errors: [error codes](error-codes.md).
+
+        ## Routes
+        """)
+    access: dict[tuple[str, str], tuple[str, Any]] = {
+        (r.method, r.path): (r.access, r.sort) for group in GROUPS for r in group.declared
+    }
+    rows = []
+    for route in (route for group in GROUPS for route in group.router.routes):
+        assert isinstance(route, APIRoute)
+        method = next(iter(route.methods or {"GET"}))
+        who, sort = access[method, route.path]
+        good = "/".join(str(status) for status in route.responses if int(status) < 400)
+        budget = sort.value if isinstance(sort, Sort) else "read or wait"
+        rows.append((f"`{method} {route.path}`", who, budget, good, route.summary))
+    lines += table(("route", "access", "budget", "answers", "does"), rows)
+    lines += prose(f"""
+        *Access*: `open` to everyone, `key`, or `admin` (a key with the admin role; the owner's has
+        it). *Budget*: what the request is counted against while it is in progress. Budgets are
+        apart, so that waiting clients take nothing from those who submit; a full one answers 503
+        with `Retry-After` at once. For each replica: `limits.writes_max`, `limits.reads_max`,
+        `limits.waits_max`, {BATCHES_MAX} batches, {UPLOADS_MAX} uploads, {PROBES_MAX} probes.
+
+        ## Waiting
+
+        `GET /tasks/{{id}}?wait=30` answers as soon as the task has ended, or after 30 s as it
+        stands then; 60 s at most (`limits.wait_s_max`). `POST /tasks/wait` does it for many: send
+        the `cursor` of the answer before until `pending` is 0.
+
+        ## Uploads
+
+        `PUT /artifacts` without `Content-Range` takes a whole artifact of at most
+        `limits.artifact_part_bytes` (8 MiB). Larger ones go in parts, with
+        `?sha256=<hex of the whole>` and `Content-Range: bytes a-b/total`; `bytes */total` and no
+        body asks how much is there. 201: complete. 202: more is wanted from byte `received`. 409
+        `offset_mismatch` names that byte too, so an upload is resumed by asking.
+
+        ## What requests hold
+        """)
+    for model in REQUESTS:
+        lines += _shape(model, with_default=True)
+    lines += ["## What answers hold", ""]
+    for model in ANSWERS:
+        lines += _shape(model, with_default=False)
+    return lines
+
+
+def _shape(model: type[BaseModel], *, with_default: bool) -> list[str]:
+    lines = [f"### `{model.__name__}`", "", cell(model.__doc__ or ""), ""]
+    shown = {known.__name__ for known in REQUESTS + ANSWERS}
+    own = [
+        (name, info)
+        for name, info in model.model_fields.items()
+        if model is not schemas.BatchTaskIn or name not in schemas.TaskIn.model_fields
+    ]
+    if model is schemas.BatchTaskIn:
+        lines += ["All fields of `TaskIn`, and:", ""]
+
+    def link(kind: str) -> str:
+        for name in _linked(kind):
+            if name not in shown:
+                kind = kind.replace(f"[`{name}`](#{name.lower()})", "object")
+        return kind
+
+    if with_default:
+        rows = [
+            (
+                f"`{n}`",
+                link(kind_of(i.annotation)),
+                default_of(i),
+                bounds_of(i),
+                i.description or "",
+            )
+            for n, i in own
+        ]
+        return lines + table(("field", "kind", "default", "bounds", "meaning"), rows)
+    return lines + table(
+        ("field", "kind"), [(f"`{name}`", link(_with_null(info))) for name, info in own]
+    )
+
+
+def _linked(kind: str) -> Iterator[str]:
+    for piece in kind.split("[`")[1:]:
+        yield piece.partition("`]")[0]
+
+
+def _with_null(info: FieldInfo) -> str:
+    kind = kind_of(Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation)
+    return f"{kind} or null" if NoneType in get_args(info.annotation) else kind
+
+
+# -- the program -----------------------------------------------------------------------------------
+
+BUILDERS: dict[str, Callable[[], list[str]]] = {
+    "cli.md": cli,
+    "configuration.md": configuration,
+    "error-codes.md": error_codes,
+    "http-api.md": http_api,
+    "metrics.md": metrics,
+    "ports.md": ports,
+}
+
+
+def pages() -> dict[Path, str]:
+    """Return every generated page with its text.
+
+    Raises:
+        Stale: Something in the code has no sentence here, or the other way round.
+    """
+    return {PAGES / name: "\n".join(build()).rstrip() + "\n" for name, build in BUILDERS.items()}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages, or check them; return 0 if all is well."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if stale")
+    check = parser.parse_args(arguments).check
+    try:
+        found = pages()
+    except Stale as stale:
+        sys.stderr.write(f"{stale}\n")
+        return 1
+    stale_pages = [
+        path for path, text in found.items() if not path.exists() or path.read_text("utf-8") != text
+    ]
+    for path in stale_pages:
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(found[path], "utf-8")
+        sys.stderr.write(f"{'stale' if check else 'wrote'} {path.relative_to(ROOT)}\n")
+    if check and stale_pages:
+        sys.stderr.write("write them anew: make docs\n")
+    return 1 if check and stale_pages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+curl http://hcna-c1.local:8080/health
