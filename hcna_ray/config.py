@@ -170,9 +170,6 @@ class SchedulingSettings(_Section):
     ageing_step_s: float = Field(
         default=60.0, ge=0, le=86400, description="Head start that one step of priority is worth."
     )
-    start_deadline_s: float = Field(
-        default=15.0, gt=0, le=600, description="A granted heavy task must start within this time."
-    )
     wait_max_s: float = Field(
         default=3600.0,
         gt=0,
@@ -328,15 +325,14 @@ class LeaseSettings(_Section):
 class SlotSettings(_Section):
     """Slots: long-lived processes of a worker in which short tasks run one after the other."""
 
-    base: int = Field(default=4, ge=1, le=256, description="Slots kept ready on each worker.")
-    spare: int = Field(
-        default=1, ge=0, le=64, description="Warm processes that replace a stopped slot at once."
-    )
-    reserve: int = Field(
-        default=2, ge=0, le=64, description="Slots that types known to be long may not occupy."
+    base: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="Slots kept ready on each worker; default one per CPU, at least 2, at most 8.",
     )
     max: int = Field(
-        default=16, ge=1, le=1024, description="Slots on one worker when all the others are busy."
+        default=16, ge=1, le=1024, description="Attempts that may run at once beside one slot."
     )
     grant_max: int = Field(
         default=64, ge=1, le=4096, description="Tasks in one grant; one started, the rest granted."
@@ -356,20 +352,6 @@ class SlotSettings(_Section):
     exchange_wait_s: float = Field(
         default=20.0, gt=0, le=300, description="Longest that an idle slot's call stays parked."
     )
-    idle_s: float = Field(
-        default=30.0, gt=0, le=86400, description="A slot above base that is idle this long ends."
-    )
-
-    @model_validator(mode="after")
-    def _relations(self) -> Self:
-        if self.max < self.base:
-            raise ValueError(f"max ({self.max}) must be at least base ({self.base})")
-        if self.reserve >= self.max:
-            raise ValueError(
-                f"reserve ({self.reserve}) must be less than max ({self.max}): "
-                "long tasks would never find a slot"
-            )
-        return self
 
 
 class LimitSettings(_Section):
@@ -425,9 +407,6 @@ class LimitSettings(_Section):
     result_bytes: int = Field(
         default=256 * KIB, ge=KIB, le=64 * MIB, description="Result kept inline; else an artifact."
     )
-    checkpoint_bytes: int = Field(
-        default=256 * KIB, ge=KIB, le=64 * MIB, description="Checkpoint of one task."
-    )
     metadata_bytes: int = Field(
         default=16 * KIB, ge=0, le=MIB, description="Metadata of one task, as JSON."
     )
@@ -438,15 +417,6 @@ class LimitSettings(_Section):
         default=100, ge=1, le=10_000, description="Items on a page unless said."
     )
     page_items_max: int = Field(default=1000, ge=1, le=10_000, description="Items on a page.")
-    log_bytes: int = Field(
-        default=10 * MIB, ge=KIB, le=GIB, description="Output kept of one attempt."
-    )
-    journal_bytes: int = Field(
-        default=512 * MIB,
-        ge=MIB,
-        le=64 * GIB,
-        description="Outcomes a worker keeps while M1 is away.",
-    )
     disk_free_bytes_min: int = Field(
         default=GIB, ge=0, le=1024 * GIB, description="Below this free space writes are refused."
     )
@@ -558,24 +528,10 @@ class PortSettings(_Section):
 class StoreSettings(_Section):
     """Where tasks are kept."""
 
-    url: (
-        Annotated[
-            str, StringConstraints(max_length=2048, pattern=r"^(sqlite|postgres|postgresql)://")
-        ]
-        | None
-    ) = Field(
+    url: Annotated[str, StringConstraints(max_length=2048, pattern=r"^sqlite:///")] | None = Field(
         default=None,
         repr=False,
-        description="sqlite:///absolute/path or postgresql://...; default queue.db in HCNA_HOME.",
-    )
-    busy_timeout_s: float = Field(
-        default=5.0, gt=0, le=300, description="How long a reader waits for a lock of the store."
-    )
-    cache_bytes: int = Field(
-        default=64 * MIB, ge=MIB, le=8 * GIB, description="Page cache of the writing connection."
-    )
-    wal_bytes: int = Field(
-        default=64 * MIB, ge=MIB, le=8 * GIB, description="The write-ahead log is cut above this."
+        description="sqlite:///absolute/path; default queue.db in HCNA_HOME.",
     )
 
 

@@ -96,7 +96,7 @@ def demo(
     """Run real work through C1 and check what comes back."""
     out = Console(highlight=False, stderr=as_json, soft_wrap=False)
     if not out.is_terminal:
-        out = Console(highlight=False, stderr=as_json, width=120)
+        out = Console(highlight=False, stderr=as_json, width=160)
     started = time.monotonic()
     with (
         open_client(retry_for_s=20) as client,

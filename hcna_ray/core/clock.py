@@ -11,11 +11,9 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Return the instant in seconds since the epoch, UTC."""
-        ...
 
     def elapsed(self) -> float:
         """Return seconds on a clock that never steps and keeps running while the machine sleeps."""
-        ...
 
 
 class SystemClock:

@@ -311,7 +311,7 @@ class NodeAgent(_Face):
                 node_id=self._node_id,
                 incarnation=incarnation,
                 outbox=outbox,
-                base=slots.base,
+                base=slots.base or min(8, max(2, os.cpu_count() or 2)),
                 heartbeat_s=settings.lease.heartbeat_s,
                 self_stop_s=settings.lease.self_stop_s,
                 moderator_address=_moderator_address(settings),

@@ -312,7 +312,10 @@ class WorkerAgent:
     ) -> tuple[Report, ...]:
         reports: list[Report] = []
         for files in executors:
-            orders = {Token(one.generation, one.attempt): one for one in read_stops(files.stop)}
+            orders = {
+                (one.task_id, Token(one.generation, one.attempt)): one
+                for one in read_stops(files.stop)
+            }
             reports += last_words(files, orders, self._clock.now(), kind, how)
         return tuple(reports)
 

@@ -57,6 +57,10 @@ EXIT_WAIT_S = 1.0
 SPARE_IDLE_S = 30.0
 
 
+#: One attempt: task id and token. The token alone names none, every first attempt has the same.
+AttemptKey = tuple[str, Token]
+
+
 class SlotLink(Protocol):
     """The host's calls to the moderator; they raise `CannotAccept` while it is away."""
 
@@ -104,8 +108,8 @@ class _Executor:
     pid: int
     channel: AsyncChannel
     files: RunnerFiles
-    #: Granted to it, by token, until the moderator has confirmed how it ended.
-    holds: dict[Token, Offer] = field(default_factory=dict)
+    #: Granted to it, until the moderator has confirmed how it ended.
+    holds: dict[AttemptKey, Offer] = field(default_factory=dict)
     #: Outcomes that came with its last word and are not confirmed yet.
     reports: tuple[Report, ...] = ()
     #: Whether it has ever said a word.
@@ -114,7 +118,7 @@ class _Executor:
     idle_since: float = 0.0
     #: Set when it is idle again, turned long, or died.
     turned: asyncio.Event = field(default_factory=asyncio.Event)
-    orders: dict[Token, tuple[StopOrder, float]] = field(default_factory=dict)
+    orders: dict[AttemptKey, tuple[StopOrder, float]] = field(default_factory=dict)
     killed: bool = False
 
 
@@ -224,6 +228,8 @@ class SlotHost:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for executor in self._executors.values():
+            executor.channel.close()
 
     # -- executors -------------------------------------------------------------------------------
 
@@ -330,7 +336,7 @@ class SlotHost:
         """
         for report in reports:
             if report.kind in FINAL:
-                executor.holds.pop(Token(*report.token), None)
+                executor.holds.pop((report.task_id, Token(*report.token)), None)
 
     async def _serve_file(self, executor: _Executor, question: Frame) -> None:
         try:
@@ -364,13 +370,15 @@ class SlotHost:
             )
         oom = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and _low_memory()
         kind = FailureKind.OOM if oom else FailureKind.POISON
-        orders = {token: order for token, (order, _) in executor.orders.items()}
+        orders = {key: order for key, (order, _) in executor.orders.items()}
         reports = last_words(executor.files, orders, self._clock.now(), kind, how)
-        told = {Token(*report.token) for report in reports if report.kind in FINAL}
+        told = {
+            (report.task_id, Token(*report.token)) for report in reports if report.kind in FINAL
+        }
         reports += [
-            Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now())
-            for token, offer in executor.holds.items()
-            if token not in told
+            Report(ReportKind.RETURNED, task_id, token, self._clock.now())
+            for task_id, token in executor.holds
+            if (task_id, token) not in told
         ]
 
         def confirmed(arrived: bool) -> None:
@@ -414,9 +422,9 @@ class SlotHost:
                 seq=seq,
                 reports=executor.reports,
                 holding=tuple(
-                    (offer.task_id, token)
+                    key
                     for other in (*self._executors.values(), *self._mourned)
-                    for token, offer in other.holds.items()
+                    for key in other.holds
                 ),
             )
             try:
@@ -450,7 +458,7 @@ class SlotHost:
             return
         executor.turned.clear()
         for offer in offers:
-            executor.holds[Token(*offer.token)] = offer
+            executor.holds[offer.task_id, Token(*offer.token)] = offer
         executor.channel.send(Frame(channel.RUN, offers=offers))
         self._fork_if_needed()
 
@@ -485,14 +493,15 @@ class SlotHost:
     # -- stops and deadlines ---------------------------------------------------------------------
 
     def _stop(self, stop: Stop) -> None:
-        token = Token(*stop.token)
+        key = (stop.task_id, Token(*stop.token))
         for executor in self._executors.values():
-            if token in executor.holds and executor.holds[token].task_id == stop.task_id:
-                self._order(executor, token, stop.task_id, stop.reason)
+            if key in executor.holds:
+                self._order(executor, key, stop.reason)
 
-    def _order(self, executor: _Executor, token: Token, task_id: str, reason: str) -> None:
-        if token in executor.orders:
+    def _order(self, executor: _Executor, key: AttemptKey, reason: str) -> None:
+        if key in executor.orders:
             return
+        task_id, token = key
         order = StopOrder(
             task_id=task_id,
             generation=token.generation,
@@ -502,7 +511,7 @@ class SlotHost:
         executor.orders = {
             known: found for known, found in executor.orders.items() if known in executor.holds
         }
-        executor.orders[token] = (order, self._clock.elapsed())
+        executor.orders[key] = (order, self._clock.elapsed())
         try:
             write_stops(executor.files, [one for one, _ in executor.orders.values()])
         except OSError as error:
@@ -533,13 +542,13 @@ class SlotHost:
             return
         if executor is self._active and now - note.started_boot >= self._settings.long_s:
             executor.turned.set()
-        if now >= note.deadline_boot and note.token in executor.holds:
-            self._order(executor, note.token, note.task_id, "timeout")
+        if now >= note.deadline_boot and (note.task_id, note.token) in executor.holds:
+            self._order(executor, (note.task_id, note.token), "timeout")
         self._enforce(executor, note, now)
 
     def _enforce(self, executor: _Executor, note: Note, now: float) -> None:
         """SIGKILL what has not stopped in time."""
-        found = executor.orders.get(note.token)
+        found = executor.orders.get((note.task_id, note.token))
         if found is None or executor.killed:
             return
         order, since = found
@@ -551,16 +560,16 @@ class SlotHost:
     def _obey_agent(self) -> None:
         """Carry out the agent's orders: one attempt, or (with no task named) all of them."""
         for order in read_stops(self._stop_file):
-            key = (order.task_id, order.generation, order.attempt)
+            ordered = (order.task_id, Token(order.generation, order.attempt))
             for executor in self._executors.values():
-                for token, offer in list(executor.holds.items()):
-                    if not order.task_id or (offer.task_id, *token) == key:
-                        self._order(executor, token, offer.task_id, order.reason)
+                for key in list(executor.holds):
+                    if not order.task_id or key == ordered:
+                        self._order(executor, key, order.reason)
 
 
 def last_words(
     files: RunnerFiles,
-    orders: dict[Token, StopOrder],
+    orders: dict[AttemptKey, StopOrder],
     now: float,
     kind: FailureKind,
     how: str,
@@ -577,7 +586,7 @@ def last_words(
     reports = read_journal(files)
     for started in unfinished(reports):
         token = Token(*started.token)
-        order = orders.get(token)
+        order = orders.get((started.task_id, token))
         reports.append(_end_of(started, token, now, kind, how, order))
     return reports
 

@@ -60,13 +60,15 @@ class ProcessNursery:
             socket.send_fds(control, [json.dumps({"name": name}).encode()], [theirs.fileno()])
             async with asyncio.timeout(FORK_S):
                 pid = await forked
-        except (OSError, TimeoutError) as error:
+            return pid, await AsyncChannel.open(ours)
+        except BaseException as error:
             ours.close()
-            raise OSError(f"the nursery did not fork: {error}") from error
+            if isinstance(error, (OSError, TimeoutError)):
+                raise OSError(f"the nursery did not fork: {error}") from error
+            raise
         finally:
             theirs.close()
             self._forked.pop(name, None)
-        return pid, await AsyncChannel.open(ours)
 
     def close(self) -> None:
         """End the nursery, and with it every executor."""

@@ -26,6 +26,8 @@ class Session:
     gone: bool = False
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     slots: int = 0
+    #: The end of the drain for which attempts have been told to stop.
+    drained: float | None = None
 
 
 class Sessions:

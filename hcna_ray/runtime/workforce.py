@@ -42,6 +42,9 @@ from hcna_ray.store.base import TaskStore
 
 log = logging.getLogger(__name__)
 
+#: How long a drain lets attempts run on when nobody says otherwise.
+DRAIN_S = 600.0
+
 
 class Workforce:
     """Every worker, and every call of theirs that waits for work."""
@@ -160,7 +163,7 @@ class Workforce:
         cordoned = session.record.cordoned
         match request.action:
             case "drain":
-                until = turn.now + (request.deadline_s or 600.0)
+                until = turn.now + (DRAIN_S if request.deadline_s is None else request.deadline_s)
             case "cordon":
                 cordoned = True
             case _:
@@ -317,6 +320,8 @@ class Workforce:
         """Give up on silent workers, on calls parked too long, on intents without an answer."""
         for session in self.sessions.overdue(turn.elapsed):
             self._lose(turn, session)
+        for session in self.sessions:
+            self._end_drain(turn, session)
         for place, pending in list(self._parked.items()):
             if turn.elapsed - pending.arrived > self._policy.exchange_wait_s:
                 del self._parked[place]
@@ -329,6 +334,17 @@ class Workforce:
                 del self._asked[msg_id]
                 error = WorkerUnavailable(f"{request.worker} did not answer in time", 5)
                 turn.answers.append((pending, error))
+
+    def _end_drain(self, turn: Turn, session: Session) -> None:
+        """A drain's time is up: stop what still runs, so that it moves to another worker."""
+        until = session.record.draining_until
+        if until is None or turn.now < until or session.drained == until:
+            return
+        session.drained = until
+        for task in self._live.on_worker(session.record.name):
+            if task.lease is not None:
+                stop = Stop(task.id, task.lease.token, task.lease.slot, "drain")
+                self._order(session.record.name, stop)
 
     def _lose(self, turn: Turn, session: Session) -> None:
         name = session.record.name

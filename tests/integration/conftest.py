@@ -41,8 +41,8 @@ worker:
     cpu_cores: 4
     disk_path: {{data}}
 slots:
-  base: 4
-  max: 12
+  base: 2
+  max: 16
 lease:
   heartbeat_s: 1.0
 """

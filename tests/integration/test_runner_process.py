@@ -1,10 +1,10 @@
-"""Real slot processes, a real agent and a real moderator, no Ray: interrupts and sudden deaths."""
+"""Real executors, real hosts, a real agent and moderator, no Ray: interrupts and sudden deaths."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import random
 import signal
 import tempfile
 from collections import Counter
@@ -14,20 +14,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hcna_ray.core.models import FailureKind, Outcome, TaskState
-from hcna_ray.runtime import agent as agent_module
-from hcna_ray.runtime.journal import process_birth
+from hcna_ray.core.models import FailureKind, Needs, Outcome, TaskState
+from hcna_ray.runtime import host as host_module
+from hcna_ray.runtime.journal import RunnerFiles, process_birth, read_note
 from hcna_ray.runtime.messages import ReportKind
 from tests.support.paper_worker import Desk
-from tests.support.workshop import Workshop
+from tests.support.workshop import Workshop, install_handlers
 
 KILLS = 200
 
 
 @pytest.fixture
-def home() -> Iterator[Path]:
-    # A socket's address is short, pytest's own folders are not.
-    with tempfile.TemporaryDirectory(prefix="hcna-r-") as folder:
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="hcna-rig-") as folder:
+        monkeypatch.setenv("HCNA_RIG", folder)
+        monkeypatch.setenv("PYTHONPATH", install_handlers(Path(folder) / "site"))
         yield Path(folder)
 
 
@@ -41,36 +42,72 @@ def outcomes(shop: Workshop, task_id: str) -> list[Outcome | None]:
     return [attempt.outcome for attempt in shop.desk.store.reader().attempts(task_id)]
 
 
-async def test_tasks_run_in_slots_and_end(shop: Workshop) -> None:
-    shop.start_agent("a")
-    shop.desk.submit_ids(*(f"t{n}" for n in range(50)), task_type="effect")
-    await shop.ended(*(f"t{n}" for n in range(50)))
+def executor_of(shop: Workshop, task_id: str) -> int:
+    """Return the process that runs a task."""
+    names = [path.stem for path in shop.outbox.glob("*.note")]
+    notes = [read_note(RunnerFiles(shop.outbox, name)) for name in names]
+    (pid,) = [one.pid for one in notes if one is not None and one.task_id == task_id]
+    return pid
 
-    assert {shop.desk.task(f"t{n}").state for n in range(50)} == {TaskState.COMPLETED}
-    assert Counter(shop.starts()) == Counter((f"t{n}", 1, 1) for n in range(50))
+
+async def test_tasks_run_in_slots_and_end(shop: Workshop) -> None:
+    names = [f"t{n}" for n in range(50)]
+    shop.start_agent("a", base=2)
+    shop.submit(*names, task_type="rig.effect")
+    await shop.ended(*names)
+
+    assert {shop.desk.task(name).state for name in names} == {TaskState.COMPLETED}
+    assert Counter(shop.starts()) == Counter((name, 1, 1) for name in names)
+
+
+async def test_a_long_attempt_holds_up_nobody(shop: Workshop) -> None:
+    shop.start_agent("a")
+    shop.submit("warm", task_type="rig.effect")
+    await shop.ended("warm")
+    shop.submit("long", task_type="rig.block", priority=9)
+    names = [f"t{n}" for n in range(20)]
+    shop.submit(*names, task_type="rig.effect")
+
+    await shop.ended(*names, timeout_s=3.0)
+
+    assert shop.desk.task("long").state is TaskState.RUNNING
+    assert {outcome for name in names for outcome in outcomes(shop, name)} == {Outcome.COMPLETED}
 
 
 async def test_a_cancel_interrupts_a_handler_that_sleeps(shop: Workshop) -> None:
     shop.start_agent("a")
-    shop.desk.submit_ids("t1", task_type="block")
+    shop.submit("t1", task_type="rig.block")
     await shop.running("t1")
+    pid = executor_of(shop, "t1")
 
-    shop.desk.cancel("t1")
-    shop.answer()
+    shop.cancel("t1")
     await shop.ended("t1", timeout_s=2.0)
 
     assert shop.desk.task("t1").state is TaskState.CANCELLED
     assert outcomes(shop, "t1") == [Outcome.CANCELLED]
-    # The process that was interrupted serves nobody else; others do.
-    shop.desk.submit_ids("t2", task_type="effect")
-    shop.answer()
-    await shop.ended("t2")
+    # The process that was interrupted serves nobody else; another one does.
+    await shop.until(lambda: process_birth(pid) is None)
+    shop.submit("t2", task_type="rig.effect")
+    await shop.ended("t2", timeout_s=2.0)
+
+
+async def test_a_cancel_reaches_a_slot_that_is_busy_in_full(shop: Workshop) -> None:
+    shop.attempts_max = 1
+    shop.start_agent("a")
+    shop.submit("t1", "t2", task_type="rig.block")
+    await shop.running("t1", "t2")
+    await asyncio.sleep(0.2)
+
+    shop.cancel("t2")
+    await shop.ended("t2", timeout_s=3.0)
+
+    assert shop.desk.task("t1").state is TaskState.RUNNING
 
 
 async def test_a_timeout_interrupts_a_handler_that_sleeps(shop: Workshop) -> None:
     shop.start_agent("a")
-    shop.desk.submit_ids("t1", task_type="block", timeout_s=0.3)
-    await shop.ended("t1", timeout_s=3.0)
+    shop.submit("t1", task_type="rig.block", timeout_s=0.3)
+    await shop.ended("t1", timeout_s=5.0)
 
     error = shop.desk.task("t1").error
     assert error is not None
@@ -81,127 +118,183 @@ async def test_a_timeout_interrupts_a_handler_that_sleeps(shop: Workshop) -> Non
 async def test_who_does_not_stop_is_killed_with_its_children_and_still_counts_as_cancelled(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "KILL_GRACE_S", 0.3)
+    monkeypatch.setattr(host_module, "KILL_GRACE_S", 0.3)
     shop.start_agent("a")
-    shop.desk.submit_ids("t1", task_type="stubborn")
+    shop.submit("t1", task_type="rig.stubborn")
     await shop.running("t1")
     child = int((shop.home / "t1.child").read_text())
     assert process_birth(child) is not None
 
-    shop.desk.cancel("t1")
-    shop.answer()
+    shop.cancel("t1")
     await shop.ended("t1", timeout_s=5.0)
 
-    assert shop.desk.task("t1").state is TaskState.CANCELLED
     assert outcomes(shop, "t1") == [Outcome.CANCELLED]
     await shop.until(lambda: process_birth(child) is None)
 
 
-async def test_what_a_cancelled_handler_left_running_ends_with_its_slot(shop: Workshop) -> None:
+async def test_what_a_cancelled_handler_left_running_ends_with_its_executor(
+    shop: Workshop,
+) -> None:
     shop.start_agent("a")
-    shop.desk.submit_ids("t1", task_type="family")
+    shop.submit("t1", task_type="rig.family")
     await shop.running("t1")
     child = int((shop.home / "t1.child").read_text())
 
-    shop.desk.cancel("t1")
-    shop.answer()
+    shop.cancel("t1")
     await shop.ended("t1", timeout_s=5.0)
 
     await shop.until(lambda: process_birth(child) is None)
 
 
-async def test_a_killed_slot_loses_only_what_it_had_started(shop: Workshop) -> None:
-    shop.start_agent("a", base=1)
-    # A slot learns that the type is quick, so that the next grant holds many.
-    shop.desk.submit_ids("t0", task_type="effect")
-    await shop.ended("t0")
-    shop.desk.submit_ids("long", task_type="block", priority=9)
-    await shop.running("long")
-    (name,) = [name for name, pid in shop.pids.items() if _runs(shop, name)]
+async def test_a_handler_that_ends_its_process_is_poison(shop: Workshop) -> None:
+    shop.start_agent("a")
+    shop.submit("t1", task_type="rig.exit", max_losses=2)
+    await shop.ended("t1")
 
-    os.kill(shop.pids[name], signal.SIGKILL)
-    await shop.until(lambda: shop.desk.task("long").losses == 1)
-
-    shop.desk.cancel("long")
-    shop.answer()
-    await shop.ended("long")
-    assert outcomes(shop, "long")[0] is Outcome.LOST
+    assert outcomes(shop, "t1") == [Outcome.LOST, Outcome.LOST]
+    error = shop.desk.task("t1").error
+    assert error is not None
+    assert error.kind is FailureKind.POISON
+    assert "status 3" in error.message
 
 
-def _runs(shop: Workshop, name: str) -> bool:
-    note = agent_module.read_note(agent_module.RunnerFiles(shop.outbox, name))
-    return note is not None and bool(note.task_id)
+async def test_a_killed_executor_loses_only_what_it_had_started(shop: Workshop) -> None:
+    shop.start_agent("a")
+    shop.submit("t1", "t2", task_type="rig.block")
+    await shop.running("t1", "t2")
+
+    os.kill(executor_of(shop, "t1"), signal.SIGKILL)
+    await shop.until(lambda: shop.desk.task("t1").losses == 1)
+
+    assert outcomes(shop, "t1")[0] is Outcome.LOST
+    assert outcomes(shop, "t2") == [None]
+
+
+@pytest.mark.parametrize("whom", ["host", "nursery"])
+async def test_a_dead_host_or_nursery_is_replaced_and_what_ran_is_lost(
+    shop: Workshop, whom: str
+) -> None:
+    shop.start_agent("a")
+    shop.submit("t1", task_type="rig.block")
+    await shop.running("t1")
+    pid = executor_of(shop, "t1")
+    (host,) = shop.hosts.values()
+
+    if whom == "host":
+        host.crash()
+    else:
+        process = host.nursery._process
+        assert process is not None
+        process.kill()
+    await shop.until(lambda: shop.desk.task("t1").losses == 1)
+    await shop.until(lambda: len(shop.starts()) == 2)
+
+    assert process_birth(pid) is None
+    assert [attempt for _, _, attempt in shop.starts()] == [1, 2]
 
 
 async def test_a_new_agent_ends_what_the_old_one_left_running_and_tells_of_it(
     shop: Workshop,
 ) -> None:
-    shop.start_agent("a", base=1)
-    shop.desk.submit_ids("t1", task_type="stubborn")
+    shop.start_agent("a")
+    shop.submit("t1", task_type="rig.stubborn")
     await shop.running("t1")
-    (name,) = [name for name in shop.pids if _runs(shop, name)]
-    old = shop.pids[name]
+    old = executor_of(shop, "t1")
     await shop.lose_agent()
     assert process_birth(old) is not None
 
-    shop.start_agent("b", base=1)
+    shop.start_agent("b")
     await shop.until(lambda: shop.desk.task("t1").losses == 1)
 
     assert process_birth(old) is None
     await shop.until(lambda: len(shop.starts()) == 2)
     assert [attempt for _, _, attempt in shop.starts()] == [1, 2]
-    await shop.until(lambda: not list(shop.outbox.glob("a.*")))
 
 
 async def test_a_heavy_attempt_runs_in_a_process_of_its_own(shop: Workshop) -> None:
-    from hcna_ray.core.models import Needs
-
-    shop.start_agent("a", base=1)
-    shop.desk.submit_ids("t1", task_type="effect", needs=Needs(cpu=1.0))
+    shop.start_agent("a")
+    shop.submit("t1", task_type="rig.effect", needs=Needs(cpu=1.0))
     await shop.ended("t1")
 
     assert outcomes(shop, "t1") == [Outcome.COMPLETED]
     await shop.until(lambda: not list(shop.outbox.glob("*.heavy.*")))
 
 
-async def test_a_moderator_that_was_away_gets_every_outcome_once(shop: Workshop) -> None:
+async def test_a_heavy_attempt_cancelled_while_its_process_starts_never_starts(
+    shop: Workshop,
+) -> None:
     shop.start_agent("a")
-    shop.desk.submit_ids(*(f"t{n}" for n in range(40)), task_type="effect")
-    await shop.until(lambda: shop.starts())
+    await shop.until(lambda: shop.desk.workers().get("W1"))
+    shop.submit("t1", task_type="rig.block", needs=Needs(cpu=1.0))
+    await shop.until(lambda: any(".heavy." in name for name in shop.hosts))
+
+    shop.cancel("t1")
+    await shop.ended("t1", timeout_s=10.0)
+
+    assert shop.desk.task("t1").state is TaskState.CANCELLED
+    assert shop.starts() == []
+
+
+async def test_a_moderator_that_was_away_gets_every_outcome_once(shop: Workshop) -> None:
+    names = [f"t{n}" for n in range(200)]
+    shop.start_agent("a", base=2)
+    shop.submit(*names, task_type="rig.effect")
+    for _ in range(3):
+        seen = len(shop.starts())
+        await shop.until(lambda seen=seen: len(shop.starts()) > seen)  # type: ignore[misc]
+        shop.away = True
+        await asyncio.sleep(0.15)
+        shop.restart_moderator()
+        shop.away = False
+    await shop.ended(*names)
+
+    assert len(shop.starts()) == len(set(shop.starts())) == len(names)
+
+
+async def test_a_worker_that_is_cut_off_stops_itself_and_comes_back(shop: Workshop) -> None:
+    shop.start_agent("a", self_stop_s=0.8, heartbeat_s=0.2)
+    shop.submit("t1", task_type="rig.block")
+    await shop.running("t1")
+    pid = executor_of(shop, "t1")
+
     shop.away = True
-    await asyncio.sleep(0.2)
-    shop.desk.restart()
+    await shop.until(lambda: process_birth(pid) is None, timeout_s=4.0)
+    assert shop.desk.task("t1").state is TaskState.RUNNING  # Nobody could tell.
     shop.away = False
-    await shop.ended(*(f"t{n}" for n in range(40)))
 
-    assert len(shop.starts()) == len(set(shop.starts())) == 40
+    await shop.until(lambda: len(shop.starts()) == 2)
+    assert outcomes(shop, "t1")[0] is Outcome.LOST
+    shop.submit("t2", task_type="rig.effect")
+    await shop.ended("t2")
 
 
-async def test_every_start_ends_as_completed_or_lost_whatever_line_a_slot_dies_at(
+async def test_every_start_ends_as_completed_or_lost_whatever_line_an_executor_dies_at(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "RESPAWN_S", 0.005)
-    draw = random.Random(20260101)
-    # From the first line of a runner to somewhere in its twentieth attempt.
-    shop.die_at_line = lambda: draw.randrange(1, 60) if draw.random() < 0.2 else draw.randrange(
-        60, 3000
-    )
-    shop.start_agent("a", base=4, spare=2)
+    monkeypatch.setattr(host_module, "REFORK_S", 0.01)
+    deaths: list[int] = []
+    on_exit = host_module.SlotHost._on_exit
+
+    def counted(host: host_module.SlotHost, pid: int, status: int) -> None:
+        deaths.append(status)
+        on_exit(host, pid, status)
+
+    monkeypatch.setattr(host_module.SlotHost, "_on_exit", counted)
+    # From the first line of an executor to somewhere behind its twentieth attempt.
+    (shop.home / "die").write_text(json.dumps([1, 3000]))
+    shop.start_agent("a", base=2)
     submitted: list[str] = []
-
-    def deaths() -> int:
-        return len(shop.gone)
-
-    while deaths() < KILLS:
-        if len(submitted) - len(shop.desk.ended) < 100:
-            fresh = [f"t{len(submitted) + n}" for n in range(50)]
-            shop.desk.submit_ids(*fresh, task_type="effect", max_losses=100)
-            shop.answer()
-            submitted += fresh
-        await asyncio.sleep(0.02)
-    shop.die_at_line = lambda: None
+    async with asyncio.timeout(60.0):
+        while len(deaths) < KILLS:
+            if len(submitted) - len(shop.desk.ended) < 100:
+                fresh = [f"t{len(submitted) + n}" for n in range(50)]
+                shop.submit(*fresh, task_type="rig.effect", max_losses=100)
+                submitted += fresh
+            await asyncio.sleep(0.01)
+    (shop.home / "die").unlink()
     await shop.ended(*submitted, timeout_s=60.0)
 
+    assert set(deaths) == {signal.SIGKILL}
     starts = Counter(shop.starts())
     assert max(starts.values()) == 1, "one token ran twice"
     rows = {
@@ -209,22 +302,19 @@ async def test_every_start_ends_as_completed_or_lost_whatever_line_a_slot_dies_a
         for task_id in submitted
         for attempt in shop.desk.store.reader().attempts(task_id)
     }
+    # starts = completions + lost: whatever was noted as started has one of exactly two ends.
     assert set(rows.values()) == {Outcome.COMPLETED, Outcome.LOST}
-    # What has no row never ran, and what completed did run.
-    assert set(starts) <= set(rows)
     completed = {name for name, outcome in rows.items() if outcome is Outcome.COMPLETED}
-    assert completed <= set(starts)
-    # starts = completions + lost: whatever a slot noted as started has exactly one of two ends.
-    assert len(rows) == len(completed) + len(rows.keys() - completed)
+    # What has no row never ran; what completed did run, once; and nothing ran after that.
+    assert completed <= set(starts) <= set(rows)
     assert Counter(task_id for task_id, _, _ in completed) == Counter(submitted)
-    # An outcome that reached the journal is never lost.
-    journaled = {
+    last = {task_id: attempt for task_id, _, attempt in completed}
+    assert all(attempt <= last[task_id] for task_id, _, attempt in rows)
+    # An outcome that reached the journal of a process that died is never lost.
+    told = {
         (report.task_id, *report.token)
-        for gone in shop.gone
-        for report in gone.reports
+        for reports in shop.reported
+        for report in reports
         if report.kind == ReportKind.COMPLETED
     }
-    assert journaled <= completed
-    # No task starts again once it has completed.
-    last = {task_id: attempt for task_id, _, attempt in sorted(completed)}
-    assert all(attempt <= last[task_id] for task_id, _, attempt in starts)
+    assert told <= completed

@@ -147,7 +147,7 @@ def test_7_1_an_intent_reaches_the_worker(guide: Guide) -> None:
     assert body["dst"] == W1
     assert body["intent"] == "test.ping"
     assert body["answer"]["pong"] is True
-    assert body["answer"]["node"] == W1
+    assert body["answer"]["node_id"] == W1
     assert '"Received intent test.ping from M1"' in printed[end:]
 
 

@@ -202,7 +202,6 @@ def test_the_offset_moves_every_port(tmp_path: Path) -> None:
         ("ports: {gcs: 8080}", ["ports.gcs", "composite.api_port", "8080"]),
         ("ports: {worker_processes_max: 65000, offset: 1000}", ["above 65535"]),
         ("ports: {replica_http_max: 10101}", ["replica_http_max must be at least"]),
-        ("slots: {max: 2}", ["max (2) must be at least base (4)"]),
         ("limits: {gather_items: 5}", ["gather_items must be at least batch_items (10000)"]),
         ("retry: {backoff_s: 400}", ["max_backoff_s must be at least backoff_s (400)"]),
         ("store: {url: 'mysql://u:secret@h/d'}", ["store.url = ***"]),

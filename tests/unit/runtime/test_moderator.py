@@ -351,7 +351,7 @@ def test_cancelling_what_does_not_exist_says_so(desk: Desk) -> None:
         desk.cancel("nobody")
 
 
-# -- retries and replays -----------------------------------------------------------------------------
+# -- retries and replays ---------------------------------------------------------------------------
 
 
 def test_a_failure_is_retried_after_its_backoff(desk: Desk, w1: PaperWorker) -> None:
@@ -385,7 +385,7 @@ def test_only_a_failed_task_is_replayed(desk: Desk, w1: PaperWorker) -> None:
     assert desk.task("t1").state is TaskState.COMPLETED
 
 
-# -- losing slots, workers and moderators --------------------------------------------------------------
+# -- losing slots, workers and moderators ----------------------------------------------------------
 
 
 def test_a_dead_slot_costs_only_what_it_had_started(desk: Desk, w1: PaperWorker) -> None:
@@ -928,3 +928,20 @@ def test_counters_say_what_happened(desk: Desk, w1: PaperWorker) -> None:
         ("ended", "echo", "completed"): 1,
         ("ended", "echo", "failed"): 1,
     }
+
+
+def test_a_drain_lets_attempts_run_on_until_its_time_is_up(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("t1")
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+    parked = w1.exchange(holding=[offer])
+    desk.ask(MarkWorker(name="W1", action="drain", deadline_s=3.0, principal="p"))
+    desk.tick(2.0)
+    assert desk.answer(parked) is WAITING
+
+    desk.tick(2.0)
+
+    (stop,) = desk.answer(parked).stops
+    assert (stop.task_id, stop.reason) == ("t1", "drain")
+    desk.tick(2.0)
+    assert desk.answer(w1.exchange(holding=[offer])) is WAITING  # Told once.

@@ -1,0 +1,111 @@
+"""Task types of the workshop (`tests.support.workshop`), imported by its nurseries.
+
+Each handler first leaves a line in ``$HCNA_RIG/effects``: a witness that nothing of the product
+writes. If there is a file ``$HCNA_RIG/die``, every executor forked from then on ends by SIGKILL
+before a random line of the product's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import BaseModel
+
+from hcna_ray import task
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.handlers import TaskContext
+from hcna_ray.handlers.registry import AnyPayload
+
+RIG = Path(os.environ["HCNA_RIG"])
+TASK_TYPES = ("rig.block", "rig.effect", "rig.exit", "rig.family", "rig.stubborn")
+#: Modules whose lines count.
+COUNTED = ("channel.py", "executor.py", "journal.py", "runner.py", "rig_handlers.py")
+
+
+def _note(ctx: TaskContext) -> None:
+    line = f"{ctx.task_id} {ctx.fence.generation} {ctx.fence.attempt}\n".encode()
+    effects = os.open(RIG / "effects", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(effects, line)
+    os.close(effects)
+
+
+def _child(ctx: TaskContext) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen(["sleep", "60"])
+    (RIG / f"{ctx.task_id}.child").write_text(str(child.pid))
+    return child
+
+
+@task("rig.effect", payload=AnyPayload)
+def effect(_payload: BaseModel, ctx: TaskContext) -> dict[str, int]:
+    """Do nothing but leave the line."""
+    _note(ctx)
+    return {"pid": os.getpid()}
+
+
+@task("rig.block", payload=AnyPayload)
+def block(_payload: BaseModel, ctx: TaskContext) -> None:
+    """Sit in one call that knows nothing of cancelling."""
+    _note(ctx)
+    time.sleep(60.0)
+
+
+@task("rig.stubborn", payload=AnyPayload)
+def stubborn(_payload: BaseModel, ctx: TaskContext) -> None:
+    """Refuse to stop, with a child process."""
+    _child(ctx)
+    _note(ctx)
+    while True:
+        try:
+            time.sleep(60.0)
+        except HcnaError:
+            continue
+
+
+@task("rig.family", payload=AnyPayload)
+def family(_payload: BaseModel, ctx: TaskContext) -> None:
+    """Leave a child process behind when it is stopped."""
+    _child(ctx)
+    _note(ctx)
+    time.sleep(60.0)
+
+
+@task("rig.exit", payload=AnyPayload)
+def leave(_payload: BaseModel, ctx: TaskContext) -> None:
+    """End the whole process, as a crashing library does."""
+    _note(ctx)
+    os._exit(3)
+
+
+def _die_somewhere() -> None:
+    try:
+        low, high = json.loads((RIG / "die").read_text())
+    except FileNotFoundError:
+        return
+    left = [random.SystemRandom().randrange(low, high)]
+
+    def on_line(_frame: FrameType, event: str, _arg: object) -> Callable[..., Any]:
+        if event == "line":
+            left[0] -= 1
+            if left[0] <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return on_line
+
+    def on_call(frame: FrameType, _event: str, _arg: object) -> Callable[..., Any] | None:
+        return on_line if frame.f_code.co_filename.endswith(COUNTED) else None
+
+    threading.settrace(on_call)
+    sys.settrace(on_call)
+
+
+os.register_at_fork(after_in_child=_die_somewhere)
