@@ -396,7 +396,7 @@ CODES = {
     "offset_mismatch": "The part does not begin where the upload stands; `received` says where.",
     "too_large": "More bytes or items than the route takes.",
     "uri_too_long": "The URL has more than 8 KiB.",
-    "headers_too_large": "More than 100 header fields, or more than 32 KiB of them.",
+    "headers_too_large": "More than 80 header fields, or more than 12 KiB of them.",
     "unsupported_encoding": "The body is compressed; send it as it is.",
     "range_not_satisfiable": "The range begins behind the end of the artifact.",
     "unknown_task_type": "No handler has this name; near names are given.",

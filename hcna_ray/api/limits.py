@@ -22,12 +22,14 @@ from hcna_ray.api.problems import (
     respond,
 )
 
-HEADERS_MAX = 100
-HEADER_BYTES_MAX = 32 * 1024
+#: Below what Serve's HAProxy takes (101 fields, some 15 KiB of head with the URL): what is beyond
+#: that it refuses by itself, with a page that is no problem details.
+HEADERS_MAX = 80
+HEADER_BYTES_MAX = 12 * 1024
 URL_BYTES_MAX = 8 * 1024
 #: A refused body is read and thrown away this far, so that the client gets to read the answer:
 #: closing a socket with unread input resets the connection and may destroy the answer.
-DRAIN_BYTES_MAX = 4 * 1024 * 1024
+DRAIN_BYTES_MAX = 16 * 1024 * 1024
 DRAIN_S_MAX = 2.0
 
 

@@ -132,6 +132,14 @@ def _result(task: Task, attempts: Sequence[Attempt]) -> Json | None:
 
 
 def _failure(task: Task) -> Json | None:
+    """Return why a task ended without a result, as far as anybody said why."""
+    if task.state is TaskState.CANCELLED and task.error is None and task.cancel_reason:
+        return {
+            "kind": "cancelled",
+            "message": task.cancel_reason,
+            "attempts": task.attempt,
+            "type": None,
+        }
     if task.error is None or task.state not in TERMINAL or task.state is TaskState.COMPLETED:
         return None
     return {

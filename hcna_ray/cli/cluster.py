@@ -45,8 +45,11 @@ def up(
     from hcna_ray.config import load_settings
 
     console = talk()
+    settings = load_settings()
+    for warning in settings.warnings():
+        console.print(f"[yellow]note[/yellow] {escape(warning)}")
     info = supervisor.up(
-        load_settings(),
+        settings,
         wait_s=wait,
         on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]"),
     )

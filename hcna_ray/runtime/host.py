@@ -234,12 +234,18 @@ class SlotHost:
     # -- executors -------------------------------------------------------------------------------
 
     async def _next_executor(self) -> _Executor:
-        """Return an idle executor, the one used last if possible; wait while there is none."""
+        """Return an idle executor; wait while there is none.
+
+        One whose outcomes have not left yet goes first: they travel with the exchange. Else the one
+        used last.
+        """
         while True:
-            while self._idle:
-                executor = self._idle.pop()
-                if not executor.dead:
-                    return executor
+            self._idle = deque(one for one in self._idle if not one.dead)
+            if self._idle:
+                last = self._idle[-1]
+                executor = next((one for one in self._idle if one.reports), last)
+                self._idle.remove(executor)
+                return executor
             self._fork_if_needed()
             self._news.clear()
             await self._news.wait()
@@ -459,6 +465,7 @@ class SlotHost:
         executor.turned.clear()
         for offer in offers:
             executor.holds[offer.task_id, Token(*offer.token)] = offer
+        self._obey_agent()  # An order may have come before the attempt did.
         executor.channel.send(Frame(channel.RUN, offers=offers))
         self._fork_if_needed()
 

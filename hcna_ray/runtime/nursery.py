@@ -130,5 +130,6 @@ class ProcessNursery:
                     future.set_result(int(told["forked"]))
             else:
                 self._ready.set()
+        control.close()
         self._control = None
         self._ready.set()  # Whoever waits for it looks at the control socket next.

@@ -116,7 +116,13 @@ class Submitter:
                 self.longest_s = max(self.longest_s, time.monotonic() - started)
                 self._stop.wait(0.02)
 
-    def check(self, cluster: Cluster, client: Client) -> list[str]:
+    def goes_on(self, more: int) -> None:
+        """Wait until so many more tasks are accepted."""
+        wanted = len(self.handles) + more
+        eventually(lambda: self.errors or len(self.handles) >= wanted, 60, "the client goes on")
+        assert self.errors == []
+
+    def check(self, client: Client) -> list[str]:
         """Everything submitted was accepted, and stored exactly once; return the ids."""
         assert self.errors == []
         ids = _ids(self.handles)
@@ -153,9 +159,9 @@ def test_five_hundred_queued_tasks_survive_the_moderator(
         victim.kill()
         killed_at = time.monotonic()
         accepting_s = _accepts_again(cluster) - killed_at
-        eventually(lambda: len(submitter.handles) >= 20, 30, "the client goes on submitting")
+        submitter.goes_on(20)
 
-    ids = submitter.check(cluster, client)
+    ids = submitter.check(client)
     live.note(
         f"moderator killed: accepting again after {accepting_s:.2f} s; "
         f"{len(ids)} submits, the longest {submitter.longest_s:.2f} s"
@@ -182,10 +188,9 @@ def test_a_moderator_that_stands_still_loses_nothing(
             time.sleep(12)
         finally:
             frozen.signal(signal.SIGCONT)
-        before = len(submitter.handles)
-        eventually(lambda: len(submitter.handles) > before + 5, 30, "the client goes on")
+        submitter.goes_on(5)
 
-    ids = submitter.check(cluster, client)
+    ids = submitter.check(client)
     live.note(f"moderator stopped 12 s: the longest submit took {submitter.longest_s:.2f} s")
     _all_complete(cluster, client, effects, ids + _ids(running), "moderator stopped 12 s")
     assert all(client.get(one.id).losses == 0 for one in running)
@@ -262,14 +267,13 @@ def test_c1_answers_again_after_its_process_was_killed(
     )
 
     with Submitter(cluster, effects) as submitter:
-        eventually(lambda: len(submitter.handles) >= 5, 20, "tasks are accepted")
+        submitter.goes_on(5)
         victim.kill()
         killed_at = time.monotonic()
         answering_s = _accepts_again(cluster) - killed_at
-        before = len(submitter.handles)
-        eventually(lambda: len(submitter.handles) > before + 5, 60, "the client goes on")
+        submitter.goes_on(5)
 
-    ids = submitter.check(cluster, client)
+    ids = submitter.check(client)
     live.note(
         f"{what} killed: accepting again after {answering_s:.2f} s, "
         f"the longest submit took {submitter.longest_s:.2f} s"
@@ -303,11 +307,7 @@ def test_a_task_that_kills_its_process_is_poison_and_harms_no_other(
 
 
 def _pause(cluster: Cluster, queue: str, action: str) -> None:
-    httpx.post(
-        f"{cluster.url}/admin/queues/{queue}/{action}",
-        headers={"Authorization": f"Bearer {cluster.api_key}"},
-        timeout=20,
-    ).raise_for_status()
+    live.post(cluster.url, cluster.api_key, f"/admin/queues/{queue}/{action}")
 
 
 def _accepts_again(cluster: Cluster) -> float:

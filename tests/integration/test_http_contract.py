@@ -454,6 +454,8 @@ def test_a_queued_task_is_cancelled_at_once(http: httpx.Client, method: str) -> 
     assert problem(second) == (409, "task_finished")
     task = look(http, task_id)
     assert (task["status"], task["attempts"]) == ("cancelled", [])
+    said = {"kind": "cancelled", "message": "not needed", "attempts": 0, "type": None}
+    assert task["error"] == (said if method == "POST" else None)
 
 
 def test_a_failed_task_can_be_run_again(http: httpx.Client, cluster: Cluster) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import httpx
-
 from hcna_ray.client import Client, Conflict, TaskHandle, TaskRequest
 from hcna_ray.core.models import TaskState
 from tests.integration.conftest import Cluster
@@ -118,11 +116,7 @@ def _let_slots_rest(cluster: Cluster, client: Client) -> None:
 
 
 def _queue(cluster: Cluster, action: str) -> None:
-    httpx.post(
-        f"{cluster.url}/admin/queues/grant/{action}",
-        headers={"Authorization": f"Bearer {cluster.api_key}"},
-        timeout=20,
-    ).raise_for_status()
+    live.post(cluster.url, cluster.api_key, f"/admin/queues/grant/{action}")
 
 
 def _cancel_all(client: Client, handles: list[TaskHandle]) -> None:

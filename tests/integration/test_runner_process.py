@@ -42,11 +42,16 @@ def outcomes(shop: Workshop, task_id: str) -> list[Outcome | None]:
     return [attempt.outcome for attempt in shop.desk.store.reader().attempts(task_id)]
 
 
-def executor_of(shop: Workshop, task_id: str) -> int:
-    """Return the process that runs a task."""
+def running_now(shop: Workshop, task_id: str) -> list[int]:
+    """Return the processes that say they run a task."""
     names = [path.stem for path in shop.outbox.glob("*.note")]
     notes = [read_note(RunnerFiles(shop.outbox, name)) for name in names]
-    (pid,) = [one.pid for one in notes if one is not None and one.task_id == task_id]
+    return [one.pid for one in notes if one is not None and one.task_id == task_id]
+
+
+def executor_of(shop: Workshop, task_id: str) -> int:
+    """Return the process that runs a task."""
+    (pid,) = running_now(shop, task_id)
     return pid
 
 
@@ -190,7 +195,8 @@ async def test_a_dead_host_or_nursery_is_replaced_and_what_ran_is_lost(
     await shop.until(lambda: len(shop.starts()) == 2)
 
     assert process_birth(pid) is None
-    assert [attempt for _, _, attempt in shop.starts()] == [1, 2]
+    # A spare of the dead nursery may have been granted it in between, and gave it back.
+    await shop.until(lambda: outcomes(shop, "t1") == [Outcome.LOST, None])
 
 
 async def test_a_new_agent_ends_what_the_old_one_left_running_and_tells_of_it(
@@ -255,10 +261,9 @@ async def test_a_worker_that_is_cut_off_stops_itself_and_comes_back(shop: Worksh
     shop.start_agent("a", self_stop_s=0.8, heartbeat_s=0.2)
     shop.submit("t1", task_type="rig.block")
     await shop.running("t1")
-    pid = executor_of(shop, "t1")
 
     shop.away = True
-    await shop.until(lambda: process_birth(pid) is None, timeout_s=4.0)
+    await shop.until(lambda: not running_now(shop, "t1"), timeout_s=4.0)
     assert shop.desk.task("t1").state is TaskState.RUNNING  # Nobody could tell.
     shop.away = False
 

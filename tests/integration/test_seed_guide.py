@@ -239,7 +239,7 @@ def test_9_1_a_mesh(guide: Guide, client: Client, tmp_path: Path) -> None:
     for kind, item in files.items():
         path = client.download(item["sha256"], tmp_path / f"egg.{kind}")
         assert path.stat().st_size == item["bytes"]
-        mesh = trimesh.load(path, force="mesh")
+        mesh: Any = trimesh.load(path, force="mesh")
         assert len(mesh.faces) == result["faces"]
         assert mesh.is_watertight or kind == "obj"
 

@@ -173,6 +173,22 @@ def all_processes() -> dict[int, str]:
     return found
 
 
+def mentions(pid: int, names: Iterable[str]) -> bool:
+    """Whether a process's command, environment or open files name one of these paths."""
+    folder = Path(f"/proc/{pid}")
+    texts: list[str] = []
+    for name in ("cmdline", "environ"):
+        try:
+            texts.append((folder / name).read_bytes().decode("utf-8", "replace"))
+        except OSError:
+            continue
+    try:
+        texts += [str(one.readlink()) for one in (folder / "fd").iterdir()]
+    except OSError:
+        pass
+    return any(name in text for name in names for text in texts)
+
+
 def listening_ports() -> set[int]:
     """Return every TCP port of this machine on which something listens (as ``ss -ltn`` would)."""
     ports = set()
@@ -189,6 +205,12 @@ def listening_ports() -> set[int]:
 def _parent(pid: int) -> int:
     stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return int(stat[1])
+
+
+def post(url: str, api_key: str, path: str) -> None:
+    """POST without a body to C1, which must agree."""
+    headers = {"Authorization": f"Bearer {api_key}"}
+    httpx.post(url + path, headers=headers, timeout=20).raise_for_status()
 
 
 # -- many connections at once ----------------------------------------------------------------------

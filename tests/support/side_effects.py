@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hcna_ray.config import Settings
 from hcna_ray.core.models import TERMINAL, Attempt, Outcome, TaskState, Token
 from hcna_ray.store.sqlite import SqliteTaskReader
 
@@ -78,6 +79,14 @@ class SideEffects:
     def started(self, task_id: str) -> list[Mark]:
         """Return the starts of one task, oldest first."""
         return [one for one in self.marks() if one.what == "start" and one.task_id == task_id]
+
+    def account_of(self, settings: Settings, ids: Iterable[str]) -> Account:
+        """As `account`, with the store of this instance."""
+        reader = SqliteTaskReader(settings.home / "queue.db")
+        try:
+            return self.account(reader, ids)
+        finally:
+            reader.close()
 
     def account(self, reader: SqliteTaskReader, ids: Iterable[str]) -> Account:
         """Check that log and store tell one story of these ended tasks, and return it.

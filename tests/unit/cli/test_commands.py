@@ -311,12 +311,11 @@ def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyP
     fake = FakeSupervisor("hcna_ray.supervisor")
     monkeypatch.setitem(sys.modules, "hcna_ray.supervisor", fake)
     monkeypatch.setattr("hcna_ray.supervisor", fake, raising=False)
-    config = ModuleType("hcna_ray.config")
-    config.load_settings = lambda: object()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hcna_ray.config", config)
+    monkeypatch.setenv("HCNA_COMPOSITE__LISTEN_ADDRESS", "0.0.0.0")
 
     ran = hcna("up", "--wait", "7")
     assert (ran.code, calls) == (0, [7.0])
+    assert "composite.listen_address is 0.0.0.0" in ran.err
     assert "starting M1" in ran.err
     assert "http://127.0.0.1:8080/docs" in ran.out
     assert hcna("up", "--json").json["ray_address"] == "127.0.0.1:6379"
