@@ -123,14 +123,24 @@ def test_what_no_worker_has_is_waited_for_and_named(client: Client, need: str) -
     assert told.message == view.pending_reason.message
 
 
-@pytest.mark.parametrize("requires", [None, {"cpu": 1}], ids=["slot", "heavy"])
+#: In a slot or with a process of its own; as handlers should be, or deaf to everything but SIGKILL.
+KINDS = pytest.mark.parametrize(
+    ("requires", "stubborn"),
+    [(None, False), ({"cpu": 1}, False), (None, True), ({"cpu": 1}, True)],
+    ids=["slot", "heavy", "stubborn slot", "stubborn heavy"],
+)
+
+
+@KINDS
 def test_a_cancel_ends_the_process(
     client: Client,
     effects: SideEffects,
     cluster: Cluster,
     requires: Requires | None,
+    stubborn: bool,
 ) -> None:
-    task = client.submit(TASK_TYPE, effects.payload(120), requires=requires)
+    payload = effects.payload(120, stubborn=stubborn)
+    task = client.submit(TASK_TYPE, payload, requires=requires)
     beside = client.submit(TASK_TYPE, effects.payload(2))
     process = live.process_of(cluster.settings, _start_of(effects, task).pid)
 
@@ -145,20 +155,23 @@ def test_a_cancel_ends_the_process(
     assert not [mark for mark in effects.marks() if mark.what == "end" and mark.task_id == task.id]
     other = beside.wait(timeout_s=30)
     assert (other.status, other.losses) == ("completed", 0)
-    live.note(f"cancel of a running task ({'heavy' if requires else 'slot'}): {took_s:.2f} s")
+    kind = ("stubborn " if stubborn else "") + ("heavy" if requires else "light")
+    live.note(f"cancel of a running {kind} task: its process ended after {took_s:.2f} s")
 
 
-@pytest.mark.parametrize("requires", [None, {"cpu": 1}], ids=["slot", "heavy"])
-def test_a_timeout_ends_the_process_and_harms_no_other(
+@KINDS
+def test_a_timeout_stops_the_attempt_and_harms_no_other(
     client: Client,
     effects: SideEffects,
     cluster: Cluster,
     requires: Requires | None,
+    stubborn: bool,
 ) -> None:
     beside = client.submit_many(
         [TaskRequest(task_type=TASK_TYPE, payload=effects.payload(2.5)) for _ in range(2)]
     )
-    task = client.submit(TASK_TYPE, effects.payload(120), requires=requires, timeout_s=1.5)
+    payload = effects.payload(120, stubborn=stubborn)
+    task = client.submit(TASK_TYPE, payload, requires=requires, timeout_s=1.5)
     process = live.process_of(cluster.settings, _start_of(effects, task).pid)
 
     with pytest.raises(TaskFailed) as failure:
@@ -166,10 +179,14 @@ def test_a_timeout_ends_the_process_and_harms_no_other(
 
     assert (failure.value.kind, failure.value.attempts) == ("timeout", 1)
     assert "ran longer than" in failure.value.message
-    _ends(process)
+    if requires or stubborn:
+        _ends(process)
+    else:  # A handler that stops by itself when its time is up leaves a process as good as new.
+        eventually(lambda: process.pid not in live.runners(cluster.settings), 5, "it is idle")
     view = client.get(task.id)
     assert [one.outcome for one in view.attempts] == ["timed_out"]
     assert view.losses == 0
+    assert not [mark for mark in effects.marks() if mark.what == "end" and mark.task_id == task.id]
     views = client.wait(beside, timeout_s=30)
     assert {(one.status, one.losses, one.failures) for one in views} == {("completed", 0, 0)}
 

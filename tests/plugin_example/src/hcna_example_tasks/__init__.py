@@ -83,6 +83,7 @@ class MarkedPayload(Payload):
     seconds: float = Field(default=0.0, ge=0, le=3600, allow_inf_nan=False)
     mark: str | None = Field(default=None, description="File that gets a line per start and end.")
     die: bool = Field(default=False, description="End the whole process instead of returning.")
+    stubborn: bool = Field(default=False, description="Go on whatever one is told meanwhile.")
 
 
 class MarkedResult(BaseModel):
@@ -95,12 +96,24 @@ class MarkedResult(BaseModel):
 def marked(payload: MarkedPayload, ctx: TaskContext) -> MarkedResult:
     """Wait, leaving a mark at the start and at the end: a side effect that others can count."""
     _leave_mark(payload.mark, "start", ctx)
-    if payload.seconds:
+    if payload.stubborn:
+        _ignore_everybody(payload.seconds)
+    elif payload.seconds:
         ctx.pause(payload.seconds)
     if payload.die:
         os._exit(9)
     _leave_mark(payload.mark, "end", ctx)
     return MarkedResult(pid=os.getpid())
+
+
+def _ignore_everybody(seconds: float) -> None:
+    """Wait as a handler does that was not written for being stopped: only SIGKILL ends it."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        try:
+            time.sleep(min(left, 0.1))
+        except BaseException:
+            continue
 
 
 def _leave_mark(path: str | None, what: str, ctx: TaskContext) -> None:

@@ -1,0 +1,666 @@
+"""The inside of an executor: real threads and signals, a clock told the time, a link that notes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from pydantic import BaseModel
+
+from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.core.models import FailureKind, Token
+from hcna_ray.handlers.context import ArtifactRef, TaskContext
+from hcna_ray.handlers.errors import Reject, TaskCancelled
+from hcna_ray.handlers.registry import AnyPayload, Registry
+from hcna_ray.runtime import runner as runner_module
+from hcna_ray.runtime.journal import (
+    JournalWriter,
+    RunnerFiles,
+    StopOrder,
+    read_journal,
+    read_note,
+    write_stops,
+)
+from hcna_ray.runtime.messages import Offer, Report, ReportKind
+from hcna_ray.runtime.runner import Runner, RunnerSettings
+from tests.support.paper_worker import PaperClock
+
+PATIENCE_S = 10.0
+
+
+class NotingLink:
+    """Takes reports, confirms them (or not), and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Report, ...]] = []
+        self.confirming = True
+        self._news = threading.Condition()
+
+    def report(self, reports: tuple[Report, ...]) -> bool:
+        with self._news:
+            self.calls.append(reports)
+            self._news.notify_all()
+            return self.confirming
+
+    def seen(self) -> list[tuple[str, str]]:
+        """Return (kind, task) of everything that came, in order."""
+        with self._news:
+            return [(one.kind, one.task_id) for call in self.calls for one in call]
+
+    def wait_for(self, *wanted: tuple[str, str]) -> None:
+        """Wait until every wanted report has come."""
+
+        def there() -> bool:
+            got = {(one.kind, one.task_id) for call in self.calls for one in call}
+            return got >= set(wanted)
+
+        with self._news:
+            assert self._news.wait_for(there, PATIENCE_S), f"{wanted} missing in {self.calls}"
+
+    def all(self) -> list[Report]:
+        with self._news:
+            return [one for call in self.calls for one in call]
+
+
+class Shelf:
+    """An artifact store of one directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kept: dict[str, bytes] = {}
+
+    def put(self, path: Path) -> tuple[str, int]:
+        data = path.read_bytes()
+        self.kept["f" * 64] = data
+        return "f" * 64, len(data)
+
+    def get(self, sha256: str) -> Path:
+        if sha256 not in self.kept:
+            raise NotFound("artifact", sha256)
+        path = self.folder / sha256
+        path.write_bytes(self.kept[sha256])
+        return path
+
+
+class Bench:
+    """A runner, what is around it, and handlers a test writes."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.files = home, RunnerFiles(home, "a.slot.0.1")
+        self.link, self.shelf, self.clock = NotingLink(), Shelf(home), PaperClock()
+        self.registry = Registry()
+        self.runner = Runner(
+            RunnerSettings(
+                worker="W1",
+                node_id="HCNA-W1--test",
+                disk_path=home,
+                scratch_root=home,
+                long_s=0.05,
+                result_bytes_max=1000,
+            ),
+            self.registry,
+            self.files,
+            self.link,
+            self.shelf,
+            self.clock,
+        )
+
+    def handle(self, name: str, does: Callable[[TaskContext], Any]) -> None:
+        """Register a task type."""
+
+        @self.registry.task(name, payload=AnyPayload)
+        def handler(_payload: BaseModel, ctx: TaskContext) -> Any:
+            return does(ctx)
+
+    def offer(self, task_id: str, task_type: str | None = None, **changes: Any) -> Offer:
+        facts: dict[str, Any] = {
+            "payload": b"{}",
+            "timeout_s": 300.0,
+            "expires_at": None,
+            "checkpoint": None,
+            "traceparent": None,
+        }
+        return Offer(task_id, task_type or task_id, Token(1, 1), **{**facts, **changes})
+
+    def run(self, *offers: Offer) -> list[Report]:
+        """Serve a grant to its end and return everything that was reported."""
+        with self.runner.serving():
+            self.runner.run(offers)
+            assert self.runner.flush(PATIENCE_S)
+        return self.link.all()
+
+    def order(self, task_id: str, reason: str = "cancel", attempt: int = 1) -> None:
+        """Leave a stop order as the host does: the file, then the signal."""
+        order = StopOrder(task_id=task_id, generation=1, attempt=attempt, reason=reason)
+        write_stops(self.files, [order])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def the(reports: list[Report], kind: str, task_id: str = "t1") -> Report:
+    (found,) = [one for one in reports if (one.kind, one.task_id) == (kind, task_id)]
+    return found
+
+
+# -- outcomes --------------------------------------------------------------------------------------
+
+
+def test_a_completed_attempt_is_reported_with_its_result_and_times(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        bench.clock.advance(2.0)
+        return {"worker": ctx.worker, "fence": str(ctx.fence)}
+
+    bench.handle("t1", work)
+    begun = bench.clock.now()
+    reports = bench.run(bench.offer("t1"))
+
+    assert [one.kind for one in reports] == [ReportKind.STARTED, ReportKind.COMPLETED]
+    done = the(reports, ReportKind.COMPLETED)
+    assert msgspec.json.decode(done.result or b"") == {"worker": "W1", "fence": "1.1"}
+    assert (done.started_at, done.at) == (begun, begun + 2.0)
+    assert done.duration_ms == pytest.approx(2000.0)
+    assert bench.runner.must_end is False
+
+
+def test_what_a_handler_raises_is_told_with_its_kind(bench: Bench) -> None:
+    def reject(_ctx: TaskContext) -> None:
+        raise Reject("never")
+
+    def leave(_ctx: TaskContext) -> None:
+        raise SystemExit(3)
+
+    bench.handle("t1", lambda _ctx: 1 / 0)
+    bench.handle("t2", reject)
+    bench.handle("t3", leave)
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"), bench.offer("t3"))
+
+    errors = [the(reports, ReportKind.FAILED, name).error for name in ("t1", "t2", "t3")]
+    assert [error.kind for error in errors if error] == [
+        FailureKind.ERROR,
+        FailureKind.REJECTED,
+        FailureKind.ERROR,
+    ]
+    assert bench.runner.must_end is False
+
+
+def test_a_type_that_is_not_here_fails_its_task_and_not_the_runner(bench: Bench) -> None:
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1", "nowhere"), bench.offer("t2"))
+
+    assert "nowhere" in str(the(reports, ReportKind.FAILED).error)
+    assert the(reports, ReportKind.COMPLETED, "t2")
+
+
+def test_a_large_result_becomes_an_artifact(bench: Bench) -> None:
+    bench.handle("t1", lambda _ctx: {"text": "x" * 2000})
+    done = the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
+
+    reference = msgspec.json.decode(done.result or b"")["artifact"]
+    assert reference["sha256"] == "f" * 64
+    assert msgspec.json.decode(bench.shelf.kept["f" * 64]) == {"text": "x" * 2000}
+
+
+def test_an_artifact_store_that_fails_fails_the_attempt(bench: Bench) -> None:
+    def refuse(path: Path) -> tuple[str, int]:
+        raise HcnaError("away")
+
+    bench.shelf.put = refuse  # type: ignore[method-assign]
+    bench.handle("t1", lambda _ctx: {"text": "x" * 2000})
+
+    assert "away" in str(the(bench.run(bench.offer("t1")), ReportKind.FAILED).error)
+
+
+# -- when reports leave ----------------------------------------------------------------------------
+
+
+def test_an_outcome_leaves_while_the_rest_of_the_batch_still_runs(bench: Bench) -> None:
+    left: list[float] = []
+    ended: list[float] = []
+
+    def quick(_ctx: TaskContext) -> dict[str, Any]:
+        ended.append(time.monotonic())
+        return {}
+
+    def wait_for_the_first(_ctx: TaskContext) -> dict[str, Any]:
+        # Would hang if outcomes left with the batch.
+        bench.link.wait_for((ReportKind.COMPLETED, "t1"))
+        left.append(time.monotonic())
+        return {}
+
+    bench.handle("t1", quick)
+    bench.handle("t2", wait_for_the_first)
+    bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    # 5 ms by the settings; the rest is for a busy machine.
+    assert left[0] - ended[0] < 0.5
+
+
+def test_the_start_leaves_while_the_attempt_runs(bench: Bench) -> None:
+    def wait(_ctx: TaskContext) -> dict[str, Any]:
+        bench.link.wait_for((ReportKind.STARTED, "t1"))
+        return {}
+
+    bench.handle("t1", wait)
+    bench.run(bench.offer("t1"))
+
+
+def test_what_waits_behind_a_long_attempt_is_given_back_and_never_started(bench: Bench) -> None:
+    started: list[str] = []
+
+    def long(_ctx: TaskContext) -> dict[str, Any]:
+        bench.link.wait_for((ReportKind.STARTED, "t1"))
+        assert (ReportKind.RETURNED, "t2") not in bench.link.seen()
+        bench.clock.advance(0.06)
+        bench.link.wait_for((ReportKind.RETURNED, "t2"), (ReportKind.RETURNED, "t3"))
+        return {}
+
+    bench.handle("t1", long)
+    for name in ("t2", "t3"):
+        bench.handle(name, lambda ctx: started.append(ctx.task_id))
+    reports = bench.run(*(bench.offer(name) for name in ("t1", "t2", "t3")))
+
+    assert started == []
+    assert the(reports, ReportKind.COMPLETED, "t1")
+
+
+def test_reports_that_are_not_confirmed_are_sent_again(bench: Bench) -> None:
+    bench.link.confirming = False
+
+    def wait(_ctx: TaskContext) -> dict[str, Any]:
+        bench.link.wait_for((ReportKind.STARTED, "t1"))
+        while len(bench.link.calls) < 3:
+            bench.link.wait_for((ReportKind.STARTED, "t1"))
+        bench.link.confirming = True
+        return {}
+
+    bench.handle("t1", wait)
+    bench.run(bench.offer("t1"))
+
+    assert bench.link.seen().count((ReportKind.STARTED, "t1")) >= 3
+    assert bench.link.seen()[-1] == (ReportKind.COMPLETED, "t1")
+
+
+def test_what_was_not_confirmed_to_the_end_stays_in_the_journal(bench: Bench) -> None:
+    bench.link.confirming = False
+    bench.handle("t1", lambda _ctx: {})
+    with bench.runner.serving():
+        bench.runner.run((bench.offer("t1"),))
+        assert not bench.runner.flush(0.0)
+
+    assert [one.kind for one in read_journal(bench.files)] == ["started", "completed"]
+
+
+def test_while_an_exchange_carries_the_reports_nobody_else_sends_them(bench: Bench) -> None:
+    bench.link.confirming = False
+    bench.handle("t1", lambda _ctx: {})
+    with bench.runner.serving():
+        bench.runner.run((bench.offer("t1"),))
+        first = bench.runner.take_unconfirmed()
+        calls = len(bench.link.calls)
+        again = bench.runner.take_unconfirmed()  # The exchange is repeated.
+
+        assert [one.kind for one in first] == ["started", "completed"]
+        assert again == first
+        assert read_journal(bench.files) == list(first)
+        bench.runner.confirm(again)
+
+        assert read_journal(bench.files) == []
+        assert bench.runner.flush(PATIENCE_S)
+        assert len(bench.link.calls) == calls
+    assert bench.runner.take_unconfirmed() == ()
+
+
+def test_an_exchange_that_was_given_up_does_not_keep_the_runner_from_ending(bench: Bench) -> None:
+    bench.link.confirming = False
+    bench.handle("t1", lambda _ctx: {})
+    begun = time.monotonic()
+    with pytest.raises(ZeroDivisionError), bench.runner.serving():
+        bench.runner.run((bench.offer("t1"),))
+        bench.runner.take_unconfirmed()
+        raise ZeroDivisionError
+
+    assert time.monotonic() - begun < 4.0  # Not the five seconds of a stuck side thread.
+
+
+# -- progress and checkpoints ----------------------------------------------------------------------
+
+
+def test_progress_is_sent_now_and_then_and_the_last_one_before_the_outcome(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        for percent in range(101):
+            ctx.progress(percent, "going")
+        return {}
+
+    bench.handle("t1", work)
+    reports = bench.run(bench.offer("t1"))
+
+    told = [one.progress.percent for one in reports if one.progress is not None]
+    assert told[-1] == 100.0
+    assert len(told) < 50
+    assert reports[-1].kind == ReportKind.COMPLETED
+
+
+def test_progress_fills_no_journal(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        for number in range(50):
+            ctx.checkpoint({"step": number, "ballast": "x" * 10_000})
+        return {}
+
+    bench.handle("t1", work)
+    bench.run(bench.offer("t1"))
+
+    assert bench.files.journal.stat().st_size < 1000
+
+
+def test_a_checkpoint_returns_only_when_it_is_confirmed(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        ctx.checkpoint({"step": 1})
+        assert (ReportKind.PROGRESS, "t1") in bench.link.seen()
+        return {}
+
+    bench.handle("t1", work)
+    reports = bench.run(bench.offer("t1"))
+
+    kept = the(reports, ReportKind.PROGRESS)
+    assert kept.checkpoint == b'{"step":1}'
+
+
+def test_a_checkpoint_nobody_confirms_is_a_timeout_for_the_handler(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "CHECKPOINT_WAIT_S", 0.0)
+
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        bench.link.confirming = False
+        try:
+            ctx.checkpoint({"step": 1})
+        finally:
+            bench.link.confirming = True
+        return {}
+
+    bench.handle("t1", work)
+    error = the(bench.run(bench.offer("t1")), ReportKind.FAILED).error
+
+    assert error is not None
+    assert error.type == "TimeoutError"
+
+
+def test_the_last_checkpoint_reaches_the_handler(bench: Bench) -> None:
+    bench.handle("t1", lambda ctx: {"from": ctx.last_checkpoint})
+    done = the(bench.run(bench.offer("t1", checkpoint=b'{"step":7}')), ReportKind.COMPLETED)
+
+    assert msgspec.json.decode(done.result or b"") == {"from": {"step": 7}}
+
+
+def test_files_go_through_the_artifact_link(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        path = ctx.scratch / "out.bin"
+        path.write_bytes(b"data")
+        stored: ArtifactRef = ctx.artifact(path)
+        return {"read": ctx.open_artifact(stored.sha256).read_text(), "name": stored.name}
+
+    bench.handle("t1", work)
+    done = the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
+
+    assert msgspec.json.decode(done.result or b"") == {"read": "data", "name": "out.bin"}
+
+
+# -- stop orders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "failure"),
+    [
+        ("cancel", ReportKind.CANCELLED, None),
+        ("timeout", ReportKind.FAILED, FailureKind.TIMEOUT),
+        ("fenced", ReportKind.LOST, FailureKind.LOST),
+    ],
+)
+def test_an_order_interrupts_the_handler_and_the_rest_of_the_grant_goes_back(
+    bench: Bench, reason: str, kind: str, failure: FailureKind | None
+) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        bench.order("t1", reason)
+        raise AssertionError("the signal came first")
+
+    bench.handle("t1", work)
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    error = the(reports, kind).error
+    assert (error.kind if error else None) == failure
+    assert the(reports, ReportKind.RETURNED, "t2")
+    assert (ReportKind.STARTED, "t2") not in bench.link.seen()
+    assert bench.runner.must_end
+
+
+def test_an_interrupted_handler_that_raises_something_else_was_still_interrupted(
+    bench: Bench,
+) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        try:
+            bench.order("t1", "fenced")
+        except HcnaError as error:
+            raise RuntimeError("wrapped") from error
+        return {}
+
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.LOST)
+
+
+def test_an_interrupted_handler_that_completes_nevertheless_has_completed(bench: Bench) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        try:
+            bench.order("t1")
+        except TaskCancelled:
+            return {"done": True}
+        return {}
+
+    bench.handle("t1", work)
+
+    done = the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
+    assert done.result == b'{"done":true}'
+
+
+def test_an_order_told_twice_interrupts_once(bench: Bench) -> None:
+    cleaned: list[bool] = []
+
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        try:
+            bench.order("t1")
+        finally:
+            bench.order("t1")
+            cleaned.append(True)
+        return {}
+
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.CANCELLED)
+    assert cleaned == [True]
+
+
+def test_an_order_for_what_waits_gives_back_just_that(bench: Bench) -> None:
+    def first(_ctx: TaskContext) -> dict[str, Any]:
+        bench.order("t2")  # The signal strikes here, but is meant for another.
+        return {}
+
+    bench.handle("t1", first)
+    bench.handle("t2", lambda _ctx: {})
+    bench.handle("t3", lambda _ctx: {})
+    reports = bench.run(*(bench.offer(name) for name in ("t1", "t2", "t3")))
+
+    assert [one.kind for one in reports if one.task_id == "t2"] == [ReportKind.RETURNED]
+    assert the(reports, ReportKind.COMPLETED, "t1")
+    assert the(reports, ReportKind.COMPLETED, "t3")
+    assert bench.runner.must_end is False
+
+
+def test_an_order_that_came_before_the_grant_keeps_it_from_starting(bench: Bench) -> None:
+    bench.handle("t1", lambda _ctx: {})
+    with bench.runner.serving():
+        bench.order("t1")
+        bench.runner.run((bench.offer("t1"),))
+        assert bench.runner.flush(PATIENCE_S)
+
+    assert bench.link.seen() == [(ReportKind.RETURNED, "t1")]
+
+
+def test_an_order_that_comes_too_late_does_nothing(bench: Bench) -> None:
+    bench.handle("t1", lambda _ctx: {})
+    bench.handle("t2", lambda _ctx: {})
+    with bench.runner.serving():
+        bench.runner.run((bench.offer("t1"),))
+        bench.order("t1")
+        bench.runner.run((bench.offer("t2"),))
+        assert bench.runner.flush(PATIENCE_S)
+
+    assert the(bench.link.all(), ReportKind.COMPLETED, "t2")
+    assert bench.runner.must_end is False
+
+
+def test_an_order_for_another_attempt_of_the_same_task_does_nothing(bench: Bench) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        bench.order("t1", attempt=7)
+        return {}
+
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
+
+
+def test_a_handler_that_asks_learns_of_an_order_before_the_signal_comes(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        assert not ctx.cancelled
+        order = StopOrder(task_id="t1", generation=1, attempt=1, reason="cancel")
+        write_stops(bench.files, [order])
+        ctx.raise_if_cancelled()
+        return {}
+
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.CANCELLED)
+
+
+def test_a_handler_that_stops_although_nobody_asked_has_failed(bench: Bench) -> None:
+    def work(_ctx: TaskContext) -> None:
+        raise TaskCancelled
+
+    bench.handle("t1", work)
+    error = the(bench.run(bench.offer("t1")), ReportKind.FAILED).error
+
+    assert error is not None
+    assert error.kind is FailureKind.ERROR
+
+
+def test_a_signal_during_an_effect_waits_for_its_end(bench: Bench) -> None:
+    kept: list[str] = []
+    put = bench.shelf.put
+
+    def interrupted(path: Path) -> tuple[str, int]:
+        bench.order("t1")
+        kept.append("whole")
+        return put(path)
+
+    def work(ctx: TaskContext) -> None:
+        path = ctx.scratch / "out"
+        path.write_bytes(b"data")
+        ctx.artifact(path)
+        raise AssertionError("the order is obeyed right after the effect")
+
+    bench.shelf.put = interrupted  # type: ignore[method-assign]
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.CANCELLED)
+    assert kept == ["whole"]
+
+
+def test_an_expired_task_is_given_back_unstarted(bench: Bench) -> None:
+    bench.handle("t1", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1", expires_at=bench.clock.now()))
+
+    assert [one.kind for one in reports] == [ReportKind.RETURNED]
+
+
+# -- the note and the disk -------------------------------------------------------------------------
+
+
+def test_the_note_says_what_runs_and_until_when(bench: Bench) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        note = read_note(bench.files)
+        assert note is not None
+        assert (note.pid, note.task_id, note.token) == (os.getpid(), "t1", Token(1, 1))
+        assert note.deadline_boot - note.started_boot == 7.0
+        return {}
+
+    bench.handle("t1", work)
+    assert the(bench.run(bench.offer("t1", timeout_s=7.0)), ReportKind.COMPLETED)
+    note = read_note(bench.files)
+    assert note is not None
+    assert note.task_id == ""
+
+
+def test_an_attempt_is_noted_before_its_first_line_and_its_end_before_the_next(
+    bench: Bench,
+) -> None:
+    seen: list[list[tuple[str, str]]] = []
+
+    def look(_ctx: TaskContext) -> dict[str, Any]:
+        seen.append([(one.kind, one.task_id) for one in read_journal(bench.files)])
+        return {}
+
+    bench.handle("t1", look)
+    bench.handle("t2", look)
+    bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    assert seen == [
+        [("started", "t1")],
+        [("started", "t1"), ("completed", "t1"), ("started", "t2")],
+    ]
+
+
+def test_what_cannot_be_noted_does_not_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_writer: JournalWriter, _reports: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(JournalWriter, "append", full)
+    bench.handle("t1", lambda _ctx: {})
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    assert [one.kind for one in reports] == [ReportKind.RETURNED, ReportKind.RETURNED]
+    assert bench.runner.must_end
+
+
+def test_an_outcome_that_the_disk_does_not_take_still_leaves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        def full(_writer: JournalWriter, _reports: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(JournalWriter, "append", full)
+        return {}
+
+    bench.handle("t1", work)
+
+    assert the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
+
+
+def test_the_signal_handler_of_before_is_put_back(bench: Bench) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    bench.run()
+
+    assert signal.getsignal(signal.SIGTERM) == before

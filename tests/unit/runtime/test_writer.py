@@ -1,0 +1,146 @@
+"""The writer thread: batches form by themselves, and nobody is left without an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+
+from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld
+from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.requests import Pending, Query
+from hcna_ray.runtime.writer import EXIT_BUG, EXIT_FSYNC, WriterThread
+from tests.support.paper_worker import PaperClock
+
+WAIT_S = 10.0
+
+
+class SlowModerator:
+    """Answers every request with its batch's size; a test says when a batch may go on."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.batches: list[int] = []
+        self.entered = threading.Semaphore(0)
+        self.may_go_on = threading.Semaphore(0)
+
+    def apply(self, batch: Sequence[Pending]) -> Outbound:
+        if not batch:
+            return Outbound(())
+        if self.error is not None:
+            raise self.error
+        self.batches.append(len(batch))
+        self.entered.release()
+        assert self.may_go_on.acquire(timeout=WAIT_S)
+        return Outbound(tuple((pending, len(batch)) for pending in batch))
+
+    def sleep_s(self) -> float:
+        return 0.05
+
+
+class Office:
+    """A writer thread around a moderator, with its answers collected."""
+
+    def __init__(
+        self, moderator: SlowModerator, items_max: int = 100, build: Callable[[], Any] | None = None
+    ) -> None:
+        self.moderator = moderator
+        self.exits: list[int] = []
+        self.exited = threading.Event()
+        self.answers: list[object] = []
+        self.answered = threading.Semaphore(0)
+        self.writer = WriterThread(
+            build or (lambda: cast(Moderator, moderator)),
+            PaperClock(),
+            publish=self._publish,
+            items_max=items_max,
+            exit_process=self._exit,
+        )
+
+    def _publish(self, outbound: Outbound) -> None:
+        for pending, answer in outbound.answers:
+            pending.resolve(answer)
+
+    def _exit(self, status: int) -> None:
+        self.exits.append(status)
+        self.exited.set()
+
+    def ask(self) -> None:
+        def resolve(answer: object) -> None:
+            self.answers.append(answer)
+            self.answered.release()
+
+        self.writer.submit(Query(name="status"), resolve)
+
+    def wait_for_answers(self, count: int) -> None:
+        for _ in range(count):
+            assert self.answered.acquire(timeout=WAIT_S)
+
+
+def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
+    office = Office(SlowModerator())
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    for _ in range(5):
+        office.ask()
+
+    office.moderator.may_go_on.release(2)
+    office.wait_for_answers(6)
+
+    assert office.moderator.batches == [1, 5]
+    assert office.answers == [1, 5, 5, 5, 5, 5]
+    office.writer.close()
+
+
+def test_closing_commits_what_waits_and_refuses_what_comes_later() -> None:
+    office = Office(SlowModerator())
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    office.ask()
+    office.moderator.may_go_on.release(2)
+
+    office.writer.close()
+    office.writer.close()
+    office.ask()
+
+    assert office.answers[:2] == [1, 1]
+    assert isinstance(office.answers[2], ModeratorUnavailable)
+
+
+def test_a_full_inbox_refuses_at_once() -> None:
+    office = Office(SlowModerator(), items_max=2)
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    for _ in range(3):
+        office.ask()
+
+    assert isinstance(office.answers[0], Overloaded)
+    office.moderator.may_go_on.release(2)
+    office.wait_for_answers(4)
+    office.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError("fsync"), EXIT_FSYNC), (KeyError("bug"), EXIT_BUG)]
+)
+def test_what_cannot_be_survived_ends_the_process(error: Exception, status: int) -> None:
+    office = Office(SlowModerator(error))
+    office.writer.start()
+    office.ask()
+
+    assert office.exited.wait(WAIT_S)
+    assert office.exits == [status]
+    assert office.answers == []  # Nobody is told anything: what is on disk is unknown.
+
+
+def test_a_store_that_does_not_open_is_told_to_whoever_starts() -> None:
+    def build() -> Any:
+        raise StoreTooOld("3.40.1", "3.51.3")
+
+    with pytest.raises(StoreTooOld):
+        Office(SlowModerator(), build=build).writer.start()
