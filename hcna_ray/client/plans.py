@@ -245,6 +245,13 @@ class Source:
             self._file.close()
 
 
+def _knows_no_route_yet(answer: Answer) -> bool:
+    """Whether Serve's entrance answered, without having found C1 behind it."""
+    return (
+        answer.status == 404 and answer.body.startswith(b"Path '") and b"/-/routes" in answer.body
+    )
+
+
 class Planner:
     """Makes the plans of one client. Owns no connection; its clock and luck can be replaced.
 
@@ -286,10 +293,11 @@ class Planner:
     ) -> Plan[Answer]:
         """Send until C1 itself answers with something other than "not now", or patience ends.
 
-        Tried again: no answer, 429, 503, and a 5xx that is not problem details (a proxy in front of
-        C1 spoke, not C1). That is safe for everything sent here: posts carry an Idempotency-Key,
-        parts of uploads an offset. Any other answer of 400 or more raises at once. ``lost``
-        collects what was tried again: such a try may have taken effect all the same.
+        Tried again: no answer, 429, 503, a 5xx that is not problem details (a proxy in front of C1
+        spoke, not C1), and the 404 that Serve's entrance gives for every path in the moment between
+        its own restart and its finding C1 again. That is safe for everything sent here: posts carry
+        an Idempotency-Key, parts of uploads an offset. Any other answer of 400 or more raises at
+        once. ``lost`` collects what was tried again: such a try may have taken effect all the same.
         ``is_answer`` says which answers are wanted.
         """
         patience = patience or self._patience
@@ -306,7 +314,9 @@ class Planner:
                     return answer
                 error = self._refusal(answer)
                 spoken_by_c1 = "problem+json" in answer.headers.get("content-type", "")
-                again = answer.status in (429, 503) or (answer.status >= 500 and not spoken_by_c1)
+                again = answer.status in (429, 503) or (
+                    not spoken_by_c1 and (answer.status >= 500 or _knows_no_route_yet(answer))
+                )
                 if answer.status == 507:
                     again = False
                 problem, at_least_s = error, error.retry_after_s or 0.0

@@ -78,6 +78,8 @@ PIN = 0.001
 CONCURRENT_CALLS = 20_000
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
+#: Pause before a worker's agent is asked for again; it costs nothing when there is one.
+AGENT_AGAIN_S = 15.0
 
 
 class _Face:
@@ -265,18 +267,23 @@ class ModeratorActor(_Face):
         return await self._ask(gone)
 
     async def _ensure_agents(self) -> None:
-        """Give every worker node that joins an agent, pinned to it."""
-        known: set[tuple[str, str]] = set()
+        """Give every worker node that joins an agent, pinned to it.
+
+        Also again and again: Ray gives up on an actor whose constructor failed once.
+        """
+        asked: dict[tuple[str, str], float] = {}
         while True:
             try:
                 nodes = await asyncio.to_thread(cluster_nodes)
+                now = self._clock.elapsed()
                 for node in nodes:
                     if not node["Alive"]:
                         continue
                     for name in workers_of(node):
-                        if (node["NodeID"], name) not in known:
+                        key = (node["NodeID"], name)
+                        if now - asked.get(key, -AGENT_AGAIN_S) >= AGENT_AGAIN_S:
                             start_agent(name, self._settings.home)
-                            known.add((node["NodeID"], name))
+                            asked[key] = now
             except Exception:
                 log.warning(
                     "could not look for workers",

@@ -154,6 +154,8 @@ class WorkerAgent:
         self._numbers = itertools.count()
         self._confirmed = clock.elapsed()
         self._connected = False
+        #: Set when an exchange was told that the moderator does not know this worker.
+        self._forgotten = asyncio.Event()
         self._fenced = False
         self._closing = False
         self._deaths = 0
@@ -242,7 +244,12 @@ class WorkerAgent:
                 )
                 await asyncio.sleep(0.5)
                 continue
-            await asyncio.sleep(self._settings.heartbeat_s)
+            try:
+                # A new moderator hands out nothing before it has heard a hello: no time to lose.
+                async with asyncio.timeout(self._settings.heartbeat_s):
+                    await self._forgotten.wait()
+            except TimeoutError:
+                pass
 
     async def _say_hello(self) -> None:
         left_behind = await self._collect_leftovers()
@@ -252,6 +259,7 @@ class WorkerAgent:
             # Asks the cluster, which may be as much away as the moderator.
             raise ModeratorUnavailable(f"cannot describe this worker: {error!r}") from error
         asked = self._clock.elapsed()
+        self._forgotten.clear()
         welcome = await self._link.hello(hello)
         for files in self._leftovers:
             files.remove()
@@ -374,6 +382,7 @@ class WorkerAgent:
                 continue
             if grant.hello:
                 self._connected = False
+                self._forgotten.set()
                 return None
             return grant
         return None

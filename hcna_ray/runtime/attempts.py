@@ -83,7 +83,7 @@ async def _serve(
             slot=slot,
             name=name,
             outbox=outbox,
-            attempts_max=slots.max,
+            attempts_max=slots.max if offer is None else 1,
             long_s=slots.long_ms / 1000.0,
         ),
         SlotModeratorLink(worker, incarnation, slots.exchange_wait_s),

@@ -150,6 +150,11 @@ class Dispatcher:
         """Read from the store how many tasks wait in each lane."""
         self._ready = Tally(self._store.ready_lanes())
 
+    @property
+    def waiting(self) -> bool:
+        """Whether any task is ready, as committed."""
+        return bool(self._ready)
+
     def absorb(self, ledger: Ledger) -> None:
         """Follow a committed batch."""
         for task in ledger.changed():

@@ -223,6 +223,7 @@ class SlotHost:
 
     async def end(self) -> None:
         """Stop everything that runs beside the main loop."""
+        self._nursery.on_exit(lambda _pid, _status: None)  # Nobody mourns any more.
         for executor in self._executors.values():
             self._kill(executor.pid, signal.SIGKILL)
         for task in list(self._tasks):
@@ -254,7 +255,7 @@ class SlotHost:
         """Have a warm spare behind whatever takes grants, within the bound."""
         alive = len(self._executors) + self._forking
         ready = sum(1 for one in self._executors.values() if not one.holds and not one.dead)
-        while ready + self._forking < 1 + SPARES and alive <= self._settings.attempts_max:
+        while ready + self._forking < 1 + SPARES and alive < self._settings.attempts_max:
             self._fork_soon()
             alive += 1
 
@@ -390,6 +391,7 @@ class SlotHost:
         def confirmed(arrived: bool) -> None:
             if arrived:
                 self._mourned.remove(executor)
+                executor.holds.clear()
                 executor.files.remove()
             else:
                 self._send(tuple(reports), confirmed)

@@ -154,6 +154,7 @@ class Moderator:
             self._rebuild()
             waiting = {*batch, *(pending for pending, _ in turn.answers)}
             return Outbound(tuple((pending, error) for pending in waiting))
+        self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
         return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact)
 
     def sleep_s(self) -> float:

@@ -268,6 +268,8 @@ class Runner:
             failure = TaskError(kind=FailureKind.ERROR, message=text[:500])
             outcome = HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         current.interruptible = False
+        if outcome.outcome is Outcome.TIMED_OUT:
+            self.must_end = True  # Nobody knows what the handler left half done.
         ended = self._clock.now()
         duration_ms = (self._clock.elapsed() - current.started_boot) * 1000.0
         with self._shared.lock:

@@ -9,6 +9,7 @@ from typing import Any
 from hcna_ray.core.errors import NotFound, StaleWorker, WorkerUnavailable
 from hcna_ray.core.events import AttemptLost, LeaseReturned, StopAttempt
 from hcna_ray.core.models import (
+    ACCEPTING,
     HEAVY_SLOT,
     FailureKind,
     Task,
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 #: How long a drain lets attempts run on when nobody says otherwise.
 DRAIN_S = 600.0
+#: Pause between two log lines that say that no worker takes work.
+WARN_PERIOD_S = 10.0
 
 
 class Workforce:
@@ -72,6 +75,7 @@ class Workforce:
         self._stops: dict[Place, list[Stop]] = {}
         self._intents: dict[str, list[IntentOrder]] = {}
         self._asked: dict[str, Pending] = {}
+        self._warned = -WARN_PERIOD_S
 
     def reset(self, leased: list[Task], elapsed: float) -> None:
         """Follow the store: whom to wait for, and what must be stopped."""
@@ -375,6 +379,27 @@ class Workforce:
             paused,
             self._generation,
             turn.now,
+        )
+
+    def warn_if_nobody_works(self, turn: Turn, *, waiting: bool) -> None:
+        """Say in the log, now and then, that ready tasks have nobody to go to.
+
+        Args:
+            turn: The batch.
+            waiting: Whether a task stands in the dispatch index.
+        """
+        if not waiting or turn.elapsed - self._warned < WARN_PERIOD_S:
+            return
+        views = self.views(turn.elapsed, turn.ledger)
+        if any(view.state in ACCEPTING for view in views):
+            return
+        self._warned = turn.elapsed
+        log.warning(
+            "No healthy workers available",
+            extra={
+                "action": "scheduler.no_workers",
+                "workers": {view.name: view.state.value for view in views},
+            },
         )
 
     def answer_parked(self, turn: Turn, granted: dict[Place, tuple[Offer, ...]]) -> None:

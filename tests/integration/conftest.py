@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -106,6 +107,8 @@ def cluster() -> Iterator[Cluster]:
     (home / "hcna.yaml").write_text(CONFIG.format(data=data))
     settings = load_settings(home)
     steps: list[str] = []
+    # `timeout pytest ...` must not leave a cluster behind: end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         info = up(settings, wait_s=UP_S, on_step=steps.append)
         key = read_client_key(settings.keys_dir)

@@ -173,6 +173,7 @@ def test_a_timeout_stops_the_attempt_and_harms_no_other(
     payload = effects.payload(120, stubborn=stubborn)
     task = client.submit(TASK_TYPE, payload, requires=requires, timeout_s=1.5)
     process = live.process_of(cluster.settings, _start_of(effects, task).pid)
+    assert live.runners(cluster.settings)[process.pid][0] == task.id
 
     with pytest.raises(TaskFailed) as failure:
         task.result(timeout_s=STOP_S)
@@ -182,7 +183,11 @@ def test_a_timeout_stops_the_attempt_and_harms_no_other(
     if requires or stubborn:
         _ends(process)
     else:  # A handler that stops by itself when its time is up leaves a process as good as new.
-        eventually(lambda: process.pid not in live.runners(cluster.settings), 5, "it is idle")
+        eventually(
+            lambda: task.id not in [one for one, _ in live.runners(cluster.settings).values()],
+            5,
+            "the attempt is over",
+        )
     view = client.get(task.id)
     assert [one.outcome for one in view.attempts] == ["timed_out"]
     assert view.losses == 0

@@ -404,19 +404,19 @@ def test_priority_decides_what_starts_first(http: httpx.Client) -> None:
     assert rest == [1, 3, 2, 4]
 
 
-def test_one_after_another_and_never_two_at_a_time(http: httpx.Client) -> None:
-    nap = {"task_type": "sleep", "payload": {"seconds": 0.4}}
-    for name in ("ordering_key", "concurrency_key"):
-        key = uuid.uuid4().hex
-        tasks = [{**nap, name: key} for _ in range(4)]
-        body = http.post("/tasks/batch", json={"tasks": tasks}).json()
-        ids = [one["task_id"] for one in body["results"]]
-        eventually(lambda: reason(http, ids[-1])[0] == name, 1, name, pause_s=0.02)
-        views = [ended(http, task_id) for task_id in ids]
-        if name == "concurrency_key":
-            views.sort(key=lambda view: str(view["started_at"]))
-        for earlier, later in itertools.pairwise(views):
-            assert instant(later["started_at"]) >= instant(earlier["finished_at"])
+@pytest.mark.parametrize("name", ["ordering_key", "concurrency_key"])
+def test_one_after_another_and_never_two_at_a_time(http: httpx.Client, name: str) -> None:
+    nap = {"task_type": "sleep", "payload": {"seconds": 0.4}, name: uuid.uuid4().hex}
+    body = http.post("/tasks/batch", json={"tasks": [nap] * 4}).json()
+    ids = [one["task_id"] for one in body["results"]]
+    eventually(lambda: reason(http, ids[-1])[0] == name, 1, f"it waits for its {name}", 0.02)
+
+    views = [ended(http, task_id) for task_id in ids]
+
+    if name == "concurrency_key":
+        views.sort(key=lambda view: str(view["started_at"]))
+    for earlier, later in itertools.pairwise(views):
+        assert instant(later["started_at"]) >= instant(earlier["finished_at"])
 
 
 def test_a_paused_queue_holds_its_tasks_and_no_others(http: httpx.Client) -> None:

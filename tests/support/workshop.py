@@ -89,7 +89,7 @@ class _Host:
                 slot=slot,
                 name=name,
                 outbox=shop.outbox,
-                attempts_max=shop.attempts_max,
+                attempts_max=shop.attempts_max if offer is None else 1,
             ),
             self,
             self.nursery,

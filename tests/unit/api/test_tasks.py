@@ -170,6 +170,10 @@ async def test_cancel_ends_a_waiting_task_at_once(c1: Composite) -> None:
     reply = await c1.http.post(f"/tasks/{task_id}/cancel", json={"reason": "changed my mind"})
     assert reply.status_code == 200
     assert reply.json() == {"task_id": task_id, "status": "cancelled", "cancel_requested": True}
+    said = {"kind": "cancelled", "message": "changed my mind", "attempts": 0, "type": None}
+    view = await c1.task(task_id)
+    TaskOut.model_validate(view)
+    assert view["error"] == said
 
 
 async def test_pages_lead_through_all_tasks_newest_first(c1: Composite) -> None:

@@ -54,6 +54,18 @@ def test_backoff_grows_and_stops(client: Client, c1: FakeC1, time: FakeTime) -> 
     assert "http://c1.test" in str(caught.value)
 
 
+def test_an_entrance_that_has_just_restarted_is_asked_again(
+    client: Client, c1: FakeC1, time: FakeTime
+) -> None:
+    body = b"Path '/tasks' not found. Ping http://.../-/routes for available routes."
+    c1.script.append(Reply(404, body, {"content-type": "text/plain"}))
+
+    client.submit("echo")
+
+    assert len(c1.tasks) == 1
+    assert len(time.pauses) == 1
+
+
 def test_a_retry_after_beyond_patience_raises_at_once(
     client: Client, c1: FakeC1, time: FakeTime
 ) -> None:

@@ -945,3 +945,17 @@ def test_a_drain_lets_attempts_run_on_until_its_time_is_up(desk: Desk, w1: Paper
     assert (stop.task_id, stop.reason) == ("t1", "drain")
     desk.tick(2.0)
     assert desk.answer(w1.exchange(holding=[offer])) is WAITING  # Told once.
+
+
+def test_the_log_says_when_nobody_takes_work(
+    desk: Desk, w1: PaperWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.ask(MarkWorker(name="W1", action="cordon", deadline_s=None, principal="p"))
+    desk.submit_ids("t1", "t2")
+    desk.submit_ids("t3")
+
+    said = [record.message for record in caplog.records]
+    assert said.count("No healthy workers available") == 1
+    desk.tick(11.0)
+    said = [record.message for record in caplog.records]
+    assert said.count("No healthy workers available") == 2
