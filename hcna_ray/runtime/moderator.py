@@ -130,6 +130,18 @@ class Moderator:
             self._clock.now(),
             self._clock.elapsed(),
         )
+        try:
+            last_fact = self._decide(turn, batch)
+        except StoreUnavailable as error:
+            log.error("the store refused", extra={"action": "store.refused", "error": str(error)})
+            self._rebuild()
+            waiting = {*batch, *(pending for pending, _ in turn.answers)}
+            return Outbound(tuple((pending, error) for pending in waiting))
+        self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
+        return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact)
+
+    def _decide(self, turn: Turn, batch: Sequence[Pending]) -> int:
+        """Take the batch through to its commit; return the newest fact's number."""
         self._preload(turn, batch)
         for pending in batch:
             try:
@@ -140,22 +152,12 @@ class Moderator:
                 turn.answers.append((pending, answer))
         self._run_timers(turn)
         self._keep_house(turn)
-        try:
-            self._aftermath.take_orders(turn)
-            self._aftermath.follow_up(turn)
-            granted = self._workforce.grant(turn, self._paused)
-            self._aftermath.follow_up(turn)
-            self._workforce.answer_parked(turn, granted)
-            last_fact = self._commit(turn)
-        except StoreUnavailable as error:
-            log.error(
-                "the store refused a commit", extra={"action": "store.refused", "error": str(error)}
-            )
-            self._rebuild()
-            waiting = {*batch, *(pending for pending, _ in turn.answers)}
-            return Outbound(tuple((pending, error) for pending in waiting))
-        self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
-        return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact)
+        self._aftermath.take_orders(turn)
+        self._aftermath.follow_up(turn)
+        granted = self._workforce.grant(turn, self._paused)
+        self._aftermath.follow_up(turn)
+        self._workforce.answer_parked(turn, granted)
+        return self._commit(turn)
 
     def sleep_s(self) -> float:
         """Return how long nothing will happen by itself: 0 when work is left over."""

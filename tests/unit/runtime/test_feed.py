@@ -66,3 +66,25 @@ async def test_a_wait_has_an_end() -> None:
     changes = await ChangeFeed(7).after(7, 0.001)
 
     assert (changes.last, changes.ended) == (7, ())
+
+
+async def test_a_listener_that_is_overrun_while_it_waits_is_told_of_the_gap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed_module, "REMEMBERED", 3)
+    feed = ChangeFeed(0)
+    listener = asyncio.create_task(feed.after(0, 60.0))
+    await asyncio.sleep(0)
+    for number in range(1, 6):
+        feed.publish(number, (f"t{number}",))
+
+    assert (await listener).gap
+
+
+async def test_a_commit_told_twice_counts_once() -> None:
+    feed = ChangeFeed(0)
+    feed.publish(3, ("t1",))
+    feed.publish(3, ("t1",))
+    feed.publish(0, ())
+
+    assert (await feed.after(0, 0.0)).ended == ("t1",)

@@ -547,7 +547,7 @@ def test_half_a_host_is_none(play: Any, tmp_path: Path) -> None:
         async def broken(_reports: tuple[Report, ...]) -> bool:
             raise AssertionError("a bug")
 
-        bench.report = broken  # type: ignore[method-assign]
+        bench.report = broken  # type: ignore
         serving = asyncio.create_task(bench.host.serve())
         await asyncio.sleep(0.01)
         puppet = await bench.granted("t1")

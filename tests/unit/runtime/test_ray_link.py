@@ -13,7 +13,6 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NotFound, StaleWorker
 from hcna_ray.core.models import Token
-from hcna_ray.runtime import ray_link
 from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind
 from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
 from tests.support.builders import T0
@@ -69,8 +68,8 @@ class PaperRay:
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> PaperRay:
     paper = PaperRay()
-    monkeypatch.setattr(ray_link.ray, "get_actor", paper.get_actor)
-    monkeypatch.setattr(ray_link.ray, "get", paper.get)
+    monkeypatch.setattr("ray.get_actor", paper.get_actor)
+    monkeypatch.setattr("ray.get", paper.get)
     return paper
 
 

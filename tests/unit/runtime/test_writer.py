@@ -8,10 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld
+from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld, StoreUnavailable
+from hcna_ray.core.models import Fact, TaskState
+from hcna_ray.runtime.messages import Accepted, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
-from hcna_ray.runtime.requests import Pending, Query
+from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.requests import Pending, Query, Request
 from hcna_ray.runtime.writer import EXIT_BUG, EXIT_FSYNC, WriterThread
+from hcna_ray.store.memory import MemoryTaskStore
+from tests.support.builders import a_spec
 from tests.support.paper_worker import PaperClock
 
 WAIT_S = 10.0
@@ -67,12 +72,12 @@ class Office:
         self.exits.append(status)
         self.exited.set()
 
-    def ask(self) -> None:
+    def ask(self, request: Request | None = None) -> None:
         def resolve(answer: object) -> None:
             self.answers.append(answer)
             self.answered.release()
 
-        self.writer.submit(Query(name="status"), resolve)
+        self.writer.submit(request or Query(name="status"), resolve)
 
     def wait_for_answers(self, count: int) -> None:
         for _ in range(count):
@@ -144,3 +149,61 @@ def test_a_store_that_does_not_open_is_told_to_whoever_starts() -> None:
 
     with pytest.raises(StoreTooOld):
         Office(SlowModerator(), build=build).writer.start()
+
+
+def test_no_answer_leaves_before_its_commit() -> None:
+    moderator = SlowModerator()
+    office = Office(moderator)
+    office.writer.start()
+    office.ask()
+    assert moderator.entered.acquire(timeout=WAIT_S)
+
+    assert office.answers == []
+    moderator.may_go_on.release()
+    office.wait_for_answers(1)
+    office.writer.close()
+
+
+def test_a_store_that_cannot_be_asked_for_the_next_timer_ends_the_process() -> None:
+    class Unreadable(SlowModerator):
+        def sleep_s(self) -> float:
+            raise StoreUnavailable("disk I/O error")
+
+    office = Office(Unreadable())
+    office.writer.start()
+
+    assert office.exited.wait(WAIT_S)
+    assert office.exits == [EXIT_BUG]
+
+
+class FullDisk(MemoryTaskStore):
+    """Refuses to commit while a test says so."""
+
+    full = True
+
+    def append_facts(self, facts: Sequence[Fact]) -> int:
+        if self.full:
+            raise StoreUnavailable("no space left on device")
+        return super().append_facts(facts)
+
+
+def test_a_refused_commit_is_answered_to_all_and_the_next_one_works() -> None:
+    store = FullDisk()
+    moderator = Moderator(
+        store, Policy(), clock=PaperClock(), jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+    )
+    office = Office(SlowModerator(), build=lambda: moderator)
+    office.writer.start()
+    for number in range(3):
+        office.ask(SubmitBatch(specs=(a_spec(f"t{number}"),)))
+    office.wait_for_answers(3)
+    assert [type(answer) for answer in office.answers] == [StoreUnavailable] * 3
+
+    store.full = False
+    office.ask(SubmitBatch(specs=(a_spec("t0"),)))
+    office.wait_for_answers(1)
+
+    assert office.answers[-1] == [Accepted("t0", TaskState.QUEUED)]
+    assert list(store.get(["t0", "t1", "t2"])) == ["t0"]
+    assert office.exits == []
+    office.writer.close()
