@@ -8,14 +8,31 @@ from hcna_ray.handlers.context import TaskContext
 from hcna_ray.handlers.registry import Payload, task
 
 
+#: Steps of a task that does not say how many, and the least length of each in seconds.
+STEPS_MAX = 10
+STEP_S_MIN = 0.1
+
+
 class SleepPayload(Payload):
     """How long to sleep."""
 
     seconds: float = Field(ge=0, le=86400, allow_inf_nan=False, description="Time to sleep.")
-    steps: int = Field(default=10, ge=1, le=1000, description="Number of progress reports.")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Number of progress reports; by default ten, but no more than ten a second.",
+    )
     resume: bool = Field(
         default=False, description="After a failed or lost attempt, sleep only the rest."
     )
+
+    @property
+    def step_count(self) -> int:
+        """In how many steps to sleep."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, min(STEPS_MAX, int(self.seconds / STEP_S_MIN)))
 
 
 class SleepResult(BaseModel):
@@ -28,15 +45,16 @@ class SleepResult(BaseModel):
 @task("sleep", payload=SleepPayload, result=SleepResult)
 def sleep(payload: SleepPayload, ctx: TaskContext) -> SleepResult:
     """Sleep in steps; with ``resume``, each finished step survives this attempt."""
-    done = min(_steps_done(ctx.last_checkpoint), payload.steps) if payload.resume else 0
-    step_s = payload.seconds / payload.steps
-    for step in range(done, payload.steps):
+    steps = payload.step_count
+    done = min(_steps_done(ctx.last_checkpoint), steps) if payload.resume else 0
+    step_s = payload.seconds / steps
+    for step in range(done, steps):
         ctx.pause(step_s)
         slept = (step + 1) * step_s
-        ctx.progress(100 * (step + 1) / payload.steps, f"slept {slept:g} of {payload.seconds:g} s")
+        ctx.progress(100 * (step + 1) / steps, f"slept {slept:g} of {payload.seconds:g} s")
         if payload.resume:
             ctx.checkpoint({"steps_done": step + 1})
-    return SleepResult(slept_s=(payload.steps - done) * step_s, resumed_s=done * step_s)
+    return SleepResult(slept_s=(steps - done) * step_s, resumed_s=done * step_s)
 
 
 def _steps_done(checkpoint: object) -> int:
