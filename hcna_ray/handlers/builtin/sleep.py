@@ -7,7 +7,6 @@ from pydantic import BaseModel, Field
 from hcna_ray.handlers.context import TaskContext
 from hcna_ray.handlers.registry import Payload, task
 
-
 #: Steps of a task that does not say how many, and the least length of each in seconds.
 STEPS_MAX = 10
 STEP_S_MIN = 0.1
