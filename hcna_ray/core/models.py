@@ -405,14 +405,6 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dependency:
-    """How a task named in ``depends_on`` stands, as far as its dependents care."""
-
-    task_id: str
-    state: TaskState
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFilter:
     """Which tasks a listing or a replay means. ``None`` means any."""
 

@@ -33,7 +33,7 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer
-from hcna_ray.runtime.attempts import disk_path, node_id_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.attempts import node_id_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
@@ -308,7 +308,7 @@ class NodeAgent(_Face):
         outbox = settings.outbox_dir.parent / worker
         scratch = scratch_root(settings, worker)
         scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        disk_path(settings).mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
         remove_stale_scratch(scratch, ())
         self._registry = load_registry()
         slots = settings.slots
@@ -388,7 +388,7 @@ class NodeAgent(_Face):
             "memory_percent": memory.percent,
             "memory_available_bytes": memory.available,
             "load_1m": os.getloadavg()[0],
-            "disk_free_bytes": shutil.disk_usage(disk_path(self._settings)).free,
+            "disk_free_bytes": shutil.disk_usage(self._settings.data_dir).free,
             "uptime_s": round(self._uptime(), 1),
         }
 

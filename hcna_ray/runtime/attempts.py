@@ -67,7 +67,7 @@ async def _serve(
         {
             "worker": worker,
             "node_id": node_id_of(worker, settings),
-            "disk_path": str(disk_path(settings)),
+            "disk_path": str(settings.data_dir),
             "scratch_root": str(scratch_root(settings, worker)),
             "long_s": slots.long_ms / 1000.0,
             "report_s": slots.report_ms / 1000.0,
@@ -114,11 +114,6 @@ def node_id_of(worker: str, settings: Settings) -> str:
     _, _, rest = own.partition("--")
     arch = NodeName.parse(own).arch
     return f"{arch}-{worker}--{rest}" if rest else f"{arch}-{worker}"
-
-
-def disk_path(settings: Settings) -> Path:
-    """Return the directory below which handlers read and write files."""
-    return settings.data_dir
 
 
 def scratch_root(settings: Settings, worker: str) -> Path:

@@ -315,15 +315,12 @@ class SlotHost:
             self._idle.append(executor)
         else:
             # It had been busy for long: what it brings does not wait for its turn.
-            def confirmed(arrived: bool) -> None:
-                if not arrived:
-                    self._send(reports, confirmed)
-                    return
+            def settled() -> None:
                 self._note_ends(executor, reports)
                 self._idle.append(executor)
                 self._news.set()
 
-            self._send(reports, confirmed)
+            self._send_surely(reports, settled)
         executor.turned.set()
         self._news.set()
 
@@ -388,17 +385,14 @@ class SlotHost:
             if (task_id, token) not in told
         ]
 
-        def confirmed(arrived: bool) -> None:
-            if arrived:
-                self._mourned.remove(executor)
-                executor.holds.clear()
-                executor.files.remove()
-            else:
-                self._send(tuple(reports), confirmed)
+        def settled() -> None:
+            self._mourned.remove(executor)
+            executor.holds.clear()
+            executor.files.remove()
 
         if reports:
             self._mourned.append(executor)
-            self._send(tuple(reports), confirmed)
+            self._send_surely(tuple(reports), settled)
         else:
             executor.files.remove()
         executor.turned.set()
@@ -462,7 +456,7 @@ class SlotHost:
                 for offer in offers
             )
             if back:
-                self._send_surely(back)
+                self._send_surely(back, lambda: None)
             return
         executor.turned.clear()
         for offer in offers:
@@ -475,9 +469,13 @@ class SlotHost:
         self._outgoing.append((reports, confirmed))
         self._outgoing_news.set()
 
-    def _send_surely(self, reports: tuple[Report, ...]) -> None:
+    def _send_surely(self, reports: tuple[Report, ...], settled: Callable[[], None]) -> None:
+        """Send until the moderator has it; then ``settled`` is called, once."""
+
         def confirmed(arrived: bool) -> None:
-            if not arrived:
+            if arrived:
+                settled()
+            else:
                 self._send(reports, confirmed)
 
         self._send(reports, confirmed)

@@ -69,7 +69,7 @@ class Note:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopOrder:
-    """One attempt that must end, and why: ``cancel``, ``timeout``, ``fenced`` or ``retire``."""
+    """One attempt that must end, and why: ``cancel``, ``timeout``, ``fenced`` or ``drain``."""
 
     task_id: str
     generation: int

@@ -330,8 +330,6 @@ class Runner:
         """
         current = self._shared.current
         for order in self._journal.read_stops():
-            if order.reason == "retire":
-                self.must_end = True
             if current is None or order.task_id != current.offer.task_id:
                 continue
             if (order.generation, order.attempt) != tuple(current.offer.token):
