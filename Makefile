@@ -15,14 +15,13 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration lint types format docs lock clean
+	test-integration test-rig lint types format docs lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 sync: ## Install the locked environment into .venv
-	@[[ -d .venv ]] || echo "installing the locked environment into .venv (some minutes the first time)"
-	@$(FIND_UV) "$$UV" sync --frozen --quiet
+	@scripts/prepare.sh
 
 demo: sync ## Start M1, W1 and C1 on this machine, run the demo through C1, leave them up
 	@$(BIN)/hcna up --wait 300
@@ -57,6 +56,10 @@ test-property: sync ## Hypothesis against the state machine
 test-integration: sync ## Tests and notebooks against a real cluster
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) integration
+
+test-rig: sync ## Joining, failing and coming back, on separate hosts inside this machine (root)
+	@scripts/system_packages.sh
+	@$(RUN_TESTS) rig
 
 lint: sync ## Ruff: rules and format
 	@$(BIN)/ruff check .

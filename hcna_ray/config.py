@@ -196,6 +196,10 @@ class ModeratorSettings(_Section):
     control_port: Port = Field(
         default=8443, description="Control edge: /admin/*, /metrics and /health. Shifted by offset."
     )
+    local_worker: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether M1's machine works too; auto: until another machine has joined.",
+    )
     worker_nodes: tuple[NodeAddress, ...] = Field(
         default=(), max_length=1000, description="Workers that are expected to join."
     )
@@ -305,6 +309,12 @@ class LeaseSettings(_Section):
         le=600,
         description="After SIGTERM until SIGKILL, and after the end of a lease until the next one.",
     )
+    gone_after_s: float = Field(
+        default=86400.0,
+        gt=0,
+        le=3650 * 86400,
+        description="A worker silent for this long is no longer expected back.",
+    )
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -318,6 +328,11 @@ class LeaseSettings(_Section):
                 f"self_stop_s ({self.self_stop_s:g}) must lie between heartbeat_s "
                 f"({self.heartbeat_s:g}) and ttl_s ({self.ttl_s:g}): "
                 "a worker stops before its tasks are given to another"
+            )
+        if self.gone_after_s < self.ttl_s + self.grace_s:
+            raise ValueError(
+                f"gone_after_s ({self.gone_after_s:g}) must be at least ttl_s + grace_s "
+                f"({self.ttl_s + self.grace_s:g}): its leases end first"
             )
         return self
 
@@ -372,6 +387,18 @@ class LimitSettings(_Section):
     )
     upload_idle_s: float = Field(
         default=86400.0, gt=0, le=30 * 86400, description="An unfinished upload is kept this long."
+    )
+    artifact_cache_bytes: int = Field(
+        default=4 * GIB,
+        ge=0,
+        le=4096 * GIB,
+        description="A worker's copies of artifacts; the least recently used go first.",
+    )
+    artifact_cache_s: float = Field(
+        default=7 * 86400.0,
+        gt=0,
+        le=3650 * 86400,
+        description="A worker's copy that nobody used for this long goes.",
     )
     queue_tasks_max: int = Field(
         default=2_000_000, ge=1, le=100_000_000, description="Tasks that have not ended yet."
@@ -507,6 +534,8 @@ class PortSettings(_Section):
     haproxy_stats: Port = Field(default=10032, description="Statistics page of Serve's HAProxy.")
     haproxy_metrics: Port = Field(default=10033, description="Prometheus page of Serve's HAProxy.")
 
+    gate: Port = Field(default=10040, description="M1's gate: where machines join (TLS).")
+
     replica_http_min: Port = Field(default=10100, description="First port of C1's replicas.")
     replica_http_max: Port = Field(default=10149, description="Last port of C1's replicas.")
     replica_grpc_min: Port = Field(default=10150, description="First gRPC port of replicas.")
@@ -547,6 +576,30 @@ class RaySettings(_Section):
     temp_dir: Path | None = Field(
         default=None, description="Ray's sessions and sockets; default a short path below /tmp."
     )
+    node_address: Host | None = Field(
+        default=None,
+        description="Address of this machine for the others; default that of the route to them.",
+    )
+    profile: Literal["standard", "tiny"] = Field(
+        default="standard",
+        description="tiny, for 2 GB: no dashboard, fewer processes, small object store, one slot.",
+    )
+    dashboard: bool | None = Field(
+        default=None,
+        description="Ray's dashboard, Jobs API, state commands; default on, off in profile tiny.",
+    )
+    logs_bytes_max: int = Field(
+        default=512 * MIB,
+        ge=MIB,
+        le=1024 * GIB,
+        description="Old logs are deleted above this: those in HCNA_HOME, and those of Ray.",
+    )
+    logs_age_s_max: float = Field(
+        default=7 * 86400.0,
+        ge=60,
+        le=3650 * 86400,
+        description="Logs that nothing has written to for this long are deleted.",
+    )
     check_s: float = Field(
         default=3.0, gt=0, le=300, description="Pause between two looks at C1's /ready."
     )
@@ -559,6 +612,16 @@ class RaySettings(_Section):
     stop_s: float = Field(
         default=8.0, gt=0, le=600, description="After SIGTERM until SIGKILL when stopping a node."
     )
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether this machine has little memory."""
+        return self.profile == "tiny"
+
+    @property
+    def has_dashboard(self) -> bool:
+        """Whether M1 runs Ray's dashboard."""
+        return not self.is_tiny if self.dashboard is None else self.dashboard
 
 
 def _default_home() -> Path:
@@ -705,6 +768,11 @@ class Settings(_Section):
         return self.home / "run"
 
     @property
+    def cluster_dir(self) -> Path:
+        """Directory of what makes this machine part of a cluster: members, invites, membership."""
+        return self.home / "cluster"
+
+    @property
     def outbox_dir(self) -> Path:
         """Directory of this worker's journals of outcomes that M1 has not confirmed."""
         return self.home / "outbox" / self.worker.name
@@ -755,6 +823,45 @@ class Settings(_Section):
                     f"so only {used}:{port} is bound; from another machine use: {forward}"
                 )
         return tuple(found)
+
+
+#: Sections that M1 decides for every machine of the cluster.
+_SHARED = ("lease", "slots", "limits", "retry", "ports")
+
+
+def shared_part(settings: Settings) -> dict[str, Any]:
+    """Return the settings that must be the same on every machine, as JSON values."""
+    data = settings.model_dump(mode="json", include=set(_SHARED), exclude_none=True)
+    moderator = {"node_id": settings.moderator.node_id}
+    scheduling = settings.moderator.scheduling.model_dump(mode="json")
+    return {**data, "moderator": {**moderator, "scheduling": scheduling}}
+
+
+def with_shared(
+    settings: Settings, shared: Mapping[str, Any], node_id: str, *, moderator: str
+) -> Settings:
+    """Return a worker's settings under M1's decisions and the name M1 gave it.
+
+    Args:
+        settings: As the machine's own file and environment say.
+        shared: What `shared_part` gave on M1.
+        node_id: Full name of the worker.
+        moderator: Address of M1.
+
+    Raises:
+        ConfigError: M1 sent something that this version does not understand.
+    """
+    data = settings.model_dump(mode="json", exclude={"home", "source"}, exclude_none=True)
+    data |= {name: shared[name] for name in _SHARED if name in shared}
+    data["moderator"] = {**data["moderator"], **shared.get("moderator", {})}
+    m1 = {"node_id": data["moderator"]["node_id"], "address": moderator}
+    m1["port"] = data["moderator"]["control_port"]
+    data["worker"] = {**data["worker"], "node_id": node_id, "moderator_node": m1}
+    data |= {"home": settings.home, "source": settings.source}
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), "settings of M1") from None
 
 
 def _bindable(address: str) -> str:

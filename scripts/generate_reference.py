@@ -267,6 +267,7 @@ LISTENS = {
     "serve_grpc": "",
     "haproxy_stats": EVERYWHERE,
     "haproxy_metrics": EVERYWHERE,
+    "gate": EVERYWHERE,
     "replica_http": HERE,
     "replica_grpc": "",
     "head_processes": EVERYWHERE,
@@ -283,8 +284,8 @@ def ports() -> list[str]:
         running cluster with Ray 2.60: Ray opens most of its ports on every address of the machine,
         and no setting of Ray changes that. Ray's gRPC ports demand the cluster's token; its
         Prometheus pages, and what is marked "no key", demand nothing. **Close everything but what
-        you mean to offer in the machine's firewall.** Nothing between the processes is encrypted
-        yet.
+        you mean to offer in the machine's firewall.** But for the gate nothing between
+        the machines is encrypted yet.
         """)
     settings = Settings()
     public = [
@@ -392,6 +393,7 @@ CODES = {
     "method_not_allowed": "The path is there, the method is not; see `Allow`.",
     "task_finished": "The task has ended, so it cannot be cancelled.",
     "not_failed": "The task has not failed, so it cannot be run again.",
+    "worker_online": "The worker is in contact, so it cannot be forgotten (`force` would).",
     "idempotency_conflict": "The idempotency key was used before for another request.",
     "offset_mismatch": "The part does not begin where the upload stands; `received` says where.",
     "too_large": "More bytes or items than the route takes.",
@@ -408,7 +410,7 @@ CODES = {
     "quota": "The caller's own limit is reached. No route uses it yet.",
     "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
     "moderator_unavailable": "M1 does not answer. Reads go on.",
-    "worker_unavailable": "The worker that an intent was for does not answer.",
+    "worker_unavailable": "The worker that an intent was for is away, or does not answer.",
     "store_unavailable": "The store cannot be read or written.",
     "disk_full": "Less free space than `limits.disk_free_bytes_min`.",
     "internal": "Something unexpected; `log_id` finds it in `composite.log`.",
@@ -481,7 +483,7 @@ MADE_WITH_CODE = {
     "headers_too_large": 431,
 }
 #: Only between a worker and M1, or between M1 and its store.
-INTERNAL_CLASSES = {"stale_worker", "version_conflict", "artifact_too_large"}
+INTERNAL_CLASSES = {"stale_worker", "version_conflict", "artifact_too_large", "worker_name_taken"}
 
 FAILURES = {
     FailureKind.ERROR: "The handler raised, and no attempt is left or the error is not retried.",

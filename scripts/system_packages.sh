@@ -3,8 +3,13 @@
 # Without root, or elsewhere, it names them and goes on: tests then say what they skipped.
 set -euo pipefail
 
-# command:package
-wanted=(curl:curl git:git ss:iproute2)
+# command:package. From sshd on: what separate hosts on one machine are made of (tests/support/rig).
+wanted=(
+  curl:curl git:git ss:iproute2 sshd:openssh-server rsync:rsync nft:nftables iptables:iptables
+  ps:procps sudo:sudo faketime:faketime
+)
+# Some of them lie where only root's PATH looks.
+PATH=$PATH:/usr/sbin:/sbin
 
 missing=()
 for pair in "${wanted[@]}"; do
@@ -22,9 +27,19 @@ elif ((EUID != 0)); then
 else
   printf 'Installing system packages for the tests: %s\n' "${missing[*]}" >&2
   export DEBIAN_FRONTEND=noninteractive
+  # The tests start an SSH server of their own; installing one must not open this machine.
+  policy=/usr/sbin/policy-rc.d
+  if [[ ! -e $policy ]]; then
+    trap 'rm -f "$policy"' EXIT
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+  fi
   if ! { apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
     { apt-get update -qq >/dev/null &&
       apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; }; }; then
     printf 'They could not be installed; going on without them.\n' >&2
+  fi
+  if [[ " ${missing[*]} " == *" openssh-server "* ]] && command -v systemctl >/dev/null; then
+    systemctl disable --quiet ssh.service ssh.socket 2>/dev/null || true # Nor at the next start.
   fi
 fi

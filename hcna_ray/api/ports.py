@@ -63,6 +63,15 @@ class ModeratorPort(Protocol):
         """Carry out ``drain``, ``cordon`` or ``uncordon``. Raises `NotFound`."""
         ...
 
+    async def forget_worker(self, name: str, *, force: bool, principal: str) -> WorkerInfo:
+        """Strike a worker off the record; return what was known of it.
+
+        Raises:
+            NotFound: there is none.
+            WorkerOnline: it is in contact, and ``force`` was not given.
+        """
+        ...
+
     async def send_intent(
         self, dst: str, intent: str, payload: Mapping[str, Any], *, principal: str, wait_s: float
     ) -> Mapping[str, Any]:

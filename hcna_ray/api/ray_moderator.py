@@ -100,6 +100,13 @@ class RayModerator:
         )
         return worker
 
+    async def forget_worker(self, name: str, *, force: bool, principal: str) -> WorkerInfo:
+        """Strike a worker off the record."""
+        worker: WorkerInfo = await self._link.acall(
+            "forget_worker", name, timeout_s=ANSWER_S, force=force, principal=principal
+        )
+        return worker
+
     async def send_intent(
         self, dst: str, intent: str, payload: Mapping[str, Any], *, principal: str, wait_s: float
     ) -> Mapping[str, Any]:

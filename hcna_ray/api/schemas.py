@@ -264,6 +264,12 @@ class PageQuery(Query):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
+class ForgetQuery(Query):
+    """Which workers may be forgotten."""
+
+    force: bool = Field(default=False, description="Also a worker that is in contact.")
+
+
 # -- answers ---------------------------------------------------------------------------------------
 
 Status = Literal["scheduled", "queued", "running", "completed", "failed", "cancelled", "expired"]
@@ -448,6 +454,13 @@ class WorkerOut(Answer):
     running: list[JsonObject]
     telemetry: JsonObject
     draining_until: Time | None = None
+    address: str = ""
+    trouble: str | None = Field(
+        default=None, description="Why it can run nothing although it is there."
+    )
+    clock_ahead_s: float = Field(
+        default=0.0, description="How far its wall clock is ahead of M1's; below 0 it is behind."
+    )
 
 
 class WorkersOut(Answer):

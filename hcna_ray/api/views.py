@@ -24,7 +24,7 @@ from hcna_ray.core.models import (
     TaskState,
     WorkerView,
 )
-from hcna_ray.core.placement import PendingReason, explain
+from hcna_ray.core.placement import PendingReason, explain, state_in_words
 from hcna_ray.runtime.messages import WorkerInfo
 
 Json = dict[str, Any]
@@ -211,14 +211,16 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
             "M1 does not answer, so nothing is placed now; the task is stored and keeps its place",
             "wait: M1 is started again by itself (hcna status shows it)",
         )
-    online = {worker.name for worker in cluster.workers if worker.state in ACCEPTING}
-    if task.pinned_to is not None and task.pinned_to not in online:
-        until = "" if task.pinned_until is None else f" until {iso(task.pinned_until)}"
-        return PendingReason(
-            "waiting_worker_return",
-            f"waits for worker {task.pinned_to}, which fell silent while running it{until}",
-            f"bring {task.pinned_to} back, or cancel the task and submit it again",
-        )
+    if task.pinned_to is not None:
+        found = [one for one in cluster.workers if one.name == task.pinned_to]
+        if not found or found[0].state not in ACCEPTING:
+            until = "" if task.pinned_until is None else f", until {iso(task.pinned_until)}"
+            now_is = f", which {state_in_words(found[0])}" if found else ""
+            return PendingReason(
+                "waiting_worker_return",
+                f"waits for worker {task.pinned_to}, on which it ran{now_is}{until}",
+                f"bring {task.pinned_to} back, or cancel the task and submit it again",
+            )
     return explain(
         task.needs,
         task.spec.task_type,
@@ -263,6 +265,9 @@ def worker_view(worker: WorkerInfo) -> Json:
         "running": [_running(item) for item in worker.running],
         "telemetry": dict(worker.telemetry),
         "draining_until": iso(worker.draining_until),
+        "address": worker.address,
+        "trouble": worker.trouble or None,
+        "clock_ahead_s": worker.clock_ahead_s,
     }
 
 

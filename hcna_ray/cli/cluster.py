@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -38,29 +39,57 @@ def register(app: typer.Typer) -> None:
 
 def up(
     wait: Annotated[float, typer.Option(min=1, help="Longest wait until ready, seconds.")] = 120.0,
+    no_worker: Annotated[
+        bool, typer.Option("--no-worker", help="This machine is M1 only: it runs no tasks.")
+    ] = False,
+    autoscaling_config: Annotated[
+        Path | None,
+        typer.Option(help="What `ray up` left on the head: have its workers join over SSH too."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Start M1, W1 and C1 on this machine, or find them running. May be called at any time."""
+    """Start M1, W1 and C1 on this machine, or find them running. May be called at any time.
+
+    On a machine that has joined another one (hcna join) it starts that machine's worker.
+    """
     from hcna_ray import supervisor
     from hcna_ray.config import load_settings
+    from hcna_ray.supervisor import launcher
 
     console = talk()
     settings = load_settings()
     for warning in settings.warnings():
         console.print(f"[yellow]note[/yellow] {escape(warning)}")
-    info = supervisor.up(
-        settings,
-        wait_s=wait,
-        on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]"),
-    )
-    if as_json:
-        print_json(asdict(info))
+
+    def on_step(step: str) -> None:
+        console.print(f"[dim]{escape(step)}[/dim]")
+
+    launched = None
+    if autoscaling_config is not None:
+        launched = launcher.read_config(autoscaling_config)
+        settings = launcher.settings_for(settings, launched)
+    if no_worker:
+        settings = supervisor.without_worker(settings)
+    info = supervisor.up(settings, wait_s=wait, on_step=on_step)
+    if info is None:
+        machine = supervisor.machine_settings(settings)
+        told = f"this machine is {machine.worker.name} of {machine.moderator.node_id}"
+        if as_json:
+            print_json({"worker": machine.worker.name, "node_id": machine.worker.node_id})
+        else:
+            typer.echo(f"{told}, at work. Next: hcna doctor")
         return
-    for line in card(info.url, info.dashboard_url, Path(info.home)):
+    if launched is not None:
+        launcher.bring_workers(settings, launched, now=time.time(), on_step=on_step)
+    code = supervisor.invite(settings, now=time.time())
+    if as_json:
+        print_json({**asdict(info), "join_code": code})
+        return
+    for line in card(info.url, info.dashboard_url, Path(info.home), code):
         typer.echo(line)
 
 
-def card(url: str, dashboard_url: str, home: Path) -> list[str]:
+def card(url: str, dashboard_url: str, home: Path, code: str) -> list[str]:
     """What a newcomer needs after ``up``, in at most 12 lines."""
     return [
         f"C1         {url}",
@@ -72,17 +101,27 @@ def card(url: str, dashboard_url: str, home: Path) -> list[str]:
         '           curl -H "Authorization: Bearer $HCNA_API_KEY" $HCNA_URL/tasks \\',
         """                -d '{"task_type": "echo", "payload": {"message": "hello"}}'""",
         "next       hcna demo",
+        "",
+        "another machine joins within the hour with:",
+        f"  hcna join {code}",
     ]
 
 
-def down(as_json: AsJson = False) -> None:
-    """Stop everything this machine's cluster started; no process, port or lock is left."""
+def down(
+    here: Annotated[
+        bool, typer.Option("--here", help="On M1: stop this machine only, the others wait for it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Stop this machine's part, and on M1 every machine's; no process, port or lock is left."""
     from hcna_ray import supervisor
     from hcna_ray.config import load_settings
 
     console = talk()
     report = supervisor.down(
-        load_settings(), on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]")
+        load_settings(),
+        on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]"),
+        everywhere=not here,
     )
     if as_json:
         print_json(asdict(report))
@@ -135,7 +174,7 @@ def _local_status() -> Json:
 
 
 def env(as_json: AsJson = False) -> None:
-    """Print the address and key for a shell: eval "$(hcna env)"."""
+    """Print the address and key for a shell: eval "$(hcna env)". Ray's own commands work too."""
     endpoint = find_endpoint(None, None, env=os.environ)
     if not endpoint.api_key:
         raise CommandFailed(f"no API key is known for {endpoint.url}", "hcna up makes one")
@@ -144,3 +183,13 @@ def env(as_json: AsJson = False) -> None:
     else:
         url, key = shlex.quote(endpoint.url), shlex.quote(endpoint.api_key)
         typer.echo(f"export HCNA_URL={url} HCNA_API_KEY={key}")
+        ray_env = _ray_env()
+        if ray_env is not None:  # Ray's own commands need its address and token.
+            typer.echo(f". {shlex.quote(str(ray_env))}")
+
+
+def _ray_env() -> Path | None:
+    from hcna_ray.config import load_settings
+
+    path = load_settings().run_dir / "ray.env"
+    return path if path.is_file() else None

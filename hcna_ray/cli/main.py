@@ -1,6 +1,7 @@
 """The application and its manners: one line for every error, an exit code for every kind.
 
-0 ok, 1 failed, 2 wrong usage, 3 C1 cannot be reached, 4 C1 refused, 130 interrupted.
+0 ok, 1 failed, 2 wrong usage, 3 C1 or M1 cannot be reached, 4 it refused, 5 a check of this machine
+failed, 130 interrupted.
 ``HCNA_DEBUG=1`` shows the traceback instead.
 """
 
@@ -11,7 +12,7 @@ import sys
 
 import typer
 
-from hcna_ray.cli import cluster, demo, measure, tasks, workers
+from hcna_ray.cli import cluster, demo, machines, measure, service, tasks, workers
 from hcna_ray.cli.terminal import CommandFailed, ExitCode
 from hcna_ray.client import (
     ApiError,
@@ -33,10 +34,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 cluster.register(app)
+machines.register(app)
 tasks.register(app)
 workers.register(app)
 demo.register(app)
 measure.register(app)
+service.register(app)
 
 _INTERRUPTED = 130
 
@@ -106,6 +109,8 @@ def _after_refusal(error: ApiError) -> str:
             return "hcna workers"
         case NotFound() if error.code == "task_not_found":
             return "hcna task list"
+        case _ if error.code == "worker_online":
+            return "hcna leave there, or hcna workers forget NAME --force"
         case Overloaded():
             return "hcna status"
         case _ if error.code == "unknown_task_type":

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hcna_ray.cli.terminal import clock
 from hcna_ray.client import Explanation, TaskView, Worker
+from hcna_ray.core.placement import age_in_words
 
 _STYLES = {
     "completed": "green",
@@ -21,7 +22,9 @@ _STYLES = {
     "unhealthy": "red",
     "gone": "red",
     "down": "red",
+    "trouble": "red",
     "suspect": "yellow",
+    "asleep": "yellow",
     "degraded": "yellow",
     "draining": "yellow",
     "cordoned": "yellow",
@@ -103,8 +106,8 @@ def worker_table(workers: Iterable[Worker]) -> Table:
         age = worker.last_seen_age_s
         table.add_row(
             escape(worker.name),
-            word(worker.state),
-            "never" if age is None else f"{age:.0f} s ago",
+            word("trouble" if worker.trouble and worker.state == "online" else worker.state),
+            "never" if age is None else f"{age_in_words(age)} ago",
             *(_amounts(worker, name) for name in ("cpu", "mem_gb", "gpu")),
             str(len(worker.running)),
             escape(worker.node_id),
@@ -118,7 +121,13 @@ def worker_lines(worker: Worker) -> Table:
     table.add_row("worker", escape(worker.name))
     table.add_row("node", escape(worker.node_id))
     table.add_row("state", word(worker.state))
-    table.add_row("last seen", clock(worker.last_seen_at) or "never")
+    if worker.trouble:
+        table.add_row("trouble", escape(f"it {worker.trouble}"))
+    age = worker.last_seen_age_s
+    ago = "" if age is None else f" ({age_in_words(age)} ago)"
+    table.add_row("last seen", (clock(worker.last_seen_at) or "never") + ago)
+    if worker.address:
+        table.add_row("address", escape(worker.address))
     for name in worker.resources:
         table.add_row(escape(name), f"{_amounts(worker, name)} free / all")
     for name, value in worker.labels.items():

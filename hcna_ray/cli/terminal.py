@@ -32,6 +32,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     UNREACHABLE = 3
     REFUSED = 4
+    CHECK_FAILED = 5
 
 
 class CommandFailed(Exception):

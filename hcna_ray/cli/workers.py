@@ -20,7 +20,7 @@ from hcna_ray.client import Worker
 
 workers_app = typer.Typer(
     cls=DefaultGroup.of("list", when_empty=True),
-    help="List the workers, show one, drain, cordon or uncordon it.",
+    help="List the workers, show one, drain, cordon, uncordon or forget it.",
     rich_markup_mode=None,
 )
 
@@ -78,6 +78,23 @@ def uncordon(name: Name, as_json: AsJson = False) -> None:
     """Let NAME take tasks again."""
     with open_client() as client:
         _show(client.uncordon(name), as_json)
+
+
+@workers_app.command()
+def forget(
+    name: Name,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a worker that is in contact.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Strike NAME off the record: it left for good."""
+    with open_client() as client:
+        worker = client.forget_worker(name, force=force)
+    if as_json:
+        print_json(worker.raw)
+    else:
+        talk().print(f"{worker.name} is forgotten")
 
 
 def intent(

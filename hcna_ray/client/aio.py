@@ -290,6 +290,10 @@ class AsyncClient:
         """As `Client.uncordon`."""
         return await self._run(self._plans.steer(name, "uncordon"))
 
+    async def forget_worker(self, name: str, *, force: bool = False) -> Worker:
+        """As `Client.forget_worker`."""
+        return await self._run(self._plans.forget_worker(name, force=force))
+
     async def send_intent(
         self, dst: str, intent: str, payload: JsonObject | None = None
     ) -> IntentAnswer:

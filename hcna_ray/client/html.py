@@ -19,6 +19,7 @@ _COLOURS = {
     "failed": "#c62828",
     "unhealthy": "#c62828",
     "gone": "#c62828",
+    "asleep": "#b26a00",
     "suspect": "#ef6c00",
     "degraded": "#ef6c00",
     "draining": "#ef6c00",

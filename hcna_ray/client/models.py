@@ -347,6 +347,10 @@ class Worker:
     slots: int
     running: tuple[Json, ...]
     telemetry: Json
+    #: Where it is.
+    address: str
+    #: Why it can run nothing although it is there, or ``None``.
+    trouble: str | None
     raw: Json = field(repr=False, compare=False)
 
     @classmethod
@@ -366,6 +370,8 @@ class Worker:
             slots=int(raw.get("slots") or 0),
             running=tuple(raw.get("running") or ()),
             telemetry=raw.get("telemetry") or {},
+            address=str(raw.get("address") or ""),
+            trouble=raw.get("trouble") or None,
             raw=raw,
         )
 

@@ -630,6 +630,12 @@ class Planner:
         raw = yield from self._ask("POST", f"/workers/{quote(name, safe='')}/{verb}", body=body)
         return self._parse(Worker.from_json, raw)
 
+    def forget_worker(self, name: str, *, force: bool) -> Plan[Worker]:
+        """``DELETE /workers/{name}``."""
+        params = {"force": "true"} if force else {}
+        raw = yield from self._ask("DELETE", f"/workers/{quote(name, safe='')}", params=params)
+        return self._parse(Worker.from_json, raw)
+
     def send_intent(self, dst: str, intent: str, payload: JsonObject | None) -> Plan[IntentAnswer]:
         """``POST /admin/send-intent``."""
         body = {"dst": dst, "intent": intent, "payload": dict(payload or {})}

@@ -331,6 +331,18 @@ class Client:
         """Undo `cordon` or `drain`."""
         return self._run(self._plans.steer(name, "uncordon"))
 
+    def forget_worker(self, name: str, *, force: bool = False) -> Worker:
+        """Strike a worker that left for good off the record (admin key); what was known of it.
+
+        Args:
+            name: Short name or node id.
+            force: Also one that is in contact.
+
+        Raises:
+            Conflict: it is in contact, and ``force`` was not given.
+        """
+        return self._run(self._plans.forget_worker(name, force=force))
+
     def send_intent(self, dst: str, intent: str, payload: JsonObject | None = None) -> IntentAnswer:
         """Send a worker an intent such as ``test.ping`` and return its answer (admin key)."""
         return self._run(self._plans.send_intent(dst, intent, payload))

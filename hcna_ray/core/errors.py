@@ -6,6 +6,8 @@
     │   ├── TaskFinished      a finished task cannot be cancelled
     │   ├── NotFailed         only a failed task can be replayed
     │   ├── IdempotencyConflict
+    │   ├── WorkerOnline      only a worker that is away can be forgotten
+    │   ├── WorkerNameTaken   another machine is the worker of that name
     │   └── VersionConflict   a step did not start from the newest stored task
     ├── Invalid               unknown_task_type, invalid_request, dependency_not_found, ...
     ├── CannotAccept          retry later: ``retry_after_s``
@@ -92,6 +94,38 @@ class IdempotencyConflict(Conflict):
         return (
             f"idempotency key {self.key!r} already belongs to task {self.task_id}, "
             "whose request was different; use a new key for a new request"
+        )
+
+
+class WorkerOnline(Conflict):
+    """The worker is in contact, so it cannot be forgotten."""
+
+    code = "worker_online"
+
+    def __init__(self, worker: str, state: str) -> None:
+        super().__init__(worker, state)
+        self.worker, self.state = worker, state
+
+    def __str__(self) -> str:
+        return (
+            f"worker {self.worker} is {self.state}; only one that is asleep or gone is forgotten: "
+            "run hcna leave on its machine first, or say force"
+        )
+
+
+class WorkerNameTaken(Conflict):
+    """Another machine is the worker of that name, and it is in contact."""
+
+    code = "worker_name_taken"
+
+    def __init__(self, worker: str, holder: str) -> None:
+        super().__init__(worker, holder)
+        self.worker, self.holder = worker, holder
+
+    def __str__(self) -> str:
+        return (
+            f"the machine at {self.holder} is {self.worker} already; "
+            "let this one join under another name, or stop that one first"
         )
 
 

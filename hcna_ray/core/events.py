@@ -110,6 +110,8 @@ class AttemptLost:
     message: str
     #: Whether the whole worker went (``on_disconnect`` applies), or just the process.
     worker_gone: bool = False
+    #: False when somebody stopped the worker on purpose: no loss is held against the task.
+    counted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

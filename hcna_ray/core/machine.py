@@ -446,13 +446,17 @@ def on_failed(task: Task, event: AttemptFailed) -> Step:
 
 
 def on_lost(task: Task, event: AttemptLost) -> Step:
-    """Count the loss apart from failures; re-queue in the old place, or give up on poison."""
+    """Count the loss apart from failures; re-queue in the old place, or give up on poison.
+
+    A loss that was somebody's order to the worker says nothing about the task: not counted.
+    """
     if not _holds(task, event.token):
         return _unchanged(task)
     lease = _lease(task)
     error = TaskError(kind=event.kind, message=event.message)
     attempt = _closed(lease, task, event.at, Outcome.LOST, event.at, error)
-    counted = task.evolve(losses=task.losses + 1, started_at=attempt.started_at)
+    losses = task.losses + event.counted
+    counted = task.evolve(losses=losses, started_at=attempt.started_at)
     if task.cancel_requested_at is not None:
         return _end(
             counted,
@@ -461,7 +465,7 @@ def on_lost(task: Task, event: AttemptLost) -> Step:
             attempts=(attempt,),
             detail=task.cancel_reason or None,
         )
-    if counted.losses >= task.spec.max_losses:
+    if event.counted and losses >= task.spec.max_losses:
         return _fail(counted, error, event.at, (attempt,))
     waits = event.worker_gone and task.spec.on_disconnect is OnDisconnect.WAIT
     queued = _requeue(

@@ -333,7 +333,12 @@ class LaneKey(NamedTuple):
 
 
 class WorkerState(StrEnum):
-    """What the moderator thinks of a worker."""
+    """What the moderator thinks of a worker.
+
+    ``suspect`` missed heartbeats and gets nothing new. ``asleep`` was silent for longer than its
+    leases, which were taken back, and is expected to return. ``gone`` said goodbye, or has been
+    silent for so long that nobody expects it.
+    """
 
     ONLINE = "online"
     SUSPECT = "suspect"
@@ -345,6 +350,8 @@ class WorkerState(StrEnum):
 
 #: States in which a worker is given new work.
 ACCEPTING = frozenset({WorkerState.ONLINE})
+#: States of a worker that nobody can reach and that holds no lease.
+AWAY = frozenset({WorkerState.ASLEEP, WorkerState.GONE})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,6 +371,10 @@ class WorkerView:
     used: Needs = Needs()
     #: Attempts granted or running.
     live: int = 0
+    #: Seconds since it was last heard of.
+    last_seen_age_s: float = 0.0
+    #: Why it can run nothing although it is there, e.g. ``cannot write to its disk``.
+    trouble: str = ""
 
     def free(self, name: str) -> float:
         """Return the free amount of ``cpu``, ``mem_gb``, ``gpu`` or a custom resource."""
@@ -390,6 +401,14 @@ class WorkerRecord:
     labels: tuple[tuple[str, str], ...] = ()
     task_types: tuple[str, ...] = ()
     address: str = ""
+    #: Tells two machines apart that claim one name; empty when the worker did not say.
+    machine_id: str = ""
+    #: Its node in Ray's table.
+    ray_node_id: str = ""
+    #: When its leases were taken back because of its silence, until it is heard again.
+    asleep_at: float | None = None
+    #: When it said goodbye, until it says hello.
+    left_at: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from hcna_ray.core.models import ACCEPTING, LaneKey, Needs, Task, WorkerState, WorkerView
+from hcna_ray.core.models import (
+    ACCEPTING,
+    AWAY,
+    LaneKey,
+    Needs,
+    Task,
+    WorkerState,
+    WorkerView,
+)
 
 #: Sums of amounts such as 0.1 do not come out even. Ray itself counts in steps of 0.0001.
 ROUNDING = 1e-6
@@ -64,7 +72,9 @@ def exclusion(needs: Needs, task_type: str, worker: WorkerView) -> Exclusion | N
     if needs.worker is not None and needs.worker not in (worker.name, worker.node_id):
         return Exclusion(f"worker={needs.worker}", f"is {worker.name}")
     if worker.state not in ACCEPTING:
-        return Exclusion("state=online", f"is {worker.state.value}")
+        return Exclusion("state=online", state_in_words(worker))
+    if worker.trouble:
+        return Exclusion("state=online", worker.trouble)
     if task_type not in worker.task_types:
         return Exclusion(f"task_type={task_type}", "does not know this type")
     totals = dict(worker.resources)
@@ -82,6 +92,24 @@ def exclusion(needs: Needs, task_type: str, worker: WorkerView) -> Exclusion | N
             detail = f"has {name}={labels[name]}" if name in labels else f"has no {name}"
             return Exclusion(f"label {name}={value}", detail)
     return None
+
+
+def age_in_words(seconds: float) -> str:
+    """Return an age as people say it: ``42 s``, ``3 min``, ``5 h``, ``2 days``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 36 * 3600:
+        return f"{seconds / 3600:.0f} h"
+    return f"{seconds / 86400:.0f} days"
+
+
+def state_in_words(worker: WorkerView) -> str:
+    """Return what a worker is, as follows its name: ``is asleep, last seen 3 min ago``."""
+    if worker.state in (WorkerState.SUSPECT, *AWAY):
+        return f"is {worker.state.value}, last seen {age_in_words(worker.last_seen_age_s)} ago"
+    return f"is {worker.state.value}"
 
 
 def has_room(needs: Needs, worker: WorkerView) -> bool:
@@ -206,7 +234,8 @@ class _Book:
     def _rank(self, opening: Opening, items: int) -> tuple[float, ...]:
         """Lower is better: the emptier slot, then the less loaded worker, then the lower slot."""
         worker = self._workers[opening.worker]
-        load = worker.live / max(worker.cpu, 1.0)
+        # As it would be with this task: of two idle workers the stronger one comes first.
+        load = (worker.live + 1) / max(worker.cpu, 1.0)
         return (items if opening.slot >= 0 else 0, load, opening.slot)
 
     def _take(self, lane: LaneKey, opening: Opening) -> None:
@@ -295,7 +324,7 @@ def _explain_excluded(
         return PendingReason(
             "no_healthy_workers",
             f"No healthy workers available: {'; '.join(clauses['state=online'])}",
-            _fix_for_states({worker.state for worker, _ in excluded}),
+            _fix_for_states([worker for worker, _ in excluded]),
         )
     parts = [
         f"needs {clause}: excludes {len(who)} of {len(excluded)} "
@@ -310,7 +339,15 @@ def _explain_excluded(
     )
 
 
-def _fix_for_states(states: set[WorkerState]) -> str:
+def _fix_for_states(workers: Sequence[WorkerView]) -> str:
+    states = {worker.state for worker in workers}
     if states & {WorkerState.CORDONED, WorkerState.DRAINING}:
         return "let it take work again: hcna workers uncordon NAME"
-    return "start the worker again (hcna up there), or join another one"
+    if states & ACCEPTING:
+        return "put its machine right (free space on its disk), or join another worker"
+    if states == {WorkerState.GONE}:
+        return "start the worker again (hcna up there), or join another one"
+    return (
+        "wait: its tasks start when it is back; wake its machine (hcna up there), "
+        "use on_disconnect replace, or join another worker"
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ulid import ULID
 
 from hcna_ray.config import Settings, load_settings
@@ -32,12 +33,13 @@ from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
 from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
-from hcna_ray.runtime.artifacts import ArtifactServer
+from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
     Exchange,
+    Goodbye,
     Heartbeat,
     Hello,
     Offer,
@@ -57,7 +59,10 @@ from hcna_ray.runtime.ray_link import (
 )
 from hcna_ray.runtime.requests import (
     Cancel,
+    ForgetWorker,
     MarkWorker,
+    NodeSeen,
+    NodesSeen,
     Note,
     PauseQueue,
     Query,
@@ -78,6 +83,8 @@ PIN = 0.001
 CONCURRENT_CALLS = 20_000
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
+#: Pause between two looks at a worker's artifact cache.
+HOUSEKEEPING_S = 3600.0
 #: Pause before a worker's agent is asked for again; it costs nothing when there is one.
 AGENT_AGAIN_S = 15.0
 
@@ -98,9 +105,9 @@ class _Face:
 class ModeratorActor(_Face):
     """Ray's face of `Moderator`: bridges the event loop and the writer thread."""
 
-    def __init__(self, home: str) -> None:
+    def __init__(self) -> None:
         """Open the store and rebuild; see `Moderator`."""
-        settings = load_settings(Path(home))
+        settings = load_settings()
         logs.configure(
             settings.logs_dir / "moderator.log", fields={"node": settings.moderator.name}
         )
@@ -207,6 +214,10 @@ class ModeratorActor(_Face):
             MarkWorker(name=name, action=action, deadline_s=deadline_s, principal=principal)
         )
 
+    async def do_forget_worker(self, name: str, *, force: bool, principal: str) -> Any:
+        """Strike a worker off the record."""
+        return await self._ask(ForgetWorker(name=name, force=force, principal=principal))
+
     async def do_send_intent(
         self, dst: str, intent: str, payload: dict[str, Any], *, principal: str, wait_s: float
     ) -> dict[str, Any]:
@@ -266,6 +277,10 @@ class ModeratorActor(_Face):
         """Take back what a dead slot held."""
         return await self._ask(gone)
 
+    async def do_goodbye(self, bye: Goodbye) -> Any:
+        """Let a worker go that was stopped in good order."""
+        return await self._ask(bye)
+
     async def _ensure_agents(self) -> None:
         """Give every worker node that joins an agent, pinned to it.
 
@@ -276,13 +291,18 @@ class ModeratorActor(_Face):
             try:
                 nodes = await asyncio.to_thread(cluster_nodes)
                 now = self._clock.elapsed()
-                for node in nodes:
-                    if not node["Alive"]:
-                        continue
+                alive = [node for node in nodes if node["Alive"]]
+                seen = tuple(
+                    NodeSeen(name, str(node["NodeID"]), str(node["NodeManagerAddress"]))
+                    for node in alive
+                    for name in workers_of(node)
+                )
+                await self._ask(NodesSeen(nodes=seen))
+                for node in alive:
                     for name in workers_of(node):
                         key = (node["NodeID"], name)
                         if now - asked.get(key, -AGENT_AGAIN_S) >= AGENT_AGAIN_S:
-                            start_agent(name, self._settings.home)
+                            start_agent(name)
                             asked[key] = now
             except Exception:
                 log.warning(
@@ -296,11 +316,16 @@ class ModeratorActor(_Face):
 class NodeAgent(_Face):
     """Ray's face of `WorkerAgent`: one per worker, owner of all its Ray tasks."""
 
-    def __init__(self, worker: str, home: str) -> None:
-        """Register with the moderator and start the slots."""
-        settings = load_settings(Path(home))
+    def __init__(self, worker: str) -> None:
+        """Register with the moderator and start the slots.
+
+        The settings are those of the machine it runs on, which need not be M1's.
+        """
+        settings = load_settings()
+        home = str(settings.home)
         logs.configure(settings.logs_dir / "worker.log", fields={"node": worker})
         self._settings, self._worker = settings, worker
+        self._node: dict[str, Any] | None = None
         self._node_id = node_id_of(worker, settings)
         incarnation = (
             f"{int(time.time()):x}-{os.getpid():x}-{random.SystemRandom().getrandbits(32):08x}"
@@ -318,7 +343,8 @@ class NodeAgent(_Face):
                 node_id=self._node_id,
                 incarnation=incarnation,
                 outbox=outbox,
-                base=slots.base or min(8, max(2, os.cpu_count() or 2)),
+                run=settings.run_dir,
+                base=slots.base or _base_slots(settings),
                 heartbeat_s=settings.lease.heartbeat_s,
                 self_stop_s=settings.lease.self_stop_s,
                 moderator_address=_moderator_address(settings),
@@ -331,7 +357,19 @@ class NodeAgent(_Face):
             new_id=_new_id,
         )
         psutil.cpu_percent()  # The first call only sets the starting point.
-        self._running = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._running = [loop.create_task(self._run()), loop.create_task(self._keep_house())]
+
+    async def _keep_house(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(prune_cache, self._settings)
+            except OSError as error:
+                log.warning(
+                    "the artifact cache cannot be pruned",
+                    extra={"action": "agent.prune_failed", "error": str(error)},
+                )
+            await asyncio.sleep(HOUSEKEEPING_S)
 
     async def _run(self) -> None:
         host, port = self._settings.worker_host, self._settings.worker_port
@@ -358,7 +396,11 @@ class NodeAgent(_Face):
 
     def _describe(self, incarnation: str, reports: tuple[Report, ...]) -> Hello:
         node_id = ray.get_runtime_context().get_node_id()
-        node = next(node for node in cluster_nodes() if node["NodeID"] == node_id)
+        if self._node is None:
+            # Once: a node's facts do not change, and without the head this call would hold up the
+            # loop that fences this worker.
+            self._node = next(node for node in cluster_nodes() if node["NodeID"] == node_id)
+        node = self._node
         resources = dict(node["Resources"])
         gib = float(1 << 30)
         custom = {
@@ -379,6 +421,9 @@ class NodeAgent(_Face):
             labels=tuple(sorted(self._settings.worker.labels.items())),
             task_types=tuple(self._registry.names()),
             reports=reports,
+            machine_id=_machine_id(self._settings),
+            ray_node_id=node_id,
+            sent_at=time.time(),
         )
 
     def _telemetry(self) -> dict[str, Any]:
@@ -411,10 +456,16 @@ class NodeAgent(_Face):
 
 
 class _RayProcesses:
-    """Starts slots and heavy attempts as Ray tasks pinned to this worker."""
+    """Starts slots and heavy attempts as Ray tasks pinned to this worker.
+
+    To its node, too: another machine that claims the same name must not get them.
+    """
 
     def __init__(self, worker: str, home: str, incarnation: str) -> None:
         self._worker, self._home, self._incarnation = worker, home, incarnation
+        self._here = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
 
     def start_slot(self, slot: int, name: str) -> Awaitable[None]:
         task: Any = ray.remote(max_calls=1)(run_slot)
@@ -422,6 +473,7 @@ class _RayProcesses:
             num_cpus=0,
             max_retries=0,
             name=f"slot:{self._worker}:{slot}",
+            scheduling_strategy=self._here,
             resources={self._worker: PIN},
         ).remote(self._worker, self._home, self._incarnation, slot, name)
         return ref
@@ -437,6 +489,7 @@ class _RayProcesses:
         ref: Awaitable[None] = task.options(
             max_retries=0,
             name=f"{offer.task_type}:{offer.task_id}",
+            scheduling_strategy=self._here,
             num_cpus=amounts.get("cpu", 0.0),
             memory=int(amounts.get("mem_gb", 0.0) * (1 << 30)) or None,
             num_gpus=amounts.get("gpu", 0.0),
@@ -448,9 +501,9 @@ class _RayProcesses:
 class ArtifactsActor(_Face):
     """Serves M1's artifact store to workers on other machines, part by part."""
 
-    def __init__(self, home: str) -> None:
+    def __init__(self) -> None:
         """Open the store."""
-        self._server = ArtifactServer(load_settings(Path(home)))
+        self._server = ArtifactServer(load_settings())
 
     async def do_identity(self) -> str:
         """Return what tells whether a caller sees the same directory."""
@@ -505,22 +558,34 @@ def _create(face: type, name: str, pin: str, *args: str) -> None:
 
 def start_moderator(settings: Settings) -> None:
     """Create the moderator if there is none."""
-    _create(ModeratorActor, MODERATOR, settings.moderator.name, str(settings.home))
+    _create(ModeratorActor, MODERATOR, settings.moderator.name)
 
 
 def start_artifacts(settings: Settings) -> None:
     """Create the artifact server if there is none."""
-    _create(ArtifactsActor, ARTIFACTS, settings.moderator.name, str(settings.home))
+    _create(ArtifactsActor, ARTIFACTS, settings.moderator.name)
 
 
-def start_agent(worker: str, home: Path) -> None:
+def start_agent(worker: str) -> None:
     """Create a worker's agent if there is none, pinned to the node with its resource."""
-    _create(NodeAgent, agent_name(worker), worker, worker, str(home))
+    _create(NodeAgent, agent_name(worker), worker, worker)
+
+
+def _base_slots(settings: Settings) -> int:
+    return 1 if settings.ray.is_tiny else min(8, max(2, os.cpu_count() or 2))
 
 
 def _moderator_address(settings: Settings) -> str:
     node = settings.worker.moderator_node
     return f"{node.address}:{node.port + settings.ports.offset}"
+
+
+def _machine_id(settings: Settings) -> str:
+    """Return what names this machine, or nothing where nobody gave it a name."""
+    try:
+        return (settings.cluster_dir / "machine_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def _new_id() -> str:

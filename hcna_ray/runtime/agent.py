@@ -4,13 +4,19 @@ Plain asyncio; Ray is behind the `Processes` and `ModeratorLink` protocols. The 
 process that runs work on its machine, so what it cannot vouch for any more it ends: a worker that
 could not renew its session for ``self_stop_s`` stops its attempts before the moderator hands them
 to somebody else.
+
+To be stopped in good order, a worker's supervisor puts a file ``goodbye`` into the directory
+`AgentSettings.run`. The agent then ends its processes, tells the moderator, and answers with
+``goodbye.done``, whose JSON says whether the moderator heard it (``delivered``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -19,7 +25,12 @@ from typing import Any, Protocol
 
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.envelopes import Intent, Telemetry
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.errors import (
+    HcnaError,
+    ModeratorUnavailable,
+    StaleWorker,
+    WorkerNameTaken,
+)
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, Token
 from hcna_ray.runtime.host import last_words, signal_group
 from hcna_ray.runtime.journal import (
@@ -32,6 +43,7 @@ from hcna_ray.runtime.journal import (
 )
 from hcna_ray.runtime.messages import (
     Exchange,
+    Goodbye,
     Grant,
     Heartbeat,
     HeartbeatReply,
@@ -55,6 +67,15 @@ RESPAWN_MAX_S = 10.0
 GONE_WAIT_S = 5.0
 #: Pause before a call that failed is repeated.
 RETRY_S = 0.2
+#: Written to see whether the outbox takes anything: more than fits beside a file's name.
+PROBE = bytes(8192)
+#: Pause before a worker whose name another one has tries again.
+STAND_BACK_S = 5.0
+#: How long a goodbye may take; the supervisor waits for 5 s in all.
+GOODBYE_S = 4.0
+#: What the supervisor leaves in the run directory, and what it waits for.
+GOODBYE_FILE = "goodbye"
+GOODBYE_DONE_FILE = "goodbye.done"
 #: Stop orders left for one member; older ones have long been obeyed or are void.
 ORDERS_KEPT = 100
 
@@ -90,6 +111,10 @@ class ModeratorLink(Protocol):
         """Tell that a slot's process ended."""
         ...
 
+    async def goodbye(self, bye: Goodbye) -> None:
+        """Tell that this worker stops."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentSettings:
@@ -99,6 +124,8 @@ class AgentSettings:
     node_id: str
     incarnation: str
     outbox: Path
+    #: Where the supervisor asks for a goodbye; without it, it never does.
+    run: Path | None = None
     #: Slots kept alive.
     base: int = 4
     heartbeat_s: float = 5.0
@@ -157,7 +184,12 @@ class WorkerAgent:
         #: Set when an exchange was told that the moderator does not know this worker.
         self._forgotten = asyncio.Event()
         self._fenced = False
+        #: Set while the moderator says that somebody else is this worker.
+        self._standing_back = False
         self._closing = False
+        #: A request that was there before this agent is not meant for it.
+        self._old_request = self._goodbye_request()
+        self._trouble = ""
         self._deaths = 0
         self._respawn_at = 0.0
         #: Names of members that are gone while the moderator has not yet heard of it.
@@ -186,6 +218,9 @@ class WorkerAgent:
     async def close(self) -> None:
         """End every process of this worker and stop serving. Harmless twice."""
         self._closing = True
+        self._kill_members()
+
+    def _kill_members(self) -> None:
         for member in self._members.values():
             if member.pid is not None:
                 self._kill(member.pid, signal.SIGKILL)
@@ -198,7 +233,7 @@ class WorkerAgent:
             pid: Its process id.
         """
         member = self._members.get(name)
-        if member is None or self._closing:
+        if member is None or self._closing or self._standing_back:
             return False
         member.pid = pid
         self._deaths = 0
@@ -209,6 +244,10 @@ class WorkerAgent:
         """Whether the moderator confirmed this worker's session lately."""
         silence = self._clock.elapsed() - self._confirmed
         return self._connected and silence < 3 * self._settings.heartbeat_s
+
+    @property
+    def _retry_s(self) -> float:
+        return STAND_BACK_S if self._standing_back else RETRY_S
 
     @property
     def slots(self) -> int:
@@ -233,10 +272,15 @@ class WorkerAgent:
                 reply = await self._link.heartbeat(self._beat())
                 if reply.known:
                     self._confirmed = asked
+                    self._standing_back = False
                     self._unfence()
                 else:
                     self._connected = False
                     continue
+            except (StaleWorker, WorkerNameTaken) as error:
+                self._stand_back(error)
+                await asyncio.sleep(STAND_BACK_S)
+                continue
             except HcnaError as error:
                 log.warning(
                     "the moderator did not answer",
@@ -250,6 +294,18 @@ class WorkerAgent:
                     await self._forgotten.wait()
             except TimeoutError:
                 pass
+
+    def _stand_back(self, error: HcnaError) -> None:
+        """Somebody else is this worker: run nothing here until that one is away."""
+        if self._standing_back or self._closing:
+            return
+        self._standing_back = True
+        log.error(
+            "this worker stands back: %s",
+            error,
+            extra={"action": "agent.stands_back", "worker": self._settings.worker},
+        )
+        self._kill_members()
 
     async def _say_hello(self) -> None:
         left_behind = await self._collect_leftovers()
@@ -341,7 +397,20 @@ class WorkerAgent:
             incarnation=self._settings.incarnation,
             telemetry=envelope.to_dict(),
             slots=self.slots,
+            trouble=self._find_trouble(),
+            sent_at=self._clock.now(),
+            unanswered_s=self._clock.elapsed() - self._confirmed,
         )
+
+    def _find_trouble(self) -> str:
+        """Return why this worker can run nothing just now: its outbox takes no more."""
+        probe = self._settings.outbox / ".probe"
+        try:
+            probe.write_bytes(PROBE)
+            probe.unlink()
+        except OSError as error:
+            return f"cannot write to its disk ({error.strerror or error})"
+        return ""
 
     # -- heavy attempts, stops, intents ------------------------------------------------------------
 
@@ -365,8 +434,9 @@ class WorkerAgent:
                 seq -= 1
                 continue
             del self._answers[: len(answers)]
+            received = self._clock.elapsed()
             for offer in grant.offers:
-                self._start_heavy(offer)
+                self._start_heavy(offer.received(received))
             for stop in grant.stops:
                 self._on_stop(stop)
             for order in grant.intents:
@@ -378,7 +448,7 @@ class WorkerAgent:
             try:
                 grant = await self._link.exchange(exchange)
             except HcnaError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(self._retry_s)
                 continue
             if grant.hello:
                 self._connected = False
@@ -460,7 +530,7 @@ class WorkerAgent:
 
     def _balance(self) -> None:
         """Keep the slots alive."""
-        if self._closing or self._clock.elapsed() < self._respawn_at:
+        if self._closing or self._standing_back or self._clock.elapsed() < self._respawn_at:
             return
         slots = sum(1 for one in self._members.values() if one.offer is None)
         for _ in range(self._settings.base - slots):
@@ -518,7 +588,7 @@ class WorkerAgent:
                 )
                 await self._link.slot_gone(gone)
             except HcnaError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(self._retry_s)
                 continue
             for files in (*executors, member.files):
                 files.remove()
@@ -535,11 +605,81 @@ class WorkerAgent:
 
     async def _watch_loop(self) -> None:
         while not self._closing:
+            if self._goodbye_request() not in (None, self._old_request):
+                await self._say_goodbye()
+                return
             silence = self._clock.elapsed() - self._confirmed
             if silence > self._settings.self_stop_s and not self._fenced:
                 self._fence()
             self._balance()
             await asyncio.sleep(WATCH_S)
+
+    def _goodbye_request(self) -> tuple[int, int] | None:
+        """Return what tells one request of the supervisor from another; ``None`` without one."""
+        if self._settings.run is None:
+            return None
+        try:
+            found = (self._settings.run / GOODBYE_FILE).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    async def _say_goodbye(self) -> None:
+        """End every process, tell the moderator what they left, and answer the supervisor."""
+        log.info(
+            "asked to stop: this worker says goodbye",
+            extra={"action": "agent.goodbye", "worker": self._settings.worker},
+        )
+        await self.close()
+        delivered = False
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._deliver_goodbye()
+            delivered = True
+        except (TimeoutError, StaleWorker, WorkerNameTaken) as error:
+            # Its silence, or whoever is this worker now, tells the moderator as well.
+            log.warning(
+                "the moderator did not hear the goodbye",
+                extra={"action": "agent.goodbye_unheard", "error": str(error)},
+            )
+        self._answer_supervisor(delivered)
+
+    async def _deliver_goodbye(self) -> None:
+        while True:
+            try:
+                # Also what others told the moderator of a moment ago: the fence drops it.
+                executors = self._executors()
+                await self._end(executors)
+                if not self._connected:
+                    await self._say_hello()
+                found = self._last_words(executors, FailureKind.LOST, "its worker was stopped")
+                bye = Goodbye(
+                    worker=self._settings.worker,
+                    incarnation=self._settings.incarnation,
+                    reports=tuple(one for one in found if not _plainly_lost(one)),
+                )
+                await self._link.goodbye(bye)
+            except (StaleWorker, WorkerNameTaken):
+                raise
+            except HcnaError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            for files in executors:
+                files.remove()
+            return
+
+    def _answer_supervisor(self, delivered: bool) -> None:
+        assert self._settings.run is not None
+        answer = self._settings.run / GOODBYE_DONE_FILE
+        scratch = answer.with_suffix(f".{os.getpid()}")
+        try:
+            scratch.write_text(json.dumps({"delivered": delivered, "at": self._clock.now()}))
+            scratch.replace(answer)
+        except OSError as error:
+            log.error(
+                "the goodbye cannot be answered",
+                extra={"action": "agent.goodbye_failed", "error": str(error)},
+            )
 
     def _fence(self) -> None:
         """Nobody has confirmed this worker's session for too long: whatever runs must stop.
@@ -564,3 +704,9 @@ class WorkerAgent:
                     write_stops(member.files, kept)
                 except OSError:  # A full disk: no order at all is the better half of it.
                     member.files.stop.unlink(missing_ok=True)
+
+
+def _plainly_lost(report: Report) -> bool:
+    """Whether all that a report says is that its attempt ended with its worker."""
+    error = report.error
+    return report.kind == ReportKind.LOST and error is not None and error.kind is FailureKind.LOST

@@ -1,11 +1,13 @@
 """Artifacts as a worker sees them: local files, wherever the store is.
 
 M1 keeps the store. A worker on the same machine uses it directly; any other worker copies parts
-through the ``artifacts`` actor and keeps what it read in a cache of its own.
+through the ``artifacts`` actor and keeps what it read in a cache of its own. The cache is pruned by
+size and age; a slot holds a shared lock on what its attempts were given, and that stays.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -21,6 +23,9 @@ from hcna_ray.store.artifacts import ArtifactStore, OffsetMismatch, Upload
 #: Names the store's directory, so that a worker can tell whether it sees the same one.
 _IDENTITY_FILE = "identity"
 _PART_TIMEOUT_S = 60.0
+_PART_PREFIX = ".part-"
+#: A file that is still being fetched after this long was left behind by a process that died.
+_PART_IDLE_S = 86400.0
 
 
 def open_store(settings: Settings) -> ArtifactStore:
@@ -35,6 +40,59 @@ def open_store(settings: Settings) -> ArtifactStore:
         disk_free_bytes_min=limits.disk_free_bytes_min,
         now=time.time,
     )
+
+
+def prune_cache(settings: Settings, *, room_bytes: int = 0) -> int:
+    """Remove from a worker's cache what was not used for long, and the least recently used.
+
+    Args:
+        settings: The worker's; ``limits.artifact_cache_bytes`` and ``artifact_cache_s`` count.
+        room_bytes: Size of what is about to be added.
+
+    Returns:
+        How many files went.
+    """
+    now = time.time()
+    limit = settings.limits.artifact_cache_bytes - room_bytes
+    found: list[tuple[float, int, Path]] = []
+    for path in _cache_of(settings).glob("*"):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        if not path.name.startswith(_PART_PREFIX):
+            found.append((stat.st_mtime, stat.st_size, path))
+        elif now - stat.st_mtime > _PART_IDLE_S:
+            path.unlink(missing_ok=True)
+    total = sum(size for _, size, _ in found)
+    removed = 0
+    for used_at, size, path in sorted(found):
+        if total <= limit and now - used_at <= settings.limits.artifact_cache_s:
+            break
+        if _remove_unused(path):
+            total -= size
+            removed += 1
+    return removed
+
+
+def _remove_unused(path: Path) -> bool:
+    """Delete a cached file unless somebody holds a lock on it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _cache_of(settings: Settings) -> Path:
+    return settings.home / "cache"
 
 
 class ArtifactServer:
@@ -136,16 +194,19 @@ class WorkerArtifacts:
 
     def _fetch(self, sha256: str) -> Path:
         """Copy an artifact into this worker's cache, checked by its digest."""
-        cache = self._settings.home / "cache"
+        cache = _cache_of(self._settings)
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         target = cache / sha256
-        if target.is_file():
+        try:
             os.utime(target)
             return target
+        except FileNotFoundError:
+            pass
         total = int(self._link.call("size", sha256))
+        prune_cache(self._settings, room_bytes=total)
         part_bytes = self._settings.limits.artifact_part_bytes
         digest = hashlib.sha256()
-        with tempfile.NamedTemporaryFile(dir=cache, prefix=".part-", delete=False) as scratch:
+        with tempfile.NamedTemporaryFile(dir=cache, prefix=_PART_PREFIX, delete=False) as scratch:
             try:
                 received = 0
                 while received < total:

@@ -11,12 +11,17 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import ray
 import yaml
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.errors import HcnaError
@@ -50,7 +55,7 @@ def bring_up(settings: Settings) -> None:
     start_moderator(settings)
     start_artifacts(settings)
     for worker in worker_names():
-        start_agent(worker, settings.home)
+        start_agent(worker)
     _wait_for_moderator()
     deploy_composite(settings)
 
@@ -76,7 +81,8 @@ def deploy_composite(settings: Settings, config: Path | None = None) -> None:
     """Deploy C1 as its file says, leaving every other Serve application as it is.
 
     A plain ``serve deploy`` owns the whole list of applications, so what is deployed already is
-    read from the cluster first and sent along.
+    read from Serve first and sent along. Serve's controller is asked itself and not the dashboard,
+    which may be off (profile ``tiny``).
 
     Args:
         settings: Where C1 listens.
@@ -86,50 +92,48 @@ def deploy_composite(settings: Settings, config: Path | None = None) -> None:
         BootstrapFailed: Serve refused the configuration, or C1 did not come up in time.
     """
     plan = yaml.safe_load((config or find_serve_config()).read_text())
+    plan["http_options"] = {
+        **plan.get("http_options", {}),
+        "host": settings.api_host,
+        "port": settings.api_port,
+    }
     own = next(one for one in plan["applications"] if one["name"] == APPLICATION)
-    url = f"{settings.dashboard_url}/api/serve/applications/"
-    with httpx.Client(timeout=30.0, headers=_dashboard_headers(settings)) as http:
+    try:
+        client = _serve_client(plan)
         others = [
             details["deployed_app_config"]
-            for name, details in _applications(http, url).items()
+            for name, details in client.get_serve_details()["applications"].items()
             if name != APPLICATION and details.get("deployed_app_config")
         ]
         plan["applications"] = [own, *others]
-        plan["http_options"] = {
-            **plan.get("http_options", {}),
-            "host": settings.api_host,
-            "port": settings.api_port,
-        }
-        answer = http.put(url, json=plan)
-        if answer.is_error:
-            raise BootstrapFailed(f"Serve refused the configuration: {answer.text[:500]}")
-        _wait_for_composite(http, url)
+        client.deploy_apps(ServeDeploySchema.model_validate(plan))
+        _wait_for_composite(client)
+    except (RayError, RayServeException, TimeoutError, ValueError) as error:
+        raise BootstrapFailed(f"Serve refused the configuration: {str(error)[-1500:]}") from error
 
 
-def _dashboard_headers(settings: Settings) -> dict[str, str]:
-    """Return what Ray's dashboard asks for: the cluster's own token, where there is one."""
-    token = settings.keys_dir / "ray.token"
-    if not token.is_file():
-        return {}
-    return {"Authorization": f"Bearer {token.read_text().strip()}"}
+def _serve_client(plan: Mapping[str, Any]) -> Any:
+    """Return a client of Serve's controller, which is started if there is none."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        schema = ServeDeploySchema.model_validate(plan)
+        serve.start(
+            proxy_location=schema.proxy_location,
+            http_options=schema.http_options.model_dump(),
+            grpc_options=schema.grpc_options.model_dump(),
+        )
+        client = _get_global_client()
+    return client
 
 
-def _applications(http: httpx.Client, url: str) -> dict[str, Any]:
-    try:
-        applications: dict[str, Any] = http.get(url).raise_for_status().json()["applications"]
-    except httpx.HTTPError as error:
-        raise BootstrapFailed(f"the Ray dashboard does not answer: {error}") from error
-    return applications
-
-
-def _wait_for_composite(http: httpx.Client, url: str) -> None:
+def _wait_for_composite(client: Any) -> None:
     end = time.monotonic() + READY_S
     while True:
-        own = _applications(http, url).get(APPLICATION, {})
-        if own.get("status") == "RUNNING":
+        own = client.get_serve_status(APPLICATION).app_status
+        if own.status == ApplicationStatus.RUNNING:
             return
-        if own.get("status") == "DEPLOY_FAILED" or time.monotonic() > end:
-            raise BootstrapFailed(f"C1 did not come up: {str(own.get('message', ''))[-1500:]}")
+        if own.status == ApplicationStatus.DEPLOY_FAILED or time.monotonic() > end:
+            raise BootstrapFailed(f"C1 did not come up: {own.message[-1500:]}")
         time.sleep(0.1)
 
 

@@ -175,8 +175,8 @@ class Dispatcher:
         else:
             self._estimates[task_type] = known + ESTIMATE_WEIGHT * (duration_ms - known)
 
-    def offer(self, task: Task) -> Offer:
-        """Return what the runner of a leased task needs to know."""
+    def offer(self, task: Task, now: float) -> Offer:
+        """Return what the runner of a leased task needs to know, as it is at an instant."""
         needs = task.needs
         amounts: tuple[tuple[str, float], ...] = ()
         if needs.heavy:
@@ -194,7 +194,7 @@ class Dispatcher:
             lease.token,
             task.spec.payload,
             task.spec.timeout_s,
-            task.spec.expires_at,
+            None if task.spec.expires_at is None else max(0.0, task.spec.expires_at - now),
             task.checkpoint,
             task.spec.traceparent,
             amounts,
@@ -366,7 +366,7 @@ class Dispatcher:
                 granted_at=now,
             )
             step = ledger.step(task, LeaseGranted(at=now, lease=lease))
-            granted.setdefault(place, []).append(self.offer(step.task))
+            granted.setdefault(place, []).append(self.offer(step.task, now))
         return {place: tuple(offers) for place, offers in granted.items()}
 
     # -- concurrency keys ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ a short one, and a cancel or a crash ends one executor and nothing else.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -34,7 +35,16 @@ from hcna_ray.runtime.journal import (
     unfinished,
     write_stops,
 )
-from hcna_ray.runtime.messages import Exchange, Grant, Offer, Report, ReportKind, Stop
+from hcna_ray.runtime.messages import (
+    DISK_FAILED,
+    DRAINED,
+    Exchange,
+    Grant,
+    Offer,
+    Report,
+    ReportKind,
+    Stop,
+)
 from hcna_ray.runtime.runner import ArtifactLink
 
 log = logging.getLogger(__name__)
@@ -47,6 +57,11 @@ KILL_GRACE_S = 10.0
 FENCE_GRACE_S = 5.0
 #: Pause before a call that failed is repeated.
 RETRY_S = 0.1
+#: Pause of a slot whose outbox takes nothing, doubled up to the maximum until it does.
+DISK_PAUSE_S = 0.5
+DISK_PAUSE_MAX_S = 30.0
+#: Written to see whether the outbox takes anything: more than fits beside a file's name.
+PROBE = bytes(8192)
 #: Idle executors kept, beside the one that takes grants.
 SPARES = 1
 #: Pause before an executor is forked after one that died before its first word.
@@ -120,6 +135,13 @@ class _Executor:
     turned: asyncio.Event = field(default_factory=asyncio.Event)
     orders: dict[AttemptKey, tuple[StopOrder, float]] = field(default_factory=dict)
     killed: bool = False
+    #: Open files of the artifacts it was given: while they are locked, nobody prunes them.
+    in_use: list[int] = field(default_factory=list)
+
+    def let_files_go(self) -> None:
+        """Its attempt is over: whatever it was given may be pruned."""
+        while self.in_use:
+            os.close(self.in_use.pop())
 
 
 class SlotHost:
@@ -161,6 +183,9 @@ class SlotHost:
         self._sending = False
         self._forks = 0
         self._forking = 0
+        #: How long the slot pauses for its disk's sake, and until when.
+        self._disk_pause_s = 0.0
+        self._disk_retry_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- life ------------------------------------------------------------------------------------
@@ -176,12 +201,14 @@ class SlotHost:
         seq = 0
         while True:
             executor = await self._next_executor()
+            await self._spare_the_disk(executor)
             seq += 1
             grant = await self._exchange(seq, executor)
             for stop in grant.stops:
                 self._stop(stop)
             self._active = executor
-            self._hand_over(executor, grant.offers)
+            received = self._clock.elapsed()
+            self._hand_over(executor, tuple(offer.received(received) for offer in grant.offers))
             await executor.turned.wait()
             self._active = None
 
@@ -231,6 +258,47 @@ class SlotHost:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for executor in self._executors.values():
             executor.channel.close()
+            executor.let_files_go()
+
+    # -- a full disk -----------------------------------------------------------------------------
+
+    def _watch_disk(self, reports: tuple[Report, ...]) -> None:
+        """Notice that attempts come back, or start, for the disk's sake."""
+        for report in reports:
+            if report.kind == ReportKind.STARTED:
+                self._disk_pause_s = 0.0
+            elif report.error is not None and report.error.type == DISK_FAILED:
+                self._pause_for_disk(report.error.message)
+                return
+
+    def _pause_for_disk(self, why: str) -> None:
+        now = self._clock.elapsed()
+        if now < self._disk_retry_at:
+            return
+        self._disk_pause_s = min(max(2 * self._disk_pause_s, DISK_PAUSE_S), DISK_PAUSE_MAX_S)
+        self._disk_retry_at = now + self._disk_pause_s
+        log.error(
+            "%s: this slot pauses for %.1f s",
+            why,
+            self._disk_pause_s,
+            extra={"action": "slot.disk_full", "pause_s": self._disk_pause_s},
+        )
+
+    async def _spare_the_disk(self, executor: _Executor) -> None:
+        """Take no grant while no start can be written down: it would come back at once."""
+        if self._clock.elapsed() >= self._disk_retry_at:
+            return
+        if executor.reports:  # They would have gone with the exchange.
+            reports, executor.reports = executor.reports, ()
+            self._send_surely(reports, lambda: self._note_ends(executor, reports))
+        while (wait := self._disk_retry_at - self._clock.elapsed()) > 0:
+            await asyncio.sleep(wait)
+            try:
+                probe = self._stop_file.with_suffix(".probe")
+                probe.write_bytes(PROBE)
+                probe.unlink()
+            except OSError as error:
+                self._pause_for_disk(f"the outbox cannot be written ({error.strerror or error})")
 
     # -- executors -------------------------------------------------------------------------------
 
@@ -310,6 +378,8 @@ class SlotHost:
     def _on_idle(self, executor: _Executor, reports: tuple[Report, ...]) -> None:
         executor.idle_since = self._clock.elapsed()
         executor.ready = True
+        executor.let_files_go()
+        self._watch_disk(reports)
         if executor is self._active or not reports:
             executor.reports = reports  # They travel with the next exchange.
             self._idle.append(executor)
@@ -325,6 +395,8 @@ class SlotHost:
         self._news.set()
 
     def _on_reports(self, executor: _Executor, reports: tuple[Report, ...]) -> None:
+        self._watch_disk(reports)
+
         def confirmed(arrived: bool) -> None:
             if arrived:
                 self._note_ends(executor, reports)
@@ -349,7 +421,10 @@ class SlotHost:
                 sha256, size = await asyncio.to_thread(self._artifacts.put, path)
                 answer = Frame(channel.FILE, text=sha256, number=size)
             else:
-                found = await asyncio.to_thread(self._artifacts.get, question.text)
+                found, lock = await asyncio.to_thread(self._get_locked, question.text)
+                executor.in_use.append(lock)
+                if executor.dead:
+                    executor.let_files_go()
                 answer = Frame(channel.FILE, text=str(found))
         except NotFound:
             answer = Frame(channel.FILE)
@@ -358,6 +433,22 @@ class SlotHost:
             answer = Frame(channel.FILE, text=str(error) or type(error).__name__, number=-1)
         executor.channel.send(answer)
 
+    def _get_locked(self, sha256: str) -> tuple[Path, int]:
+        """Return an artifact's file, and a descriptor that keeps it from being pruned."""
+        for again in (True, True, False):
+            found = self._artifacts.get(sha256)
+            try:
+                lock = os.open(found, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if again:  # Pruned in between: get it anew.
+                    continue
+                raise
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.fstat(lock).st_nlink:
+                return found, lock
+            os.close(lock)
+        raise FileNotFoundError(f"artifact {sha256} is pruned faster than it is read")
+
     def _on_exit(self, pid: int, status: int) -> None:
         """An executor ended: its journal says what had started and what had ended."""
         executor = self._executors.pop(pid, None)
@@ -365,6 +456,7 @@ class SlotHost:
             return
         executor.dead = True
         executor.channel.close()
+        executor.let_files_go()
         self._kill(-pid, signal.SIGKILL)  # Whatever the handler left running.
         how = describe_exit(status)
         if executor.holds and not executor.killed and not executor.orders:
@@ -616,11 +708,11 @@ def _end_of(
         return Report(
             ReportKind.FAILED, started.task_id, token, now, started_at=started.at, error=error
         )
+    type_ = DRAINED if reason == "drain" else None
     if reason is not None:
         kind, how = FailureKind.LOST, f"stopped by its worker ({reason})"
-    return Report(
-        ReportKind.LOST, started.task_id, token, now, error=TaskError(kind=kind, message=how)
-    )
+    error = TaskError(kind=kind, type=type_, message=how)
+    return Report(ReportKind.LOST, started.task_id, token, now, error=error)
 
 
 def describe_exit(status: int) -> str:

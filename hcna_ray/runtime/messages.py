@@ -81,6 +81,11 @@ class WorkerInfo:
     running: tuple[Mapping[str, Any], ...]
     telemetry: Mapping[str, Any]
     draining_until: float | None = None
+    address: str = ""
+    #: Why it can run nothing although it is there; empty when nothing is wrong.
+    trouble: str = ""
+    #: Seconds that the worker's wall clock is ahead of M1's.
+    clock_ahead_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +141,23 @@ class Hello:
     task_types: tuple[str, ...]
     #: What the journals of earlier incarnations still hold.
     reports: tuple[Report, ...] = ()
+    #: Names the machine, so that two that claim one worker's name can be told apart.
+    machine_id: str = ""
+    #: The worker's node in Ray's table.
+    ray_node_id: str = ""
+    #: The worker's wall clock when this was sent; 0 when it does not say.
+    sent_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goodbye:
+    """An agent's last word: its processes have ended, and it will not come back by itself."""
+
+    worker: str
+    incarnation: str
+    #: What the journals still held. What had started and not ended is left out: the moderator takes
+    #: it back without counting a loss.
+    reports: tuple[Report, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +178,13 @@ class Heartbeat:
     incarnation: str
     telemetry: Mapping[str, Any]
     slots: int = 0
+    #: Why the worker can run nothing just now; empty when nothing is wrong.
+    trouble: str = ""
+    #: The worker's wall clock when this was sent; 0 when it does not say.
+    sent_at: float = 0.0
+    #: Seconds since the last heartbeat that was answered was sent. The lease counts from that one:
+    #: a network that lets nothing through one way must not keep it alive.
+    unanswered_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +206,17 @@ class ReportKind:
     RETURNED = "returned"
 
 
+#: ``type`` of the error of an attempt that was stopped because its worker's drain had ended.
+DRAINED = "WorkerDrained"
+#: ``type`` of the error of an attempt that came back because its start could not be written down.
+DISK_FAILED = "WorkerDiskFailed"
+
+
 class Report(NamedTuple):
-    """One thing that happened to one attempt on a worker. Dropped unless its token is in force."""
+    """One thing that happened to one attempt on a worker. Dropped unless its token is in force.
+
+    ``at`` and ``started_at`` are instants of the worker's wall clock.
+    """
 
     kind: str
     task_id: str
@@ -200,11 +238,21 @@ class Offer(NamedTuple):
     token: Token
     payload: bytes
     timeout_s: float
-    expires_at: float | None
+    #: Seconds until the task expires, on M1's clock when it answered. Only M1's wall clock counts:
+    #: a worker measures the rest on a clock that never steps.
+    expires_in_s: float | None
     checkpoint: bytes | None
     traceparent: str | None
     #: Needs of a heavy attempt as (name, amount) pairs; empty in a slot.
     needs: tuple[tuple[str, float], ...] = ()
+    #: The same end on the worker's CLOCK_BOOTTIME; set by `received`.
+    expires_boot: float | None = None
+
+    def received(self, elapsed: float) -> Offer:
+        """Return the offer as its worker keeps it from the moment of its receipt on."""
+        if self.expires_in_s is None:
+            return self
+        return self._replace(expires_boot=elapsed + self.expires_in_s)
 
 
 class Stop(NamedTuple):

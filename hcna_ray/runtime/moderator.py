@@ -25,6 +25,7 @@ from hcna_ray.runtime.intake import Intake
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
     Exchange,
+    Goodbye,
     Heartbeat,
     Hello,
     ModeratorStatus,
@@ -35,7 +36,9 @@ from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.reports import ReportDesk
 from hcna_ray.runtime.requests import (
     Cancel,
+    ForgetWorker,
     MarkWorker,
+    NodesSeen,
     Note,
     PauseQueue,
     Pending,
@@ -151,6 +154,7 @@ class Moderator:
             if answer is not LATER:
                 turn.answers.append((pending, answer))
         self._run_timers(turn)
+        self._workforce.watch_sessions(turn)
         self._keep_house(turn)
         self._aftermath.take_orders(turn)
         self._aftermath.follow_up(turn)
@@ -164,7 +168,9 @@ class Moderator:
         if self._aftermath.unfinished or self._dispatcher.unfinished:
             return 0.0
         wake_at = self._store.next_wake()
-        pause = HOUSEKEEPING_S
+        # A lease ends to the moment: its task should not wait for the next look around.
+        silence_s = self._workforce.sessions.next_change_s(self._clock.elapsed())
+        pause = min(HOUSEKEEPING_S, silence_s + 0.001)
         if wake_at is not None:
             pause = min(pause, max(0.0, wake_at - self._clock.now()))
         return pause
@@ -198,7 +204,7 @@ class Moderator:
         self._paused = self._store.paused()
         self._live.reset(leased)
         self._dispatcher.reset()
-        self._workforce.reset(leased, self._clock.elapsed())
+        self._workforce.reset(leased, self._clock.now(), self._clock.elapsed())
         self._intake.reset()
         self._aftermath.reset()
 
@@ -207,7 +213,7 @@ class Moderator:
         for pending in batch:
             request = pending.request
             match request:
-                case Exchange() | Reports() | SlotGone() | Hello():
+                case Exchange() | Reports() | SlotGone() | Hello() | Goodbye():
                     ids += [report.task_id for report in request.reports]
                 case SubmitBatch():
                     ids += [spec.id for spec in request.specs]
@@ -242,8 +248,15 @@ class Moderator:
                 return self._intake.retry(turn, request)
             case RetryMany():
                 return self._intake.retry_many(turn, request)
+            case Goodbye():
+                return self._workforce.goodbye(turn, request)
+            case NodesSeen():
+                self._workforce.nodes_seen(turn, request)
+                return None
             case MarkWorker():
                 return self._workforce.mark(turn, request)
+            case ForgetWorker():
+                return self._workforce.forget(turn, request)
             case SendIntent():
                 return self._workforce.send_intent(turn, pending, request)
             case PauseQueue():

@@ -18,6 +18,7 @@ from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
+    Goodbye,
     Grant,
     Heartbeat,
     HeartbeatReply,
@@ -122,6 +123,10 @@ class AgentModeratorLink:
     async def slot_gone(self, gone: SlotGone) -> None:
         """Tell that a process ended."""
         await self._link.acall("slot_gone", gone)
+
+    async def goodbye(self, bye: Goodbye) -> None:
+        """Tell that the worker stops."""
+        await self._link.acall("goodbye", bye)
 
 
 class SlotModeratorLink:

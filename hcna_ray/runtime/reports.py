@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 from hcna_ray.core.errors import Invalid
@@ -15,7 +16,7 @@ from hcna_ray.core.events import (
     LeaseReturned,
 )
 from hcna_ray.core.models import FailureKind, Task, TaskError, Token
-from hcna_ray.runtime.messages import Ack, Report, ReportKind
+from hcna_ray.runtime.messages import DRAINED, Ack, Report, ReportKind
 from hcna_ray.runtime.turn import Turn
 
 
@@ -31,12 +32,20 @@ class ReportDesk:
         """
         self._observe, self._jitter = observe, jitter
 
-    def apply(self, turn: Turn, reports: Iterable[Report]) -> Ack:
-        """Apply reports in order; say how many counted and which were late."""
+    def apply(self, turn: Turn, reports: Iterable[Report], skew: float = 0.0) -> Ack:
+        """Apply reports in order; say how many counted and which were late.
+
+        Args:
+            turn: The batch.
+            reports: What a worker says, with instants of its own wall clock.
+            skew: What to add to those to have them on ours.
+        """
         applied, late = 0, []
         for report in reports:
             task = turn.ledger.get(report.task_id)
-            if task is not None and self._report(turn, task, report):
+            if task is not None and self._report(
+                turn, task, _on_our_clock(report, task, turn, skew)
+            ):
                 applied += 1
             else:
                 late.append((report.task_id, report.token))
@@ -93,14 +102,41 @@ class ReportDesk:
                 error = _error(report)
                 return turn.ledger.step(
                     task,
-                    AttemptLost(at=turn.now, token=token, kind=error.kind, message=error.message),
+                    AttemptLost(
+                        at=turn.now,
+                        token=token,
+                        kind=error.kind,
+                        message=error.message,
+                        counted=error.type != DRAINED,
+                    ),
                 ).changed
             case ReportKind.RETURNED:
+                why = "given back" if report.error is None else report.error.message
                 return turn.ledger.step(
-                    task, LeaseReturned(at=turn.now, token=token, reason="given back")
+                    task, LeaseReturned(at=turn.now, token=token, reason=why)
                 ).changed
             case _:
                 raise Invalid("invalid_report", f"unknown report kind {report.kind!r}")
+
+
+def _on_our_clock(report: Report, task: Task, turn: Turn, skew: float) -> Report:
+    """Move a report's instants to our clock: after the grant, and not after now.
+
+    A worker's wall clock may be wrong by any amount, and nothing but what is shown depends on it.
+    """
+    if task.lease is None:
+        return report
+
+    def moved(at: float) -> float:
+        return min(max(at + skew, granted_at), turn.now)
+
+    granted_at = task.lease.granted_at
+    progress = report.progress
+    if progress is not None:
+        progress = dataclasses.replace(progress, at=moved(progress.at))
+    return report._replace(
+        at=moved(report.at), started_at=moved(report.started_at), progress=progress
+    )
 
 
 def _error(report: Report) -> TaskError:

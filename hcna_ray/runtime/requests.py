@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime.messages import (
     Exchange,
+    Goodbye,
     Heartbeat,
     Hello,
     ReplayQuery,
@@ -65,6 +66,30 @@ class MarkWorker:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ForgetWorker:
+    """Strike a worker that is away off the record; with ``force``, any worker."""
+
+    name: str
+    force: bool
+    principal: str
+
+
+class NodeSeen(NamedTuple):
+    """One living node of Ray's table that claims to be a worker."""
+
+    worker: str
+    ray_node_id: str
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodesSeen:
+    """What Ray's table says of workers' nodes: a hint, and never the end of a lease."""
+
+    nodes: tuple[NodeSeen, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SendIntent:
     """Pass an intent to a worker and wait for its answer."""
 
@@ -107,7 +132,10 @@ Request = (
     | SlotGone
     | Hello
     | Heartbeat
+    | Goodbye
+    | NodesSeen
     | MarkWorker
+    | ForgetWorker
     | SendIntent
     | PauseQueue
     | Note

@@ -29,7 +29,13 @@ from hcna_ray.handlers.errors import ResultTooLarge, TaskCancelled, TaskTimedOut
 from hcna_ray.handlers.registry import Registry
 from hcna_ray.handlers.run import HandlerOutcome, run_handler
 from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_birth
-from hcna_ray.runtime.messages import Offer, Report, ReportKind
+from hcna_ray.runtime.messages import (
+    DISK_FAILED,
+    DRAINED,
+    Offer,
+    Report,
+    ReportKind,
+)
 
 log = logging.getLogger(__name__)
 
@@ -208,10 +214,14 @@ class Runner:
                 current = _Current(offer, self._clock.now(), self._clock.elapsed())
                 # From here on a signal finds it; an order that came before is in the file.
                 self._shared.current = current
-                if self._may_start(current) and self._note_start(current):
-                    return offer
+                error: TaskError | None = None
+                if self._may_start(current):
+                    error = self._note_start(current)
+                    if error is None:
+                        return offer
                 self._shared.current = None
-                self._give_back([offer], "stopped, expired, or could not be noted")
+                why = "stopped or expired" if error is None else error.message
+                self._give_back([offer], why, error)
             self._give_back(list(self._shared.waiting), "the runner ends")
             self._shared.waiting.clear()
             return None
@@ -221,14 +231,18 @@ class Runner:
         offer = current.offer
         if current.stopping is not None:
             return False
-        if offer.expires_at is not None and offer.expires_at <= current.started_at:
+        if offer.expires_boot is not None and offer.expires_boot <= current.started_boot:
             return False
         name = (offer.task_id, *offer.token)
         stops = self._journal.read_stops()
         return all((one.task_id, one.generation, one.attempt) != name for one in stops)
 
-    def _note_start(self, current: _Current) -> bool:
-        """Write down that an attempt starts; one that no agent could ever find does not."""
+    def _note_start(self, current: _Current) -> TaskError | None:
+        """Write down that an attempt starts; one that no agent could ever find does not.
+
+        Returns:
+            Why it could not be written, or ``None``.
+        """
         offer, token = current.offer, Token(*current.offer.token)
         note = Note(
             pid=os.getpid(),
@@ -248,10 +262,11 @@ class Runner:
             self._say_disk_failed(error)
             self._note_idle()
             self.must_end = True
-            return False
+            text = f"{self._settings.worker} cannot write to its disk ({error.strerror or error})"
+            return TaskError(kind=FailureKind.ERROR, type=DISK_FAILED, message=text)
         self._shared.unconfirmed.append(started)
         self._shared.lock.notify_all()
-        return True
+        return None
 
     def _run_one(self, offer: Offer) -> None:
         current = self._shared.current
@@ -353,10 +368,11 @@ class Runner:
         self._shared.unconfirmed.append(report)
         self._shared.lock.notify_all()
 
-    def _give_back(self, offers: list[Offer], why: str) -> None:
+    def _give_back(self, offers: list[Offer], why: str, error: TaskError | None = None) -> None:
         now = self._clock.now()
         for offer in offers:
-            self._add(Report(ReportKind.RETURNED, offer.task_id, Token(*offer.token), now))
+            token = Token(*offer.token)
+            self._add(Report(ReportKind.RETURNED, offer.task_id, token, now, error=error))
         if offers:
             log.info(
                 "gave back %d attempts",
@@ -562,7 +578,8 @@ def _report_of(
         else:
             kind = ReportKind.LOST
             text = f"stopped by its worker ({current.stopping})"
-            error = TaskError(kind=FailureKind.LOST, message=text)
+            type_ = DRAINED if current.stopping == "drain" else None
+            error = TaskError(kind=FailureKind.LOST, type=type_, message=text)
     return Report(
         kind,
         offer.task_id,

@@ -1,12 +1,15 @@
 """Worker sessions: who is here, when it was last heard of, and what it said of itself.
 
 A session is renewed by heartbeats, in memory. Only the `WorkerRecord` is durable, so that a new
-moderator knows whom to wait for: every session it restores gets one full lease time.
+moderator knows whom to wait for: a session that was open gets one full lease time, one that was
+closed stays closed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,38 +17,79 @@ from typing import Any
 from hcna_ray.core.errors import StaleWorker
 from hcna_ray.core.models import Needs, WorkerRecord, WorkerState, WorkerView
 
+#: Heartbeats over which the difference between a worker's wall clock and ours is watched.
+SKEWS_KEPT = 12
+
 
 @dataclass(slots=True)
 class Session:
     """One worker as the moderator knows it now."""
 
     record: WorkerRecord
-    #: On the moderator's own clock that never steps.
+    #: When it was heard last, on the moderator's own clock that never steps.
+    heard: float
+    #: The instant from which its leases count: that of the last heartbeat which it knows was
+    #: answered. A worker that is heard but hears nothing is about to stop what it runs.
     renewed: float
-    #: Heartbeats have stopped for longer than the lease; its leases were taken back.
-    gone: bool = False
+    #: Its leases were taken back: it was silent for too long, or said goodbye.
+    closed: bool = False
+    #: Whether Ray says that the worker's node is dead or not there. A hint: it ends no lease.
+    node_missing: bool = False
+    #: Whether the log has said that it is suspect.
+    suspected: bool = False
+    #: Why it can run nothing although it is there.
+    trouble: str = ""
+    #: Our wall clock minus the worker's, as heartbeats arrived.
+    skews: deque[float] = field(default_factory=lambda: deque(maxlen=SKEWS_KEPT))
     telemetry: Mapping[str, Any] = field(default_factory=dict)
     slots: int = 0
     #: The end of the drain for which attempts have been told to stop.
     drained: float | None = None
 
+    @property
+    def skew(self) -> float:
+        """What to add to an instant of the worker's wall clock to have it on ours.
+
+        The smallest of late: a message can take long, but never arrives before it was sent.
+        """
+        return min(self.skews, default=0.0)
+
 
 class Sessions:
     """All workers by name."""
 
-    def __init__(self, *, suspect_s: float, ttl_s: float) -> None:
+    def __init__(self, *, suspect_s: float, ttl_s: float, gone_s: float) -> None:
         """Start empty.
 
         Args:
             suspect_s: Silence after which a worker gets no new work.
             ttl_s: Silence after which its leases are taken back.
+            gone_s: Silence after which nobody expects it back.
         """
-        self._suspect_s, self._ttl_s = suspect_s, ttl_s
+        self._suspect_s, self._ttl_s, self._gone_s = suspect_s, ttl_s, gone_s
+        #: One more heartbeat: what it knows was answered is one behind what was heard.
+        self._unanswered_s = 1.4 * suspect_s
         self._by_name: dict[str, Session] = {}
 
-    def restore(self, records: Iterable[WorkerRecord], elapsed: float) -> None:
-        """Give every worker on record one full lease time to call."""
-        self._by_name = {record.name: Session(record, elapsed) for record in records}
+    def restore(self, records: Iterable[WorkerRecord], now: float, elapsed: float) -> None:
+        """Follow the store: what was decided and not committed has not happened.
+
+        A worker that is new here and was not away gets one full lease time to call.
+
+        Args:
+            records: What the store remembers.
+            now: The instant: on it alone the time of a worker that is away can go on.
+            elapsed: The same on the clock that never steps.
+        """
+        before, self._by_name = self._by_name, {}
+        for record in records:
+            closed = record.asleep_at is not None or record.left_at is not None
+            session = before.get(record.name)
+            if session is None:
+                silence = max(0.0, now - record.last_seen_at) if closed else 0.0
+                session = Session(record, elapsed - silence, elapsed - silence)
+            session.record, session.closed = record, closed
+            self._by_name[record.name] = session
 
     def __iter__(self) -> Iterator[Session]:
         return iter(sorted(self._by_name.values(), key=lambda one: one.record.name))
@@ -64,9 +108,16 @@ class Sessions:
         """Register a worker, or renew what is known of it."""
         session = self._by_name.get(record.name)
         if session is None:
-            session = self._by_name[record.name] = Session(record, elapsed)
-        session.record, session.renewed, session.gone = record, elapsed, False
+            session = self._by_name[record.name] = Session(record, elapsed, elapsed)
+        session.record, session.closed = record, False
+        session.heard = session.renewed = elapsed
+        session.node_missing = session.suspected = False
+        session.skews.clear()
         return session
+
+    def drop(self, name: str) -> None:
+        """Forget a worker."""
+        self._by_name.pop(name, None)
 
     def current(self, worker: str, incarnation: str) -> Session | None:
         """Return the session a call belongs to; ``None`` when the worker must say hello first.
@@ -75,7 +126,7 @@ class Sessions:
             StaleWorker: a newer incarnation has taken the name.
         """
         session = self._by_name.get(worker)
-        if session is None or session.gone:
+        if session is None or session.closed:
             return None
         if session.record.incarnation != incarnation:
             raise StaleWorker(worker, incarnation, session.record.incarnation)
@@ -83,10 +134,12 @@ class Sessions:
 
     def state(self, session: Session, elapsed: float) -> WorkerState:
         """Return what the moderator thinks of a worker now."""
-        silence = elapsed - session.renewed
-        if session.gone or silence > self._ttl_s:
+        silence, unanswered = elapsed - session.heard, elapsed - session.renewed
+        if session.record.left_at is not None or silence > self._gone_s:
             return WorkerState.GONE
-        if silence > self._suspect_s:
+        if session.closed or unanswered > self._ttl_s:
+            return WorkerState.ASLEEP
+        if silence > self._suspect_s or unanswered > self._unanswered_s or session.node_missing:
             return WorkerState.SUSPECT
         if session.record.draining_until is not None:
             return WorkerState.DRAINING
@@ -99,8 +152,22 @@ class Sessions:
         return [
             one
             for one in self._by_name.values()
-            if not one.gone and elapsed - one.renewed > self._ttl_s
+            if not one.closed and elapsed - one.renewed > self._ttl_s
         ]
+
+    def next_change_s(self, elapsed: float) -> float:
+        """Return how long until silence alone changes what is thought of some worker."""
+        waits = [
+            limit - (elapsed - since)
+            for one in self._by_name.values()
+            if not one.closed
+            for limit, since in (
+                (self._suspect_s, one.heard),
+                (self._unanswered_s, one.renewed),
+                (self._ttl_s, one.renewed),
+            )
+        ]
+        return min((wait for wait in waits if wait >= 0.0), default=math.inf)
 
     def view(self, session: Session, elapsed: float, live: int, used: Needs) -> WorkerView:
         """Return the worker as a scheduling decision sees it.
@@ -124,6 +191,8 @@ class Sessions:
             task_types=frozenset(record.task_types),
             used=used,
             live=live,
+            last_seen_age_s=max(0.0, elapsed - session.heard),
+            trouble=session.trouble,
         )
 
     def node_ids(self) -> dict[str, str]:

@@ -6,10 +6,17 @@ import dataclasses
 import logging
 from typing import Any
 
-from hcna_ray.core.errors import NotFound, StaleWorker, WorkerUnavailable
+from hcna_ray.core.errors import (
+    NotFound,
+    StaleWorker,
+    WorkerNameTaken,
+    WorkerOnline,
+    WorkerUnavailable,
+)
 from hcna_ray.core.events import AttemptLost, LeaseReturned, StopAttempt
 from hcna_ray.core.models import (
     ACCEPTING,
+    AWAY,
     HEAVY_SLOT,
     FailureKind,
     Task,
@@ -18,11 +25,13 @@ from hcna_ray.core.models import (
     WorkerState,
     WorkerView,
 )
+from hcna_ray.core.placement import age_in_words
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
+    Goodbye,
     Grant,
     Heartbeat,
     HeartbeatReply,
@@ -36,7 +45,14 @@ from hcna_ray.runtime.messages import (
 )
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.reports import ReportDesk
-from hcna_ray.runtime.requests import MarkWorker, Pending, Reports, SendIntent
+from hcna_ray.runtime.requests import (
+    ForgetWorker,
+    MarkWorker,
+    NodesSeen,
+    Pending,
+    Reports,
+    SendIntent,
+)
 from hcna_ray.runtime.sessions import Session, Sessions, marked
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.store.base import TaskStore
@@ -47,6 +63,10 @@ log = logging.getLogger(__name__)
 DRAIN_S = 600.0
 #: Pause between two log lines that say that no worker takes work.
 WARN_PERIOD_S = 10.0
+#: Pause between two log lines about one name that two machines claim.
+CLAIMED_PERIOD_S = 60.0
+#: A worker's wall clock that is further off than this is worth a line in the log.
+CLOCK_OFF_S = 5.0
 
 
 class Workforce:
@@ -65,7 +85,9 @@ class Workforce:
         self._live, self._dispatcher, self._reports = live, dispatcher, reports
         self._generation = 1
         self.sessions = Sessions(
-            suspect_s=2.5 * policy.heartbeat_s, ttl_s=policy.lease_ttl_s + policy.lease_grace_s
+            suspect_s=2.5 * policy.heartbeat_s,
+            ttl_s=policy.lease_ttl_s + policy.lease_grace_s,
+            gone_s=policy.gone_after_s,
         )
         #: Calls that wait for work, by (worker, slot).
         self._parked: dict[Place, Pending] = {}
@@ -76,12 +98,14 @@ class Workforce:
         self._intents: dict[str, list[IntentOrder]] = {}
         self._asked: dict[str, Pending] = {}
         self._warned = -WARN_PERIOD_S
+        #: When the log last said that a name is claimed twice, and that a clock is off.
+        self._claimed: dict[str, float] = {}
+        self._clock_off: dict[str, float] = {}
 
-    def reset(self, leased: list[Task], elapsed: float) -> None:
+    def reset(self, leased: list[Task], now: float, elapsed: float) -> None:
         """Follow the store: whom to wait for, and what must be stopped."""
         self._generation = self._store.generation()
-        if not list(self.sessions):
-            self.sessions.restore(self._store.workers(), elapsed)
+        self.sessions.restore(self._store.workers(), now, elapsed)
         self._stops.clear()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
@@ -103,11 +127,19 @@ class Workforce:
     # -- sessions --------------------------------------------------------------------------------
 
     def hello(self, turn: Turn, hello: Hello) -> Welcome:
-        """Register a worker, or a new life of its agent."""
+        """Register a worker, or a new life of its agent.
+
+        Raises:
+            WorkerNameTaken: another machine is this worker, and in contact.
+            StaleWorker: this incarnation has said goodbye.
+        """
         known = self.sessions.find(hello.worker)
         fresh = known is None or known.record.incarnation != hello.incarnation
+        if known is not None:
+            self._check_claim(turn, known, hello)
         # What the old incarnation's journals held counts before its leases are closed.
-        self._reports.apply(turn, hello.reports)
+        skew = turn.now - hello.sent_at if hello.sent_at else 0.0
+        self._reports.apply(turn, hello.reports, skew)
         if known is not None and fresh:
             self._close_leases(
                 turn,
@@ -132,8 +164,14 @@ class Workforce:
             labels=hello.labels,
             task_types=hello.task_types,
             address=hello.address,
+            machine_id=hello.machine_id,
+            ray_node_id=hello.ray_node_id,
         )
-        self.sessions.put(record, turn.elapsed)
+        if known is not None:
+            self._note_return(turn, known)
+        session = self.sessions.put(record, turn.elapsed)
+        if hello.sent_at:
+            session.skews.append(skew)
         turn.writes.append(lambda: self._store.save_worker(record))
         log.info(
             "%s node %s registered successfully",
@@ -148,15 +186,181 @@ class Workforce:
             heartbeat_s=self._policy.heartbeat_s,
         )
 
+    def _check_claim(self, turn: Turn, known: Session, hello: Hello) -> None:
+        """Refuse a hello that must not take the name over."""
+        record = known.record
+        if record.left_at is not None and record.incarnation == hello.incarnation:
+            # On its way since before the goodbye; this incarnation has ended its processes.
+            raise StaleWorker(hello.worker, hello.incarnation, None)
+        if not record.machine_id or hello.machine_id in ("", record.machine_id):
+            return
+        if self.sessions.state(known, turn.elapsed) not in AWAY:
+            log.error(
+                "name %s is taken: %s has it, and the machine at %s wants it too",
+                record.name,
+                record.address,
+                hello.address,
+                extra={"action": "worker.name_taken", "worker": record.name},
+            )
+            raise WorkerNameTaken(record.name, record.address)
+        log.warning(
+            "%s is another machine now: it was at %s, it is at %s",
+            record.name,
+            record.address,
+            hello.address,
+            extra={"action": "worker.moved", "worker": record.name},
+        )
+
+    def _note_return(self, turn: Turn, session: Session) -> None:
+        """Say that a worker which was thought of as away, or nearly so, is heard again."""
+        if not (session.suspected or session.closed):
+            return
+        session.suspected = False
+        silence = turn.elapsed - session.heard
+        log.info(
+            "%s is back after %.0f s",
+            session.record.name,
+            silence,
+            extra={
+                "action": "worker.back",
+                "worker": session.record.name,
+                "silence_s": round(silence, 1),
+            },
+        )
+
     def heartbeat(self, turn: Turn, beat: Heartbeat) -> HeartbeatReply:
         """Renew a session."""
         session = self.sessions.current(beat.worker, beat.incarnation)
         if session is None:
             return HeartbeatReply(known=False)
-        session.renewed = turn.elapsed
+        if not session.node_missing:
+            self._note_return(turn, session)
+        session.heard = turn.elapsed
+        session.renewed = max(session.renewed, turn.elapsed - beat.unanswered_s)
+        if beat.sent_at:
+            session.skews.append(turn.now - beat.sent_at)
+            self._watch_clock(turn, session)
+        if beat.trouble != session.trouble:
+            self._note_trouble(session, beat.trouble)
         session.telemetry, session.slots = beat.telemetry, beat.slots
         session.record = dataclasses.replace(session.record, last_seen_at=turn.now)
         return HeartbeatReply(known=True)
+
+    def _watch_clock(self, turn: Turn, session: Session) -> None:
+        name, ahead = session.record.name, -session.skew
+        last = self._clock_off.get(name)
+        if abs(ahead) < CLOCK_OFF_S or (last is not None and turn.elapsed - last < 3600.0):
+            return
+        self._clock_off[name] = turn.elapsed
+        log.warning(
+            "the clock of %s is %.0f s %s; only M1's clock decides when tasks expire",
+            name,
+            abs(ahead),
+            "ahead" if ahead > 0 else "behind",
+            extra={"action": "worker.clock_off", "worker": name, "ahead_s": round(ahead, 1)},
+        )
+
+    def _note_trouble(self, session: Session, trouble: str) -> None:
+        name = session.record.name
+        session.trouble = trouble
+        if trouble:
+            log.error(
+                "%s %s: it gets no work",
+                name,
+                trouble,
+                extra={"action": "worker.trouble", "worker": name},
+            )
+        else:
+            log.info("%s works again", name, extra={"action": "worker.recovered", "worker": name})
+
+    def goodbye(self, turn: Turn, bye: Goodbye) -> Ack:
+        """A worker was stopped in good order. Raises `StaleWorker`."""
+        session = self.sessions.find(bye.worker)
+        if session is None:
+            return self._reports.apply(turn, bye.reports)
+        if session.record.incarnation != bye.incarnation:
+            raise StaleWorker(bye.worker, bye.incarnation, session.record.incarnation)
+        ack = self._reports.apply(turn, bye.reports, session.skew)
+        name = session.record.name
+        if session.record.left_at is not None:
+            return ack  # Told twice.
+        taken = self._close_leases(
+            turn, name, f"{name} was stopped in good order", worker_gone=True, counted=False
+        )
+        self._drop_parked(turn, name)
+        session.closed = True
+        session.record = dataclasses.replace(
+            session.record, left_at=turn.now, asleep_at=None, last_seen_at=turn.now
+        )
+        session.heard = session.renewed = turn.elapsed
+        self._save(turn, session.record)
+        log.info(
+            "%s left in good order; %d attempts taken back",
+            name,
+            taken,
+            extra={"action": "worker.left", "worker": name, "attempts": taken},
+        )
+        return ack
+
+    def forget(self, turn: Turn, request: ForgetWorker) -> WorkerInfo:
+        """Strike a worker off the record. Raises `NotFound`, `WorkerOnline`."""
+        session = self.sessions.find(request.name)
+        if session is None:
+            raise NotFound("worker", request.name)
+        name = session.record.name
+        state = self.sessions.state(session, turn.elapsed)
+        if state not in AWAY and not request.force:
+            raise WorkerOnline(name, state.value)
+        info = self.info(session, turn.elapsed)
+        # Nobody waits for it any more, whatever a task's on_disconnect says.
+        self._close_leases(turn, name, f"{name} was forgotten", worker_gone=False, counted=False)
+        self._drop_parked(turn, name)
+        self.sessions.drop(name)
+        self._claimed.pop(name, None)
+        self._clock_off.pop(name, None)
+        turn.writes.append(lambda: self._store.forget_worker(name))
+        turn.note(request.principal, "worker.forget", name, "done")
+        log.info("%s is forgotten", name, extra={"action": "worker.forgotten", "worker": name})
+        return info
+
+    def _save(self, turn: Turn, record: WorkerRecord) -> None:
+        turn.writes.append(lambda: self._store.save_worker(record))
+
+    def nodes_seen(self, turn: Turn, seen: NodesSeen) -> None:
+        """Take Ray's hint: a worker whose node is dead gets no new work, from now on.
+
+        Its parked calls are dead too, most likely, and what they would be granted is lost.
+        """
+        claims: dict[str, dict[str, str]] = {}
+        for node in seen.nodes:
+            claims.setdefault(node.worker, {})[node.ray_node_id] = node.address
+        for session in self.sessions:
+            record = session.record
+            if record.ray_node_id and not session.closed:
+                session.node_missing = record.ray_node_id not in claims.get(record.name, {})
+        for name, nodes in claims.items():
+            self._warn_of_claims(turn, name, nodes)
+
+    def _warn_of_claims(self, turn: Turn, name: str, nodes: dict[str, str]) -> None:
+        last = self._claimed.get(name)
+        # One machine whose node was restarted a moment ago is listed twice as well.
+        if len(set(nodes.values())) < 2 or (
+            last is not None and turn.elapsed - last < CLAIMED_PERIOD_S
+        ):
+            return
+        self._claimed[name] = turn.elapsed
+        session = self.sessions.find(name)
+        holder = None if session is None else nodes.get(session.record.ray_node_id)
+        log.error(
+            "name %s is claimed by two machines: %s",
+            name,
+            " and ".join(sorted(set(nodes.values()))),
+            extra={
+                "action": "worker.name_claimed_twice",
+                "worker": name,
+                "kept": holder or "the first that says hello",
+            },
+        )
 
     def mark(self, turn: Turn, request: MarkWorker) -> WorkerInfo:
         """Drain, cordon or uncordon. Raises `NotFound`."""
@@ -184,9 +388,13 @@ class Workforce:
         if session is None:
             raise NotFound("worker", request.worker)
         state = self.sessions.state(session, turn.elapsed)
-        if state is WorkerState.GONE:
-            raise WorkerUnavailable(f"worker {session.record.name} is {state.value}", 10)
         name = session.record.name
+        if state in AWAY:
+            age = age_in_words(turn.elapsed - session.heard)
+            raise WorkerUnavailable(
+                f"worker {name} is {state.value}, last seen {age} ago; ask again when it is back",
+                10,
+            )
         self._asked[str(request.envelope["msg_id"])] = pending
         self._intents.setdefault(name, []).append(IntentOrder(request.envelope))
         intent = str(request.envelope["intent"])
@@ -195,8 +403,8 @@ class Workforce:
 
     def take_reports(self, turn: Turn, request: Reports) -> Ack:
         """Apply reports that a slot sent between two exchanges. Raises `StaleWorker`."""
-        self.sessions.current(request.worker, request.incarnation)
-        return self._reports.apply(turn, request.reports)
+        session = self.sessions.current(request.worker, request.incarnation)
+        return self._reports.apply(turn, request.reports, _skew(session))
 
     # -- exchanges -------------------------------------------------------------------------------
 
@@ -210,11 +418,11 @@ class Workforce:
             asked = self._asked.pop(msg_id, None)
             if asked is not None:
                 turn.answers.append((asked, dict(answer)))
-        self._reports.apply(turn, exchange.reports)
+        self._reports.apply(turn, exchange.reports, session.skew)
         previous = self._parked.pop(place, None)
         if previous is not None:  # Its call was given up by the slot; nobody reads this answer.
             turn.answers.append((previous, Grant(seq=_seq(previous))))
-        repeated = self._repeated(exchange)
+        repeated = self._repeated(turn, exchange)
         if repeated is not None:
             return repeated
         if exchange.slot != HEAVY_SLOT:
@@ -222,13 +430,26 @@ class Workforce:
         self._parked[place] = pending
         return LATER
 
-    def _repeated(self, exchange: Exchange) -> Grant | None:
+    def _renewed(self, turn: Turn, grant: Grant) -> Grant:
+        """Return a grant as it is now: of the seconds until an expiry some have passed."""
+        offers = [
+            self._dispatcher.offer(task, turn.now)
+            if offer.expires_in_s is not None
+            and (task := self._live.tasks.get(offer.task_id)) is not None
+            and task.lease is not None
+            and task.lease.token == offer.token
+            else offer
+            for offer in grant.offers
+        ]
+        return dataclasses.replace(grant, offers=tuple(offers))
+
+    def _repeated(self, turn: Turn, exchange: Exchange) -> Grant | None:
         """Return the answer that this exchange was given before, if it was."""
         place = (exchange.worker, exchange.slot)
         last = self._grants.get(place)
         if last is not None and last[0] == exchange.incarnation:
             if last[1].seq == exchange.seq:
-                return last[1]
+                return self._renewed(turn, last[1])
             if last[1].seq > exchange.seq:
                 return Grant(seq=exchange.seq)
             return None
@@ -242,7 +463,7 @@ class Workforce:
         ]
         if not granted:
             return None
-        offers = tuple(self._dispatcher.offer(task) for task in granted)
+        offers = tuple(self._dispatcher.offer(task, turn.now) for task in granted)
         return Grant(seq=exchange.seq, offers=offers)
 
     def _settle_slot(self, turn: Turn, exchange: Exchange) -> None:
@@ -260,8 +481,8 @@ class Workforce:
 
     def slot_gone(self, turn: Turn, gone: SlotGone) -> Ack:
         """Take back what a dead process held."""
-        self.sessions.current(gone.worker, gone.incarnation)
-        ack = self._reports.apply(turn, gone.reports)
+        session = self.sessions.current(gone.worker, gone.incarnation)
+        ack = self._reports.apply(turn, gone.reports, _skew(session))
         place = (gone.worker, gone.slot)
         parked = self._parked.pop(place, None)
         if parked is not None:
@@ -279,7 +500,14 @@ class Workforce:
         return ack
 
     def _take_back(
-        self, turn: Turn, task: Task, why: str, kind: FailureKind, worker_gone: bool = False
+        self,
+        turn: Turn,
+        task: Task,
+        why: str,
+        kind: FailureKind,
+        *,
+        worker_gone: bool = False,
+        counted: bool = True,
     ) -> None:
         """End a lease whose holder is gone: lost if the attempt had started, else just returned."""
         lease = task.lease
@@ -291,7 +519,12 @@ class Workforce:
         turn.ledger.step(
             task,
             AttemptLost(
-                at=turn.now, token=lease.token, kind=kind, message=why, worker_gone=worker_gone
+                at=turn.now,
+                token=lease.token,
+                kind=kind,
+                message=why,
+                worker_gone=worker_gone,
+                counted=counted,
             ),
         )
 
@@ -303,13 +536,25 @@ class Workforce:
         *,
         keep_incarnation: str | None = None,
         worker_gone: bool,
-    ) -> None:
+        counted: bool = True,
+    ) -> int:
+        """Take back what a worker holds; return how many leases that were."""
+        taken = 0
         for live in self._live.on_worker(worker):
             task = turn.ledger.get(live.id)
             if task is None or task.lease is None or task.lease.worker != worker:
                 continue
             if task.lease.incarnation != keep_incarnation:
-                self._take_back(turn, task, why, FailureKind.LOST, worker_gone)
+                taken += 1
+                self._take_back(
+                    turn,
+                    task,
+                    why,
+                    FailureKind.LOST,
+                    worker_gone=worker_gone,
+                    counted=counted,
+                )
+        return taken
 
     def _drop_parked(self, turn: Turn, worker: str) -> None:
         for place in [place for place in self._parked if place[0] == worker]:
@@ -321,9 +566,7 @@ class Workforce:
     # -- time ------------------------------------------------------------------------------------
 
     def keep_house(self, turn: Turn) -> None:
-        """Give up on silent workers, on calls parked too long, on intents without an answer."""
-        for session in self.sessions.overdue(turn.elapsed):
-            self._lose(turn, session)
+        """Give up on calls parked too long, on intents without an answer; end drains."""
         for session in self.sessions:
             self._end_drain(turn, session)
         for place, pending in list(self._parked.items()):
@@ -339,6 +582,33 @@ class Workforce:
                 error = WorkerUnavailable(f"{request.worker} did not answer in time", 5)
                 turn.answers.append((pending, error))
 
+    def watch_sessions(self, turn: Turn) -> None:
+        """Say which workers have fallen silent, and take back what the silent hold."""
+        for session in self.sessions:
+            if session.suspected or session.closed:
+                continue
+            if self.sessions.state(session, turn.elapsed) in (
+                WorkerState.SUSPECT,
+                WorkerState.ASLEEP,
+                WorkerState.GONE,
+            ):
+                self._suspect(turn, session)
+        for session in self.sessions.overdue(turn.elapsed):
+            self._lose(turn, session)
+
+    def _suspect(self, turn: Turn, session: Session) -> None:
+        session.suspected = True
+        silence = turn.elapsed - session.heard
+        log.warning(
+            "health check failed",
+            extra={
+                "action": "worker.suspect",
+                "worker": session.record.name,
+                "silence_s": round(silence, 1),
+                "why": "Ray reports its node as dead" if session.node_missing else "no heartbeat",
+            },
+        )
+
     def _end_drain(self, turn: Turn, session: Session) -> None:
         """A drain's time is up: stop what still runs, so that it moves to another worker."""
         until = session.record.draining_until
@@ -352,18 +622,24 @@ class Workforce:
 
     def _lose(self, turn: Turn, session: Session) -> None:
         name = session.record.name
+        silence = turn.elapsed - session.heard
+        why = f"{name} was silent for {silence:.0f} s"
+        taken = self._close_leases(turn, name, why, worker_gone=True)
+        session.closed = True
+        session.record = dataclasses.replace(session.record, asleep_at=turn.now)
+        self._save(turn, session.record)
+        self._drop_parked(turn, name)
         log.warning(
-            "health check failed",
+            "%s is asleep: its %d attempts go to others",
+            name,
+            taken,
             extra={
-                "action": "worker.lost",
+                "action": "worker.asleep",
                 "worker": name,
-                "silence_s": round(turn.elapsed - session.renewed, 1),
+                "silence_s": round(silence, 1),
+                "attempts": taken,
             },
         )
-        why = f"{name} was silent for {turn.elapsed - session.renewed:.0f} s"
-        self._close_leases(turn, name, why, worker_gone=True)
-        session.gone = True
-        self._drop_parked(turn, name)
 
     # -- handing out work ------------------------------------------------------------------------
 
@@ -391,7 +667,7 @@ class Workforce:
         if not waiting or turn.elapsed - self._warned < WARN_PERIOD_S:
             return
         views = self.views(turn.elapsed, turn.ledger)
-        if any(view.state in ACCEPTING for view in views):
+        if any(view.state in ACCEPTING and not view.trouble for view in views):
             return
         self._warned = turn.elapsed
         log.warning(
@@ -471,7 +747,7 @@ class Workforce:
             node_id=record.node_id,
             state=view.state,
             last_seen_at=record.last_seen_at,
-            last_seen_age_s=max(0.0, elapsed - session.renewed),
+            last_seen_age_s=max(0.0, elapsed - session.heard),
             resources=totals,
             free={name: view.free(name) for name in names},
             labels=dict(record.labels),
@@ -480,7 +756,14 @@ class Workforce:
             running=tuple(running),
             telemetry=session.telemetry,
             draining_until=record.draining_until,
+            address=record.address,
+            trouble=session.trouble,
+            clock_ahead_s=round(-session.skew, 3),
         )
+
+
+def _skew(session: Session | None) -> float:
+    return 0.0 if session is None else session.skew
 
 
 def _seq(pending: Pending) -> int:

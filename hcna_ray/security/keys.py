@@ -74,7 +74,7 @@ def create_key(keys_dir: Path, *, name: str, role: Role, now: float) -> str:
         KeyRefused: The name is taken or empty, the role unknown, or there are `KEYS_MAX` keys.
         KeyFileBroken: The existing file cannot be read; it is left as it is.
     """
-    with _locked(keys_dir):
+    with locked_dir(keys_dir):
         return _create(keys_dir, name=name, role=role, now=now)
 
 
@@ -83,7 +83,7 @@ def ensure_owner_key(keys_dir: Path, *, now: float) -> str:
 
     If the clear file was lost, the owner gets a new key and the old one stops working.
     """
-    with _locked(keys_dir):
+    with locked_dir(keys_dir):
         known = load_keys(keys_dir)
         clear = read_client_key(keys_dir)
         if clear is not None and verify(known, clear) is not None:
@@ -97,7 +97,7 @@ def ensure_owner_key(keys_dir: Path, *, now: float) -> str:
 def ensure_ray_token(keys_dir: Path) -> Path:
     """Return the file with the token that Ray demands of everyone who connects; create it once."""
     path = keys_dir / "ray.token"
-    with _locked(keys_dir):
+    with locked_dir(keys_dir):
         if not path.exists():
             write_private(path, secrets.token_hex(32))
     return path
@@ -211,10 +211,10 @@ def _digest(clear: str) -> str:
 
 
 @contextmanager
-def _locked(keys_dir: Path) -> Iterator[None]:
-    """Let one process at a time change the key files."""
-    make_private_dir(keys_dir)
-    descriptor = os.open(keys_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def locked_dir(directory: Path) -> Iterator[None]:
+    """Let one process (and thread) at a time change the files of a private directory."""
+    make_private_dir(directory)
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

@@ -15,14 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcna_ray.config import ConfigError, Settings, load_settings
+from hcna_ray.config import ConfigError, Settings, load_settings, with_shared
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.keys import ensure_owner_key, make_private_dir
 from hcna_ray.supervisor import probe
+from hcna_ray.supervisor.addresses import outward_addresses
 from hcna_ray.supervisor.daemon import EXIT_ALREADY_RUNNING
+from hcna_ray.supervisor.invites import create_invite
+from hcna_ray.supervisor.launcher import head_address
+from hcna_ray.supervisor.membership import read_membership
 from hcna_ray.supervisor.ports import marker_of, process_environment, taken_ports
 from hcna_ray.supervisor.processes import describe, reap, scan, send, stop, wait_gone
 from hcna_ray.supervisor.state import (
+    CLUSTER_DOWN,
     ClusterInfo,
     RunLock,
     read_cluster,
@@ -30,6 +35,7 @@ from hcna_ray.supervisor.state import (
     read_supervisor,
     recorded_process,
     remove_run_files,
+    write_order,
     write_settings,
 )
 
@@ -72,6 +78,8 @@ class ClusterStatus:
     worker_nodes: int
     members: tuple[MemberStatus, ...]
     info: ClusterInfo | None
+    #: ``head`` on M1's machine, ``worker`` on one that has joined.
+    role: str = "head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +94,55 @@ class DownReport:
     took_s: float
 
 
-def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> ClusterInfo:
-    """Start the cluster, or find it running, and wait until C1 is ready and the worker online.
+def machine_settings(settings: Settings) -> Settings:
+    """Return the settings of this machine: on one that has joined, under M1's decisions."""
+    membership = read_membership(settings.cluster_dir)
+    if membership is not None:
+        host = membership.ray_address.rpartition(":")[0]
+        return with_shared(settings, membership.shared, membership.node_id, moderator=host)
+    launched = head_address(settings)
+    if launched is None or settings.ray.node_address is not None:
+        return settings
+    ray = settings.ray.model_copy(update={"node_address": launched})
+    return settings.model_copy(update={"ray": ray})
+
+
+def without_worker(settings: Settings) -> Settings:
+    """Return the settings of an M1 that runs no tasks itself."""
+    moderator = settings.moderator.model_copy(update={"local_worker": "never"})
+    return settings.model_copy(update={"moderator": moderator})
+
+
+def invite(settings: Settings, *, now: float) -> str:
+    """Return a fresh join code for one machine, good for an hour. M1 runs."""
+    in_force = _settings_in_force(settings)
+    addresses = outward_addresses(in_force.ray.node_address)
+    return create_invite(in_force, addresses=addresses, now=now)[0]
+
+
+def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> ClusterInfo | None:
+    """Start this machine's part of the cluster, or find it running, and wait until it is in.
+
+    On M1's machine that is: C1 ready and, if this machine works too, its worker online. On a
+    machine that has joined: its worker confirmed by M1.
 
     Args:
         settings: What to start. If an instance of this home runs, its own settings stay in force.
         wait_s: How long to wait; the supervisor goes on trying after that.
         on_step: Told each step in a few words, as it happens.
 
+    Returns:
+        Where the cluster is, for clients of M1's machine; None on a machine that has joined.
+
     Raises:
         StartFailed: Not ready within ``wait_s``, or the supervisor gave up (ports in use, ...).
     """
     run_dir = settings.run_dir
     make_private_dir(run_dir)
-    ensure_owner_key(settings.keys_dir, now=time.time())
+    joined = read_membership(settings.cluster_dir) is not None
+    settings = machine_settings(settings)
+    if not joined:
+        ensure_owner_key(settings.keys_dir, now=time.time())
     steps = _Steps(settings.logs_dir / "supervisor.log")
     daemon: int | None = None
     deadline = time.monotonic() + wait_s
@@ -111,7 +154,10 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
             on_step("starting the supervisor")
         for step in steps.new():
             on_step(step)
-        if (info := _running(settings)) is not None:
+        if joined:
+            if _working(settings):
+                return None
+        elif (info := _running(settings)) is not None:
             return info
         if daemon is not None and (code := reap(daemon)) is not None:
             daemon = None
@@ -122,8 +168,15 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
         time.sleep(_POLL_S)
 
 
-def down(settings: Settings, *, on_step: Callable[[str], None]) -> DownReport:
+def down(
+    settings: Settings, *, on_step: Callable[[str], None], everywhere: bool = True
+) -> DownReport:
     """Stop everything of this home, whoever started it, and leave no process, port or lock.
+
+    Args:
+        settings: Of this machine.
+        on_step: Told each step in a few words, as it happens.
+        everywhere: On M1's machine: tell the machines that have joined to stop as well.
 
     Raises:
         StopFailed: A process or a listening port is left. The report's fields are in the text.
@@ -136,8 +189,10 @@ def down(settings: Settings, *, on_step: Callable[[str], None]) -> DownReport:
     steps = _Steps(settings.logs_dir / "supervisor.log")
     if supervisor is not None:
         on_step("stopping the supervisor")
+        if everywhere and read_membership(settings.cluster_dir) is None:
+            write_order(run_dir, CLUSTER_DOWN)
         send(supervisor, signal.SIGTERM)
-        deadline = time.monotonic() + 3 * settings.ray.stop_s + 10
+        deadline = time.monotonic() + 3 * settings.ray.stop_s + 25
         while wait_gone([supervisor], timeout_s=_POLL_S) and time.monotonic() < deadline:
             for step in steps.new():
                 on_step(step)
@@ -157,7 +212,9 @@ def down(settings: Settings, *, on_step: Callable[[str], None]) -> DownReport:
             on_step(f"ending {len(swept)} processes that were left")
             stop(dict.fromkeys(found), term_s=settings.ray.stop_s / 2)
         left = tuple(describe(process) for process in scan(marker))
-        ports_open = tuple(sorted(taken_ports(in_force))) if was_running else ()
+        joined = read_membership(settings.cluster_dir) is not None
+        ports = taken_ports(in_force, worker_only=joined) if was_running else {}
+        ports_open = tuple(sorted(ports))
         if not left:
             remove_run_files(run_dir)
     finally:
@@ -193,13 +250,18 @@ def status(settings: Settings) -> ClusterStatus:
     )
     alive = any(member.pid for member in members)
     in_force = _settings_in_force(settings)
+    joined = read_membership(settings.cluster_dir) is not None
     host, port = in_force.api_host, in_force.api_port
-    ready = alive and probe.is_ready(host, port)
-    workers = probe.online_workers(host, port) if ready else 0
+    if joined:
+        ready = alive and probe.is_connected(in_force.worker_host, in_force.worker_port)
+        workers = int(ready)
+    else:
+        ready = alive and probe.is_ready(host, port)
+        workers = probe.online_workers(host, port) if ready else 0
     if supervisor is None:
         word = "unsupervised" if alive else "down"
     else:
-        word = "up" if ready and workers else "starting"
+        word = "up" if ready and (workers or "worker" not in state["members"]) else "starting"
     return ClusterStatus(
         state=word,
         supervisor_pid=supervisor.pid if supervisor else None,
@@ -207,6 +269,7 @@ def status(settings: Settings) -> ClusterStatus:
         worker_nodes=workers,
         members=members,
         info=read_cluster(run_dir) if supervisor or alive else None,
+        role="worker" if joined else "head",
     )
 
 
@@ -225,9 +288,18 @@ def _running(settings: Settings) -> ClusterInfo | None:
         return None
     in_force = _settings_in_force(settings)
     host, port = in_force.api_host, in_force.api_port
-    if not probe.is_ready(host, port) or probe.online_workers(host, port) < 1:
+    works = "worker" in read_state(settings.run_dir).get("members", {})
+    if not probe.is_ready(host, port) or (works and probe.online_workers(host, port) < 1):
         return None
     return info
+
+
+def _working(settings: Settings) -> bool:
+    """Whether this machine's worker is supervised and confirmed by M1."""
+    if read_supervisor(settings.run_dir) is None:
+        return False
+    in_force = _settings_in_force(settings)
+    return probe.is_connected(in_force.worker_host, in_force.worker_port)
 
 
 def _settings_in_force(settings: Settings) -> Settings:
@@ -244,7 +316,7 @@ def _settings_in_force(settings: Settings) -> Settings:
 def _start_daemon(settings: Settings) -> int:
     """Start the daemon in a session of its own; return its pid."""
     make_private_dir(settings.logs_dir)
-    with (settings.logs_dir / "supervisor.out").open("wb") as output:
+    with (settings.logs_dir / "supervisor.out").open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "hcna_ray.supervisor"],
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,8 @@
-"""The daemon: keeps M1, W1 and the control edge up, and sees to it that C1 is deployed.
+"""The daemon: keeps the processes of one machine up, for ever.
+
+On M1's machine these are the head, the control edge, a worker as long as nobody else works, and
+the gate where other machines join; it also sees to it that C1 is deployed. On a machine that has
+joined it is the worker alone, and a contact to M1's gate that tells when all is to stop.
 
 It owns the processes below it and decides nothing about tasks. Its loop is one thread: look, reap,
 start what is missing and due, check C1. If it is killed its members run on; the next daemon finds
@@ -17,12 +21,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from hcna_ray.config import MIB, Settings
+from hcna_ray.config import LOOPBACK, MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.keys import (
     ensure_owner_key,
@@ -31,8 +35,13 @@ from hcna_ray.security.keys import (
     write_private,
 )
 from hcna_ray.supervisor import probe
+from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s
 from hcna_ray.supervisor.edge import edge_command, edge_config
+from hcna_ray.supervisor.gate import Gate
+from hcna_ray.supervisor.gate_client import Contact
+from hcna_ray.supervisor.janitor import Janitor
+from hcna_ray.supervisor.membership import Membership, read_members, read_membership
 from hcna_ray.supervisor.ports import (
     FILES_MAX,
     accepts,
@@ -54,12 +63,18 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
+from hcna_ray.supervisor.ray_start import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.state import (
+    CLUSTER_DOWN,
     RunLock,
+    goodbye_done,
+    goodbye_order,
+    read_order,
     read_state,
     recorded_process,
     remove_run_files,
     write_cluster,
+    write_ray_env,
     write_settings,
     write_state,
     write_supervisor,
@@ -84,6 +99,14 @@ _BOOTSTRAP_S = 180.0
 #: /ready may fail this often in a row before C1 is deployed again: a moderator restarts in 2 s.
 _UNREADY_CHECKS = 2
 _OUTPUT_BYTES_MAX = 8 * MIB
+#: Pause between two runs of the janitor.
+_TIDY_S = 60.0
+#: How long a worker's agent gets to end its work in good order.
+_GOODBYE_S = 5.0
+#: How long M1's machine stays to tell the others that all is to stop.
+_TELL_S = 12.0
+#: A machine that asked to join takes the place of M1's own worker within this time, or not at all.
+_YIELD_S = 60.0
 
 
 class AlreadyRunning(HcnaError):
@@ -115,7 +138,8 @@ class Member:
     """One process that has to be up. ``port`` accepts connections when it works."""
 
     name: str
-    command: Sequence[str]
+    #: Made anew at each start: the address of a laptop is another one in another network.
+    command: Callable[[], Sequence[str]]
     port: int
     #: Ray node whose leftovers are cleared away before a new start; None for no Ray node.
     node: str | None
@@ -123,8 +147,8 @@ class Member:
     own_ports: Sequence[int] = ()
     #: Further ports that must accept connections: `ray start --block` stays when its raylet left.
     also: Sequence[int] = ()
-    #: Port that must accept connections before this member may start.
-    after_port: int | None = None
+    #: Host and port that must accept connections before this member may start.
+    after: tuple[str, int] | None = None
     process: ProcessRef | None = None
     restarts: int = 0
     failures: int = 0
@@ -160,8 +184,20 @@ class Supervisor:
     members: list[Member] = field(default_factory=list)
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     ready: bool = False
+    #: Set on a machine that has joined another one's cluster.
+    membership: Membership | None = None
+    gate: Gate | None = None
+    contact: Contact | None = None
+    #: All machines are to stop, not only this one.
+    cluster_down: bool = False
     _unready_checks: int = 0
+    #: Until when M1's own worker stays away, for a machine that is about to take its place.
+    _yield_until: float = 0.0
+    _look_at_members: threading.Event = field(default_factory=threading.Event)
+    _yielded: threading.Event = field(default_factory=threading.Event)
+    _told: str | None = None
     _next_check_at: float = 0.0
+    _next_tidy_at: float = 0.0
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -184,6 +220,7 @@ class Supervisor:
                     self.tick()
                     self._stopping.wait(_TICK_S)
             finally:
+                self.cluster_down |= read_order(run_dir) == CLUSTER_DOWN
                 self.stop_all()
                 remove_run_files(run_dir)
         finally:
@@ -197,19 +234,33 @@ class Supervisor:
         """Look once at everything and do what is due."""
         now = self.monotonic()
         self._reap()
-        for member in self.members:
+        if self.contact is not None:
+            self._obey(self.contact.order)
+        if self._look_at_members.is_set() or now >= self._yield_until > 0:
+            self._look_at_members.clear()
+            self._settle_local_worker(now)
+        for member in list(self.members):
             self._look_after(member, now)
         if now >= self._next_check_at:
             self._next_check_at = now + self.settings.ray.check_s
             self._check(now)
+        if now >= self._next_tidy_at:
+            self._next_tidy_at = now + _TIDY_S
+            self._tidy()
         self._run_bootstrap(now)
         self._record()
 
     def stop_all(self) -> None:
-        """Stop C1's entrance first, then the worker, then the head, then whatever is left."""
+        """Stop C1's entrance first, then the worker, then the head, then whatever is left.
+
+        If all machines are to stop, the others are told for as long as it takes them to hear it.
+        """
         settings, marker = self.settings, marker_of(self.settings)
         term_s = settings.ray.stop_s
         self._say("stopping", "supervisor.stopping")
+        if self.gate is not None and self.cluster_down:
+            self.gate.announce_down()
+        tell_until = self.monotonic() + _TELL_S
         if self.bootstrap.process is not None:
             stop([self.bootstrap.process], term_s=1.0)
         by_name = {member.name: member for member in self.members}
@@ -217,6 +268,8 @@ class Supervisor:
             member = by_name.get(name)
             if member is None or member.process is None:
                 continue
+            if name == "worker" and self.membership is not None and not self.cluster_down:
+                self._say_goodbye()
             left = stop([member.process], term_s=term_s)
             self._reap()
             self._say(
@@ -231,6 +284,92 @@ class Supervisor:
                 self.log.error(
                     "process survived", extra={"action": "stop.left", "left": describe(process)}
                 )
+        if self.contact is not None:
+            self.contact.stop()
+        if self.gate is not None:
+            if self.cluster_down:
+                self.gate.wait_all_told(max(0.0, tell_until - self.monotonic()))
+            self.gate.stop()
+
+    # -- other machines -----------------------------------------------------------------------
+
+    def prepare_place(self, worker: str) -> None:
+        """Free a worker's name for a machine that joins: M1's own worker yields (any thread).
+
+        Returns when it has stopped; what it was running is queued again.
+        """
+        if worker != self.settings.worker.name:
+            return
+        self._yielded.clear()
+        self._yield_until = self.monotonic() + _YIELD_S
+        self._look_at_members.set()
+        self._yielded.wait(timeout=_YIELD_S / 2)
+
+    def members_changed(self) -> None:
+        """Look again who is a member (any thread)."""
+        self._yield_until = 0.0
+        self._look_at_members.set()
+
+    def local_worker(self) -> str | None:
+        """Return the name that M1's own worker holds for good, or None if it would yield it."""
+        if self.settings.moderator.local_worker == "always":
+            return self.settings.worker.name
+        return None
+
+    def _wants_local_worker(self, now: float) -> bool:
+        match self.settings.moderator.local_worker:
+            case "always":
+                return True
+            case "never":
+                return False
+            case _:
+                return now >= self._yield_until and not read_members(self.settings.cluster_dir)
+
+    def _settle_local_worker(self, now: float) -> None:
+        """Start or stop M1's own worker: it works as long as nobody else does."""
+        wanted = self._wants_local_worker(now)
+        if now >= self._yield_until:
+            self._yield_until = 0.0
+        present = next((one for one in self.members if one.name == "worker"), None)
+        if wanted and present is None:
+            self.members.append(self._plan_worker())
+        elif not wanted and present is not None:
+            if present.process is not None:
+                self._say("the worker of this machine makes room", "member.yields")
+                self._say_goodbye()
+                stop([present.process], term_s=self.settings.ray.stop_s)
+                stop(scan(marker_of(self.settings), node=present.node), term_s=1.0)
+                self._reap()
+            self.members.remove(present)
+        self._yielded.set()
+
+    def _say_goodbye(self) -> None:
+        """Let the worker's agent hand back its work, so that nobody has to wait for a lease."""
+        done = goodbye_done(self.settings.run_dir)
+        done.unlink(missing_ok=True)
+        order = goodbye_order(self.settings.run_dir)
+        write_private(order, "stop\n")
+        end = self.monotonic() + _GOODBYE_S
+        while not done.exists() and self.monotonic() < end:
+            self._reap()
+            time.sleep(0.05)
+        order.unlink(missing_ok=True)
+        done.unlink(missing_ok=True)
+
+    def _obey(self, order: str | None) -> None:
+        """Do what M1's gate says: stop with all the others, or for good."""
+        if order in (None, "up") or order == self._told:
+            return
+        self._told = order
+        if order == "down":
+            self._say("M1 was told to stop the cluster: this machine stops too", "cluster.down")
+            self.cluster_down = True
+        else:
+            self.log.error(
+                "M1 does not know this machine any more: it stops; to come back: hcna join CODE",
+                extra={"action": "cluster.removed"},
+            )
+        self._stopping.set()
 
     # -- the parts of a tick ------------------------------------------------------------------
 
@@ -241,6 +380,9 @@ class Supervisor:
         me = identify(os.getpid())
         assert me is not None
         write_supervisor(settings.run_dir, me)
+        for path in (goodbye_order(settings.run_dir), goodbye_done(settings.run_dir)):
+            path.unlink(missing_ok=True)
+        self.membership = read_membership(settings.cluster_dir)
         state = read_state(settings.run_dir)
         members = self._plan_members()
         for member in members:
@@ -251,54 +393,104 @@ class Supervisor:
         if not any(member.process for member in members):
             left = stop(scan(marker_of(settings)), term_s=2.0)
             self._reap()
-            taken = taken_ports(settings)
+            taken = taken_ports(settings, worker_only=self.membership is not None)
             if taken:
                 raise PortsTaken(taken)
             if left:
                 self.log.error("processes of an earlier run survive", extra={"count": len(left)})
         self.members = members
-        ensure_owner_key(settings.keys_dir, now=time.time())
-        ensure_ray_token(settings.keys_dir)
         _private_temp_dir(marker_of(settings).temp_dir)
         _prune_sessions(marker_of(settings).temp_dir)
         for directory in (settings.logs_dir, settings.outbox_dir, settings.artifacts_dir):
             make_private_dir(directory)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         write_settings(settings)
-        write_private(settings.run_dir / "edge.cfg", edge_config(settings))
-        write_cluster(settings, started_at=time.time())
+        if self.membership is None:
+            write_ray_env(settings, settings.ray_address)
+            self._prepare_head()
+        else:
+            write_ray_env(settings, self.membership.ray_address)
+            self.contact = Contact(settings, self.membership, self.log)
+            self.contact.start()
         for warning in settings.warnings():
             self.log.warning(warning, extra={"action": "settings.warning"})
 
+    def _prepare_head(self) -> None:
+        settings = self.settings
+        ensure_owner_key(settings.keys_dir, now=time.time())
+        ensure_ray_token(settings.keys_dir)
+        write_private(settings.run_dir / "edge.cfg", edge_config(settings))
+        write_cluster(settings, started_at=time.time())
+        self.gate = Gate(
+            settings,
+            self.log,
+            local_worker=self.local_worker,
+            prepare=self.prepare_place,
+            members_changed=self.members_changed,
+            ready=lambda: self.ready,
+        )
+        self.gate.start()
+
     def _plan_members(self) -> list[Member]:
         settings = self.settings
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-        cpus = len(os.sched_getaffinity(0))
-        return [
+        if self.membership is not None:
+            return [self._plan_worker()]
+        members = [
             Member(
                 name="head",
-                command=head_command(settings, memory=memory, shared=shared),
+                command=lambda: head_command(
+                    settings, address=self._own_address(), memory=_memory(), shared=_shared()
+                ),
                 port=settings.port("gcs"),
                 node=settings.moderator.name,
                 own_ports=[settings.port("gcs"), settings.port("dashboard"), *self._ports("head")],
                 also=[settings.port("head_node_manager")],
             ),
             Member(
-                name="worker",
-                command=worker_command(settings, cpus=cpus, memory=memory, shared=shared),
-                port=settings.port("worker_node_manager"),
-                node=settings.worker.name,
-                own_ports=self._ports("worker"),
-                after_port=settings.port("head_node_manager"),
-            ),
-            Member(
                 name="edge",
-                command=edge_command(settings),
+                command=lambda: edge_command(settings),
                 port=settings.control_port,
                 node=None,
             ),
         ]
+        if self._wants_local_worker(self.monotonic()):
+            members.insert(1, self._plan_worker())
+        return members
+
+    def _plan_worker(self) -> Member:
+        settings = self.settings
+        head = settings.ray_address
+        after = (LOOPBACK, settings.port("head_node_manager"))
+        if self.membership is not None:
+            head = self.membership.ray_address
+            host, _, port = head.rpartition(":")
+            after = (host, int(port))
+        return Member(
+            name="worker",
+            command=lambda: worker_command(
+                settings,
+                head=head,
+                address=self._own_address(),
+                cpus=len(os.sched_getaffinity(0)),
+                memory=_memory(),
+                shared=_shared(),
+            ),
+            port=settings.port("worker_node_manager"),
+            node=settings.worker.name,
+            own_ports=self._ports("worker"),
+            after=after,
+        )
+
+    def _own_address(self) -> str:
+        """Return this machine's address for the others, as of now."""
+        if self.settings.ray.node_address is not None:
+            return self.settings.ray.node_address
+        if self.membership is None:
+            return default_address()
+        if self.membership.address is not None:
+            return self.membership.address
+        host, _, port = self.membership.ray_address.rpartition(":")
+        return route_source(host, int(port))
 
     def _ports(self, role: str) -> list[int]:
         """Return the ports of a Ray node's own processes."""
@@ -323,7 +515,9 @@ class Supervisor:
             self._bury(member, now)
         if member.process is not None or now < member.not_before:
             return
-        if member.after_port is not None and not accepts(member.after_port):
+        if member.after is not None and not accepts(member.after[1], host=member.after[0]):
+            # M1 is away. Ask again after a while: its machine may be off for days.
+            member.not_before = now + min(2.0, self.settings.ray.check_s)
             return
         if member.node is not None:
             stop(scan(marker_of(self.settings), node=member.node), term_s=1.0)
@@ -340,7 +534,17 @@ class Supervisor:
         if member.name == "head":
             # With this file `ray start` takes its predecessor for alive while a worker's raylet is.
             (marker_of(self.settings).temp_dir / "ray_current_cluster").unlink(missing_ok=True)
-        member.process = self._spawn(member.command, name=member.name, node=member.node)
+        try:
+            command = member.command()
+        except OSError as error:  # No network just now.
+            self.log.warning(
+                "no address for %s yet",
+                member.name,
+                extra={"action": "member.no_address", "error": str(error)},
+            )
+            member.not_before = now + 2.0
+            return
+        member.process = self._spawn(command, name=member.name, node=member.node)
         member.started_at, member.deaf_checks, member.up = now, 0, False
         self._say(f"starting {member.name}", "member.started", member=member.name)
         if member.name == "head":
@@ -373,6 +577,10 @@ class Supervisor:
         )
 
         if member.name == "head":
+            if member.last_exit == EXIT_TOLD_TO_STOP:
+                self._say("Ray was told to stop: so does the cluster", "cluster.down")
+                self.cluster_down = True
+                self._stopping.set()
             self._end_what_the_head_held()
 
     def _end_what_the_head_held(self) -> None:
@@ -411,6 +619,10 @@ class Supervisor:
                     extra={"action": "member.deaf", "member": member.name, "port": member.port},
                 )
                 stop([member.process], term_s=self.settings.ray.stop_s)
+        if self.membership is not None:
+            host, port = self.settings.worker_host, self.settings.worker_port
+            self.ready = probe.is_connected(host, port)
+            return
         was_ready = self.ready
         self.ready = probe.is_ready(self.settings.api_host, self.settings.api_port)
         if self.ready and not was_ready:
@@ -450,7 +662,9 @@ class Supervisor:
         if not job.wanted or now < job.not_before:
             return
         nodes = [member for member in self.members if member.node is not None]
-        if not all(member.process and accepts(member.port) for member in nodes):
+        if self.membership is not None or not all(
+            member.process and accepts(member.port) for member in nodes
+        ):
             return
         job.wanted, job.runs, job.started_at = False, job.runs + 1, now
         command = [
@@ -462,6 +676,11 @@ class Supervisor:
         ]
         job.process = self._spawn(command, name="bootstrap", node=None)
         self._say("deploying moderator, agents and C1", "bootstrap.started")
+
+    def _tidy(self) -> None:
+        report = Janitor.of(self.settings, marker_of(self.settings).temp_dir).run(time.time())
+        if report:
+            self._say("old logs deleted", "janitor.done", **asdict(report))
 
     def _spawn(self, command: Sequence[str], *, name: str, node: str | None) -> ProcessRef | None:
         output = self.settings.logs_dir / f"{name}.out"
@@ -485,6 +704,7 @@ class Supervisor:
         job = self.bootstrap
         state: dict[str, Any] = {
             "pid": os.getpid(),
+            "role": "head" if self.membership is None else "worker",
             "ready": self.ready,
             "members": {
                 member.name: {
@@ -510,6 +730,16 @@ class Supervisor:
 
     def _say(self, message: str, action: str, **fields: Any) -> None:
         self.log.info(message, extra={"action": action, **fields})
+
+
+def _memory() -> int:
+    """Return the memory of this machine, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _shared() -> int:
+    """Return the free bytes of ``/dev/shm``."""
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
 
 
 def _raise_file_limit() -> None:

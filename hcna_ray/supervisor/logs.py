@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
 from hcna_ray.config import MIB, Settings
 from hcna_ray.observability.logs import JsonLines
@@ -22,3 +23,14 @@ def open_log(settings: Settings) -> logging.Logger:
     log.propagate = False
     log.handlers[:] = [handler]
     return log
+
+
+def relayed_files(settings: Settings, *, joined: bool) -> list[Path]:
+    """Return the logs that tell what happens on this machine, its supervisor's first.
+
+    Args:
+        settings: Of this machine.
+        joined: Whether it is a worker of another machine's M1.
+    """
+    names = ["worker"] if joined else ["moderator", "composite", "worker"]
+    return [settings.logs_dir / f"{name}.log" for name in ("supervisor", *names)]

@@ -30,10 +30,15 @@ RAY_TUNING: Mapping[str, str] = {
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_raylet_liveness_self_check_interval_ms": "5000",
+    # Ray 2.60 refuses another patch level of Python; pickles and protocols do not change with it.
+    "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
     "RAY_TASK_MAX_RETRIES": "0",  # Attempts are counted by us, under our fence.
     "RAY_memory_usage_threshold": "0.90",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Each Ray process keeps 3 * 32 MiB of its log instead of 6 * 512.
+    "RAY_ROTATION_MAX_BYTES": "33554432",
+    "RAY_ROTATION_BACKUP_COUNT": "2",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Our drain is the moderator's; Ray's would hold up every stop by its full length.
@@ -44,7 +49,21 @@ RAY_TUNING: Mapping[str, str] = {
 }
 
 #: Variables of the caller that would change what Ray does, or that are none of its business.
-_DROPPED = ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV_HOOK", "HCNA_API_KEY", "HCNA_URL")
+_DROPPED = (
+    "RAY_ADDRESS",
+    "RAY_NAMESPACE",
+    "RAY_RUNTIME_ENV_HOOK",
+    "HCNA_API_KEY",
+    "HCNA_URL",
+    # `ray up` puts these before the start command of the head. The autoscaler starts no node here,
+    # and a setting that one node has and the others have not divides a cluster.
+    "RAY_enable_autoscaler_v2",
+    "RAY_CLOUD_INSTANCE_ID",
+    "RAY_NODE_TYPE_NAME",
+    "RAY_OVERRIDE_RESOURCES",
+    "RAY_OVERRIDE_LABELS",
+    "RAY_HEAD_IP",
+)
 
 #: Open files that the supervisor asks for itself and all below it, if the hard limit allows.
 FILES_MAX = 65536
@@ -53,6 +72,12 @@ FILES_MAX = 65536
 _OBJECT_STORE_BYTES_MIN = 80 * MIB
 _HEAD_OBJECT_STORE_BYTES = 200 * MIB
 _WORKER_OBJECT_STORE_BYTES_MAX = 2048 * MIB
+_TINY_OBJECT_STORE_BYTES_MAX = 128 * MIB
+
+
+def ray_tuning_hash() -> str:
+    """Return a digest of `RAY_TUNING`: machines that differ in it must not share a cluster."""
+    return sha256(json.dumps(dict(RAY_TUNING), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def marker_of(settings: Settings) -> Marker:
@@ -122,12 +147,16 @@ def process_environment(
     kept["HCNA_CONFIG"] = str(settings.run_dir / "settings.yaml")
     kept["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
     kept["PYTHONUNBUFFERED"] = "1"
+    if settings.ray.is_tiny:  # 5 % less memory for some contention between threads.
+        kept |= {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
     if node is not None:
         kept["HCNA_NODE"] = node
     return kept
 
 
-def object_store_bytes(*, configured: int | None, head: bool, memory: int, shared: int) -> int:
+def object_store_bytes(
+    *, configured: int | None, head: bool, memory: int, shared: int, tiny: bool = False
+) -> int:
     """Return the size of a node's object store.
 
     Args:
@@ -135,21 +164,35 @@ def object_store_bytes(*, configured: int | None, head: bool, memory: int, share
         head: M1 moves little: no task runs there.
         memory: Memory of the machine in bytes.
         shared: Free bytes in ``/dev/shm``; what exceeds it lands on disk, slowly.
+        tiny: Whether memory is short (``ray.profile``).
     """
     if configured is not None:
         return configured
     wish = _HEAD_OBJECT_STORE_BYTES if head else min(_WORKER_OBJECT_STORE_BYTES_MAX, memory // 10)
+    if tiny:
+        wish = _OBJECT_STORE_BYTES_MIN if head else min(wish, _TINY_OBJECT_STORE_BYTES_MAX)
     return max(_OBJECT_STORE_BYTES_MIN, min(wish, shared * 2 // 5))
 
 
-def head_command(settings: Settings, *, memory: int, shared: int) -> list[str]:
-    """Return the command of M1: a head that takes no tasks."""
+def head_command(settings: Settings, *, address: str, memory: int, shared: int) -> list[str]:
+    """Return the command of M1: a head that takes no tasks.
+
+    Args:
+        settings: Of this machine.
+        address: This machine's address for the others.
+        memory: Its memory, bytes.
+        shared: Free bytes in ``/dev/shm``.
+    """
     port = settings.port
     store = object_store_bytes(
-        configured=settings.ray.object_store_bytes, head=True, memory=memory, shared=shared
+        configured=settings.ray.object_store_bytes,
+        head=True,
+        memory=memory,
+        shared=shared,
+        tiny=settings.ray.is_tiny,
     )
     return [
-        *_ray_start(settings, "head"),
+        *_ray_start(settings, "head", address),
         "--head",
         f"--port={port('gcs')}",
         "--num-cpus=0",
@@ -157,22 +200,39 @@ def head_command(settings: Settings, *, memory: int, shared: int) -> list[str]:
         "--memory=1",  # No room for tasks: what the worker has would count twice.
         f"--resources={json.dumps({settings.moderator.name: 1})}",
         f"--object-store-memory={store}",
-        "--include-dashboard=true",
+        f"--include-dashboard={str(settings.ray.has_dashboard).lower()}",
         f"--dashboard-host={LOOPBACK}",
         f"--dashboard-port={port('dashboard')}",
+        # The autoscaler's monitor, which starts no node here but is what `ray status` asks.
+        *(["--no-monitor"] if settings.ray.is_tiny else []),
     ]
 
 
-def worker_command(settings: Settings, *, cpus: int, memory: int, shared: int) -> list[str]:
-    """Return the command of the worker: the machine's CPUs and a resource of its own name."""
+def worker_command(
+    settings: Settings, *, head: str, address: str, cpus: int, memory: int, shared: int
+) -> list[str]:
+    """Return the command of the worker: the machine's CPUs and a resource of its own name.
+
+    Args:
+        settings: Of this machine.
+        head: Ray's address on M1, ``host:port``.
+        address: This machine's address for the others.
+        cpus: Cores that may be used.
+        memory: Memory of the machine, bytes.
+        shared: Free bytes in ``/dev/shm``.
+    """
     offered = settings.worker.resources
     store = object_store_bytes(
-        configured=settings.ray.object_store_bytes, head=False, memory=memory, shared=shared
+        configured=settings.ray.object_store_bytes,
+        head=False,
+        memory=memory,
+        shared=shared,
+        tiny=settings.ray.is_tiny,
     )
     resources = {settings.worker.name: 1.0, **offered.custom}
     command = [
-        *_ray_start(settings, "worker"),
-        f"--address={settings.ray_address}",
+        *_ray_start(settings, "worker", address, log_monitor=head != settings.ray_address),
+        f"--address={head}",
         f"--num-cpus={min(cpus, offered.cpu_cores or cpus)}",
         f"--num-gpus={offered.gpu_count}",
         f"--resources={json.dumps(resources)}",
@@ -183,14 +243,27 @@ def worker_command(settings: Settings, *, cpus: int, memory: int, shared: int) -
     return command
 
 
-def _ray_start(settings: Settings, role: str) -> list[str]:
+def _ray_start(
+    settings: Settings, role: str, address: str, *, log_monitor: bool = True
+) -> list[str]:
+    """Return the part of the command that both kinds of node share.
+
+    Args:
+        settings: Of this machine.
+        role: ``head`` or ``worker``.
+        address: This machine's address for the others.
+        log_monitor: Whether this node sends what Ray's workers print to drivers: one on a machine
+            is enough, and none of our own tasks needs it.
+    """
     port = settings.port
+    log_monitor = log_monitor and not settings.ray.is_tiny
     return [
         sys.executable,
         "-m",
         "hcna_ray.supervisor.ray_start",
         "--block",
-        f"--node-ip-address={LOOPBACK}",
+        f"--include-log-monitor={str(log_monitor).lower()}",
+        f"--node-ip-address={address}",
         f"--temp-dir={temp_dir_of(settings)}",
         "--disable-usage-stats",
         "--log-color=false",
@@ -205,8 +278,13 @@ def _ray_start(settings: Settings, role: str) -> list[str]:
     ]
 
 
-def single_ports(settings: Settings) -> dict[int, str]:
-    """Return every port that is one process's own, with the setting that moves it."""
+def single_ports(settings: Settings, *, worker_only: bool = False) -> dict[int, str]:
+    """Return every port that is one process's own, with the setting that moves it.
+
+    Args:
+        settings: Of this machine.
+        worker_only: Leave out what only M1's machine listens on.
+    """
     used = {
         settings.api_port: "composite.api_port",
         settings.control_port: "moderator.control_port",
@@ -215,18 +293,23 @@ def single_ports(settings: Settings) -> dict[int, str]:
     for name in type(settings.ports).model_fields:
         if name != "offset" and not name.endswith(("_min", "_max")):
             used[settings.port(name)] = f"ports.{name}"
+    if worker_only:
+        used = {
+            p: name for p, name in used.items() if name.startswith(("ports.worker_", "worker."))
+        }
     return used
 
 
-def taken_ports(settings: Settings) -> dict[int, str]:
+def taken_ports(settings: Settings, *, worker_only: bool = False) -> dict[int, str]:
     """Return the ports of `single_ports` on which something listens now."""
-    return {port: name for port, name in single_ports(settings).items() if not is_free(port)}
+    ports = single_ports(settings, worker_only=worker_only)
+    return {port: name for port, name in ports.items() if not is_free(port)}
 
 
-def accepts(port: int, *, timeout_s: float = 1.0) -> bool:
-    """Whether something on this machine accepts connections on the port."""
+def accepts(port: int, *, host: str = LOOPBACK, timeout_s: float = 1.0) -> bool:
+    """Whether something accepts connections on the port; on this machine unless ``host`` says."""
     try:
-        with socket.create_connection((LOOPBACK, port), timeout=timeout_s):
+        with socket.create_connection((host, port), timeout=timeout_s):
             return True
     except OSError:
         return False

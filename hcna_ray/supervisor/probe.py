@@ -37,3 +37,9 @@ def online_workers(host: str, port: int, *, timeout_s: float = 2.0) -> int:
     """Return how many workers C1 counts in ``GET /health``; 0 if it does not answer."""
     count = get_json(host, port, "/health", timeout_s=timeout_s)[1].get("worker_nodes")
     return count if isinstance(count, int) else 0
+
+
+def is_connected(host: str, port: int, *, timeout_s: float = 2.0) -> bool:
+    """Whether this machine's worker says on its own page that M1 confirmed it lately."""
+    page = get_json(host, port, "/health", timeout_s=timeout_s)[1]
+    return page.get("moderator_connected") is True

@@ -1,16 +1,30 @@
-"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``, with the Ray client closed.
+"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``: it, with three faults mended.
 
 Ray 2.60 starts its client server on port 10001 whenever the client's packages are installed, as
 they are with ``ray[default,serve]``; ``--ray-client-server-port=0`` is refused ("must be an integer
 between 1024 and 65535"). The server is one more door and one more process that nothing here uses.
 The command asks one function whether the packages are there; here it is told that they are not.
+
+``--block`` takes processes that ended in good order for none of its business and waits for ever,
+with 90 MB of modules that are needed no more. Here `hcna_ray.supervisor.keeper` waits instead, and
+ends with the node.
+
+Without a dashboard Ray starts the dashboard's process all the same, for statistics of use, which
+are switched off here. It is left out.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
+
+from hcna_ray.supervisor import keeper
+from hcna_ray.supervisor.keeper import EXIT_RAYLET_LEFT, EXIT_TOLD_TO_STOP
+
+__all__ = ["EXIT_RAYLET_LEFT", "EXIT_TOLD_TO_STOP", "main"]
 
 
 def main() -> None:
@@ -19,8 +33,43 @@ def main() -> None:
     if not callable(getattr(scripts, "get_ray_client_dependency_error", None)):
         sys.exit("this version of Ray decides elsewhere whether to open its client port")
     scripts.get_ray_client_dependency_error = lambda: "closed by hcna-ray"
+    node: Any = import_module("ray._private.node").Node
+    _hand_over_to_keeper(node)
+    if "--include-dashboard=false" in sys.argv:
+        _leave_out_dashboard(node)
     sys.argv[:] = ["ray", "start", *sys.argv[1:]]
     scripts.main()
+
+
+def _hand_over_to_keeper(node: Any) -> None:
+    """Become the keeper as soon as ``ray start --block`` looks for ended processes: it waits now.
+
+    All processes of the node are children of this one and stay so.
+    """
+
+    def dead_processes(self: Any) -> Any:
+        # A process that has ended by now was collected by Ray: the code is all there is to pass on.
+        words = []
+        for kind, infos in self.all_processes.items():
+            for info in infos:
+                code = info.process.poll()
+                words.append(f"{kind}={info.process.pid}" if code is None else f"{kind}:{code}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        role = "head" if self.head else "worker"
+        # Held back until the keeper waits for it: a SIGTERM in between would end the keeper alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        # -I -S: nothing from the environment and no site-packages. The memory is the point.
+        os.execv(sys.executable, [sys.executable, "-I", "-S", keeper.__file__, role, *words])
+
+    node.dead_processes = dead_processes
+
+
+def _leave_out_dashboard(node: Any) -> None:
+    def start_api_server(self: Any, **_: Any) -> None:
+        self._webui_url = ""
+
+    node.start_api_server = start_api_server
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 ``state.json``        its members, for those who look and for the daemon after it
 ``cluster.json``      where the cluster is, for clients
 ``settings.yaml``     the settings in force, for every process of the instance
+``ray.env``           what a shell needs for Ray's own commands and drivers: ``. run/ray.env``
+``order``             what `down` wants of the daemon beyond its own end: ``cluster_down``
+``goodbye``           asks the worker's agent to hand its work back; ``goodbye.done`` is the answer
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +25,24 @@ import yaml
 
 from hcna_ray.config import Settings
 from hcna_ray.security.keys import make_private_dir, write_private
-from hcna_ray.supervisor.ports import marker_of
+from hcna_ray.supervisor.ports import marker_of, ray_environment
 from hcna_ray.supervisor.processes import ProcessRef, identify
 
 SCHEMA = 1
-RUN_FILES = ("supervisor.pid", "state.json", "cluster.json", "settings.yaml", "edge.cfg")
+RUN_FILES = (
+    "supervisor.pid",
+    "state.json",
+    "cluster.json",
+    "settings.yaml",
+    "ray.env",
+    "edge.cfg",
+    "order",
+    "goodbye",
+    "goodbye.done",
+)
+
+#: An order to the daemon: the whole cluster stops, not only this machine.
+CLUSTER_DOWN = "cluster_down"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +132,19 @@ def write_cluster(settings: Settings, *, started_at: float) -> ClusterInfo:
     return info
 
 
+def write_ray_env(settings: Settings, ray_address: str) -> None:
+    """Write ``ray.env``: the settings that every node has, where the cluster is, and its token."""
+    variables = {
+        **ray_environment(settings),
+        "RAY_ADDRESS": ray_address,
+        "RAY_API_SERVER_ADDRESS": settings.dashboard_url,
+        "RAY_DASHBOARD_ADDRESS": settings.dashboard_url,
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
+    header = "# For Ray's own commands and drivers on this machine; written at every start.\n"
+    write_private(settings.run_dir / "ray.env", header + "\n".join(lines) + "\n")
+
+
 def read_cluster(run_dir: Path) -> ClusterInfo | None:
     """Return what ``cluster.json`` says, or None if no cluster was started or its file is odd."""
     data = read_json(run_dir / "cluster.json")
@@ -164,6 +194,29 @@ def remove_run_files(run_dir: Path) -> None:
     """Remove all that describes a running instance. The lock is removed by its holder."""
     for name in RUN_FILES:
         (run_dir / name).unlink(missing_ok=True)
+
+
+def write_order(run_dir: Path, order: str) -> None:
+    """Leave an order for the daemon, which looks when it ends."""
+    write_private(run_dir / "order", order + "\n")
+
+
+def read_order(run_dir: Path) -> str | None:
+    """Return the order that was left, if there is one."""
+    try:
+        return (run_dir / "order").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def goodbye_order(run_dir: Path) -> Path:
+    """Return the file whose presence asks the worker's agent to hand its work back."""
+    return run_dir / "goodbye"
+
+
+def goodbye_done(run_dir: Path) -> Path:
+    """Return the file with which the agent says that it has."""
+    return run_dir / "goodbye.done"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import msgspec
 import pytest
 
 from hcna_ray.core.errors import SchemaTooNew, StoreTooOld, StoreUnavailable
@@ -21,7 +22,15 @@ from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskSta
 from hcna_ray.store import codec, rows, sqlite
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore, page_query, require_library
-from tests.support.builders import T0, a_fact, a_lease, a_spec, a_task, an_attempt
+from tests.support.builders import (
+    T0,
+    a_fact,
+    a_lease,
+    a_spec,
+    a_task,
+    a_worker_record,
+    an_attempt,
+)
 
 ECHO = LaneKey("default", "echo", Needs())
 
@@ -142,6 +151,17 @@ class TestMigrations:
     def test_a_spec_of_a_newer_form_is_refused(self) -> None:
         with pytest.raises(SchemaTooNew):
             codec.unpack_spec(b"\x02" + codec.pack_spec(a_spec())[1:])
+
+    def test_a_worker_that_another_version_wrote_is_read(self) -> None:
+        """Fields that are new have a value of their own, and those of a newer one are passed by."""
+        added = ("machine_id", "ray_node_id", "asleep_at", "left_at")
+        record = a_worker_record(address="10.0.0.2")
+        fields = msgspec.to_builtins(record)
+        older = {name: value for name, value in fields.items() if name not in added}
+
+        assert codec.unpack_worker(codec.FORM + msgspec.msgpack.encode(older)) == record
+        newer = {**fields, "colour": "green"}
+        assert codec.unpack_worker(codec.FORM + msgspec.msgpack.encode(newer)) == record
 
 
 def edit(path: Path, sql: str) -> list[tuple[object, ...]]:

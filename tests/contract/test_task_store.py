@@ -796,6 +796,10 @@ class TestSmallTables:
             resources=(("scanner", 2.0),),
             labels=(("zone", "a"),),
             address="10.0.0.2",
+            machine_id="m-1",
+            ray_node_id="ab12",
+            asleep_at=T0 + 35,
+            left_at=T0 + 40,
         )
         with store.transaction():
             store.save_worker(a_worker_record("W2"))

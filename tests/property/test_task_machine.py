@@ -337,6 +337,11 @@ class TaskWorld(RuleBasedStateMachine):
         able = machines(self.world, lambda m: m.granted or m.started)
         self.world.worker_down(able[self.pick(len(able))])
 
+    @action("trouble", 1, lambda w: machines(w, lambda m: m.granted or m.started))
+    def worker_leaves_in_good_order(self) -> None:
+        able = machines(self.world, lambda m: m.granted or m.started)
+        self.world.worker_leaves(able[self.pick(len(able))])
+
     @action("life", 2, lambda w: machines(w, lambda m: not m.up))
     def worker_comes_back_as_a_new_incarnation(self) -> None:
         able = machines(self.world, lambda m: not m.up)

@@ -174,6 +174,8 @@ class Ledger:
     asked_to_cancel: bool = False
     failures: int = 0
     losses: int = 0
+    #: Attempts lost because somebody stopped their worker: not held against the task.
+    forgiven: int = 0
     ends: int = 0
     result: bytes | None = None
     phase: str = "unborn"
@@ -349,6 +351,7 @@ class World:
         failed = (Outcome.ERRORED, Outcome.TIMED_OUT)
         failures = sum(attempt.outcome in failed for attempt in ledger.closed)
         losses = sum(attempt.outcome is Outcome.LOST for attempt in ledger.closed)
+        losses -= ledger.forgiven
         self.must((task.failures, task.losses) == (failures, losses), "C11 attempts", task)
         for command in step.commands:
             if isinstance(command, SettleDependents):
@@ -399,12 +402,13 @@ class World:
                 return TaskState.CANCELLED
             case AttemptFailed(error=error):
                 return self._after_failure(task, error, ledger)
-            case AttemptLost():
-                ledger.losses += 1
+            case AttemptLost(counted=counted):
+                ledger.losses += counted
+                ledger.forgiven += not counted
                 ledger.live, ledger.started = None, False
                 if ledger.asked_to_cancel:
                     return TaskState.CANCELLED
-                gone = ledger.losses >= task.spec.max_losses
+                gone = counted and ledger.losses >= task.spec.max_losses
                 return TaskState.FAILED if gone else TaskState.QUEUED
             case LeaseReturned():
                 if ledger.started:
@@ -746,6 +750,26 @@ class World:
         worker.up = False
         self._lose(task for task in self.open_tasks() if task.lease)
         self.ghosts += worker.forget_all()
+
+    def worker_leaves(self, worker: Machine) -> None:
+        """It is stopped in good order: what it ran has ended and goes on elsewhere at once."""
+        worker.up = False
+        for task in list(self.open_tasks()):
+            lease = task.lease
+            if lease is None or lease.worker != worker.view.name:
+                continue
+            event: Event = LeaseReturned(at=self.clock, token=lease.token)
+            if lease.started_at is not None:
+                event = AttemptLost(
+                    at=self.clock,
+                    token=lease.token,
+                    kind=FailureKind.LOST,
+                    message=f"{lease.worker} was stopped in good order",
+                    worker_gone=True,
+                    counted=False,
+                )
+            self.handle(task.id, event)
+        worker.forget_all()
 
     def _lose(self, tasks: Iterable[Task]) -> None:
         for task in list(tasks):

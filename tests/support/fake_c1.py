@@ -216,6 +216,10 @@ class FakeC1:
                 states = {"drain": "draining", "cordon": "cordoned", "uncordon": "online"}
                 self.worker_state = states[verb]
                 return json_reply(200, self.worker())
+            case "DELETE", "workers", "W1":
+                if self.worker_state == "online" and seen.query.get("force") != "true":
+                    return problem(409, "worker_online", "worker W1 is online")
+                return json_reply(200, self.worker())
             case "POST", "admin", "send-intent":
                 body = seen.json
                 answer = {"pong": True, "node": NODE_ID}

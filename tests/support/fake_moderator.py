@@ -22,6 +22,7 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.moderator import Outbound
 from hcna_ray.runtime.requests import (
     Cancel,
+    ForgetWorker,
     MarkWorker,
     Note,
     PauseQueue,
@@ -150,6 +151,10 @@ class FakeModerator:
         worker: WorkerInfo = self._ask(
             MarkWorker(name=name, action=action, deadline_s=deadline_s, principal=principal)
         )
+        return worker
+
+    async def forget_worker(self, name: str, *, force: bool, principal: str) -> WorkerInfo:
+        worker: WorkerInfo = self._ask(ForgetWorker(name=name, force=force, principal=principal))
         return worker
 
     async def send_intent(

@@ -43,6 +43,10 @@ class PaperClock:
         self._now += seconds
         self._elapsed += seconds
 
+    def step(self, seconds: float) -> None:
+        """Put the wall clock alone another way."""
+        self._now += seconds
+
 
 class Desk:
     """A moderator and what it has answered so far."""
@@ -152,14 +156,19 @@ class PaperWorker:
         self.hello()
 
     def hello(self, reports: tuple[Report, ...] = ()) -> None:
-        defaults: dict[str, Any] = {"cpu": 4.0, "mem_gb": 8.0, "gpu": 0.0, "labels": ()}
+        defaults: dict[str, Any] = {
+            "cpu": 4.0,
+            "mem_gb": 8.0,
+            "gpu": 0.0,
+            "labels": (),
+            "address": "127.0.0.1",
+            "resources": ((self.name, 1.0),),
+        }
         self.desk.ask(
             Hello(
                 worker=self.name,
                 node_id=f"HCNA-{self.name}--test",
                 incarnation=self.incarnation,
-                address="127.0.0.1",
-                resources=((self.name, 1.0),),
                 task_types=self.task_types,
                 reports=reports,
                 **{**defaults, **self.has},

@@ -21,9 +21,11 @@ OURS = (str(REPOSITORY / "hcna_ray"), str(REPOSITORY / "tests"))
 EXCEPTIONS = {
     # Commands run against a fake C1, over real HTTP on this machine.
     "cli": "loopback",
-    # Ending real child processes is what is tested; waiting for them cannot be faked.
-    "supervisor": "sleep",
+    # Ending real child processes is what is tested; waiting for them cannot be faked. The gate and
+    # the port checks are tested over real sockets on this machine.
+    "supervisor": "loopback sleep",
 }
+ON_THIS_MACHINE = ("127.0.0.1", "::1", "localhost", "0.0.0.0")
 
 
 def refuse_ray(*args: object, **options: object) -> NoReturn:
@@ -40,7 +42,10 @@ def only_on_loopback(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``method`` of a socket, restricted to addresses of this machine."""
 
     def guarded(self: socket.socket, address: Any, *rest: Any) -> Any:
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        # To connect a datagram socket sends nothing: it asks the kernel for a route.
+        silent = self.type == socket.SOCK_DGRAM and method.__name__ == "connect"
+        here = self.family == socket.AF_UNIX or address[0] in ON_THIS_MACHINE
+        if not here and not silent:
             refuse_socket()
         return method(self, address, *rest)
 
@@ -83,7 +88,8 @@ def no_ray_no_network_no_sleep(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Make ``ray.init``, addressed sockets and our own ``time.sleep`` raise."""
-    allowed = EXCEPTIONS.get(request.path.relative_to(Path(__file__).parent).parts[0])
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    allowed = EXCEPTIONS.get(folder, "").split()
     sleep = time.sleep
 
     def refuse_our_sleep(seconds: float) -> None:
@@ -92,12 +98,12 @@ def no_ray_no_network_no_sleep(
             raise AssertionError(f"a unit test must not sleep ({seconds} s): hand in a clock")
         sleep(seconds)
 
-    if allowed != "sleep":
+    if "sleep" not in allowed:
         monkeypatch.setattr(time, "sleep", refuse_our_sleep)
     for name in ("connect", "connect_ex", "bind"):
         guarded = only_on_loopback(getattr(socket.socket, name))
         monkeypatch.setattr(
-            socket.socket, name, guarded if allowed == "loopback" else refuse_socket
+            socket.socket, name, guarded if "loopback" in allowed else refuse_socket
         )
     monkeypatch.setattr(socket.socket, "sendto", refuse_socket)
     if "ray" in sys.modules:

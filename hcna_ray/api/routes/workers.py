@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.routing import Call, Routes, answer
-from hcna_ray.api.schemas import DrainIn, Nothing, WorkerOut, WorkersOut
+from hcna_ray.api.schemas import DrainIn, ForgetQuery, Nothing, WorkerOut, WorkersOut
 from hcna_ray.api.views import worker_view
 from hcna_ray.core.errors import NotFound
 from hcna_ray.core.models import WorkerRecord, WorkerState
@@ -35,7 +35,7 @@ def _from_record(record: WorkerRecord, now: float) -> WorkerInfo:
     return WorkerInfo(
         name=record.name,
         node_id=record.node_id,
-        state=WorkerState.CORDONED if record.cordoned else WorkerState.SUSPECT,
+        state=_state_on_record(record),
         last_seen_at=record.last_seen_at,
         last_seen_age_s=max(0.0, now - record.last_seen_at),
         resources=amounts | dict(record.resources),
@@ -46,7 +46,16 @@ def _from_record(record: WorkerRecord, now: float) -> WorkerInfo:
         running=(),
         telemetry={},
         draining_until=record.draining_until,
+        address=record.address,
     )
+
+
+def _state_on_record(record: WorkerRecord) -> WorkerState:
+    if record.left_at is not None:
+        return WorkerState.GONE
+    if record.asleep_at is not None:
+        return WorkerState.ASLEEP
+    return WorkerState.CORDONED if record.cordoned else WorkerState.SUSPECT
 
 
 def _named(workers: Sequence[WorkerInfo], name: str) -> WorkerInfo:
@@ -127,6 +136,29 @@ async def uncordon_worker(call: Call) -> Response:
     """Give a drained or cordoned worker work again."""
     await call.model(Nothing, optional=True)
     return await _set(call, "uncordon", None)
+
+
+@routes.add(
+    "DELETE",
+    "/workers/{name}",
+    access="admin",
+    sort=Sort.WRITE,
+    query=ForgetQuery,
+    answers={200: WorkerOut},
+    problems=(404, 409),
+)
+async def forget_worker(call: Call) -> Response:
+    """Strike a worker that left for good off the record; it may join again later.
+
+    Only one that is asleep or gone, unless ``force`` is given. What it held goes to other workers.
+    Answers with what was known of it.
+    """
+    query = call.query(ForgetQuery)
+    forgotten = await call.services.moderator.forget_worker(
+        call.path("name"), force=query.force, principal=call.principal
+    )
+    call.services.cache.forget()
+    return answer(worker_view(forgotten))
 
 
 async def _set(call: Call, action: str, deadline_s: float | None) -> Response:

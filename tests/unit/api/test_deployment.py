@@ -60,6 +60,7 @@ async def test_every_call_reaches_the_actor_under_its_name() -> None:
     assert (await moderator.status()).paused == ("q",)
     worker = await moderator.set_worker("W1", "cordon", deadline_s=None, principal="p")
     assert worker.state.value == "cordoned"
+    assert (await moderator.forget_worker("W1", force=True, principal="p")).name == "W1"
     query = ReplayQuery(where=TaskFilter(states=(TaskState.FAILED,)))
     assert (await moderator.retry_many(query, principal="p")).retried == ()
     reply = await moderator.send_intent("W1", "test.ping", {}, principal="p", wait_s=20.0)

@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute
 from hcna_ray.api import schemas
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.app import declared_routes
+from hcna_ray.runtime.messages import Goodbye, Heartbeat
 from tests.support.c1 import USER_KEY, Composite, a_composite
 
 OPEN = {"/health", "/ready", "/live", "/metrics", "/status", "/openapi.json", "/docs"}
@@ -33,8 +34,11 @@ def test_every_route_of_the_application_has_a_policy(c1: Composite) -> None:
 
     assert served == set(declared)
     assert {route.path for route in declared.values() if route.access == "open"} == OPEN
-    admin = {route.path for route in declared.values() if route.access == "admin"}
-    assert admin == {path for _, path in declared if path.startswith("/admin/")}
+    admin = {name for name, route in declared.items() if route.access == "admin"}
+    assert admin == {
+        *(name for name in declared if name[1].startswith("/admin/")),
+        ("DELETE", "/workers/{name}"),
+    }
 
 
 async def test_without_a_key_only_probes_and_the_reference_answer(c1: Composite) -> None:
@@ -248,3 +252,43 @@ async def test_docs_need_nothing_from_outside_and_every_link_leads_somewhere(
     for link in page.links:
         assert link == "openapi.json" or link.removeprefix("#") in page.ids, link
     assert "/tasks/{task_id}/cancel" in reply.text
+
+
+async def test_a_worker_that_left_is_forgotten(c1: Composite) -> None:
+    worker = c1.moderator.join()
+    refused = await c1.http.delete("/workers/W1")
+    assert (refused.status_code, refused.json()["code"]) == (409, "worker_online")
+    assert "hcna leave" in refused.json()["detail"]
+    assert (await c1.http.delete("/workers/W9")).json()["code"] == "worker_not_found"
+
+    c1.moderator.desk.ask(Goodbye(worker="W1", incarnation=worker.incarnation))
+    c1.moderator.desk.clock.advance(1.0)
+    assert (await c1.http.get("/workers/W1")).json()["state"] == "gone"
+    reply = await c1.http.delete("/workers/W1")
+
+    assert reply.status_code == 200
+    schemas.WorkerOut.model_validate(reply.json())
+    assert (await c1.http.get("/workers")).json()["workers"] == []
+
+
+async def test_a_worker_in_contact_is_forgotten_by_force(c1: Composite) -> None:
+    c1.moderator.join()
+
+    assert (await c1.http.delete("/workers/W1?force=true")).status_code == 200
+    assert (await c1.http.get("/workers")).json()["workers"] == []
+
+
+async def test_without_the_moderator_the_store_says_who_is_away(c1: Composite) -> None:
+    for name in ("W1", "W2", "W3"):
+        c1.moderator.join(name)
+    c1.moderator.desk.ask(Goodbye(worker="W2", incarnation="a"))
+    for _ in range(40):
+        c1.moderator.desk.ask(Heartbeat(worker="W3", incarnation="a", telemetry={}))
+        c1.moderator.desk.tick(1.0)
+    c1.moderator.kill()
+    c1.moderator.desk.clock.advance(1.0)
+
+    shown = (await c1.http.get("/workers")).json()
+
+    states = {worker["name"]: worker["state"] for worker in shown["workers"]}
+    assert states == {"W1": "asleep", "W2": "gone", "W3": "suspect"}

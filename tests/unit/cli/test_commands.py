@@ -155,6 +155,27 @@ def test_workers_can_be_listed_shown_and_steered(hcna: Hcna, c1: FakeC1) -> None
     assert (ran.code, "hcna workers" in ran.err) == (4, True)
 
 
+def test_a_worker_can_be_forgotten(hcna: Hcna, c1: FakeC1) -> None:
+    assert "online" in hcna("workers", "forget", "W1").err
+    assert "W1 is forgotten" in hcna("workers", "forget", "W1", "--force").err
+    c1.worker_state = "asleep"
+    assert "asleep" in hcna("workers").out
+    assert hcna("workers", "forget", "W1", "--json").json["state"] == "asleep"
+
+
+def test_a_worker_in_trouble_is_shown_as_such(
+    hcna: Hcna, c1: FakeC1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = c1.worker()
+    sick = {"trouble": "cannot write to its disk (full)", "address": "10.0.0.7"}
+    monkeypatch.setattr(c1, "worker", lambda: view | sick)
+
+    assert "trouble" in hcna("workers").out
+    shown = hcna("workers", "show", "W1").out
+    assert "it cannot write to its disk (full)" in shown
+    assert "10.0.0.7" in shown
+
+
 def test_an_intent_takes_the_short_name(hcna: Hcna, c1: FakeC1) -> None:
     ran = hcna("intent", "W1", "test.ping")
     assert ran.json == {"pong": True, "node": "HCNA-W1--prod--home--v1.0"}
@@ -270,10 +291,10 @@ def test_status_of_a_c1_elsewhere(hcna: Hcna, c1: FakeC1, monkeypatch: pytest.Mo
 
 
 def test_the_card_is_short_and_has_everything() -> None:
-    lines = card("http://127.0.0.1:8080", "http://127.0.0.1:8265", Path("/home/me/.hcna"))
+    lines = card("http://127.0.0.1:8080", "http://127.0.0.1:8265", Path("/home/me/.hcna"), "CODE")
     text = "\n".join(lines)
     assert len(lines) <= 12
-    for part in ("8080/docs", "8265", "client.key", "curl", "hcna demo"):
+    for part in ("8080/docs", "8265", "client.key", "curl", "hcna demo", "hcna join CODE"):
         assert part in text
 
 
@@ -304,7 +325,12 @@ def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyP
             return _Info()
 
         @staticmethod
-        def down(settings: object, *, on_step: Any) -> _Stopped:
+        def invite(settings: object, *, now: float) -> str:
+            return "HCNA-CODE"
+
+        @staticmethod
+        def down(settings: object, *, on_step: Any, everywhere: bool) -> _Stopped:
+            calls.append(everywhere)
             on_step("stopping C1")
             return _Stopped()
 
@@ -318,6 +344,7 @@ def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyP
     assert "composite.listen_address is 0.0.0.0" in ran.err
     assert "starting M1" in ran.err
     assert "http://127.0.0.1:8080/docs" in ran.out
+    assert "hcna join HCNA-CODE" in ran.out
     assert hcna("up", "--json").json["ray_address"] == "127.0.0.1:6379"
     ran = hcna("down")
     assert (ran.code, "stopped in 1.5 s" in ran.err) == (0, True)

@@ -321,6 +321,14 @@ def test_workers_can_be_seen_and_steered(client: Client) -> None:
         client.worker("W9")
 
 
+def test_a_worker_can_be_forgotten(client: Client, c1: FakeC1) -> None:
+    with pytest.raises(Conflict):
+        client.forget_worker("W1")
+    assert client.forget_worker("W1", force=True).name == "W1"
+    c1.worker_state = "gone"
+    assert client.forget_worker("W1").state == "gone"
+
+
 def test_an_intent_is_answered(client: Client) -> None:
     answer = client.send_intent("HCNA-W1--prod--home--v1.0", "test.ping")
     assert answer.answer["pong"] is True

@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, object] = {
     "known": 2,
     "event": "TimePassed",
     "why": "too short",
+    "holder": "10.0.0.7",
 }
 
 
@@ -81,6 +82,8 @@ def test_an_error_says_what_is_wrong_with_what(error: HcnaError, sentence: str) 
         (errors.IdempotencyConflict("k", "t1"), "use a new key"),
         (errors.StoreTooOld("3.40.1", "3.51.3"), "uv sync"),
         (errors.SchemaTooNew(9, 2), "upgrade hcna-ray"),
+        (errors.WorkerOnline("W1", "draining"), "hcna leave"),
+        (errors.WorkerNameTaken("W1", "10.0.0.7"), "the machine at 10.0.0.7 is W1 already"),
         (errors.InvalidName("w1", "too short"), "example: HCNA-W1"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

@@ -512,6 +512,24 @@ def test_a_loss_is_counted_apart_and_keeps_the_place() -> None:
     assert step.attempts[0].outcome is Outcome.LOST
 
 
+def test_a_loss_on_purpose_is_not_held_against_the_task() -> None:
+    task = a_running_task(max_losses=1)
+    assert task.lease is not None
+    event = AttemptLost(
+        at=NOW + 5,
+        token=task.lease.token,
+        kind=FailureKind.LOST,
+        message="W1 was stopped in good order",
+        worker_gone=True,
+        counted=False,
+    )
+
+    step = advance(task, event)
+
+    assert (step.task.state, step.task.losses, step.task.lease) == (TaskState.QUEUED, 0, None)
+    assert step.attempts[0].outcome is Outcome.LOST
+
+
 def test_too_many_losses_end_the_task() -> None:
     step = lost(a_running_task(max_losses=1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ def placed(
     [
         (Needs(worker="W2"), {}, "worker=W2", "is W1"),
         (Needs(), {"state": WorkerState.ASLEEP}, "state=online", "is asleep"),
+        (Needs(), {"trouble": "cannot write to its disk"}, "state=online", "cannot write"),
         (Needs(), {"task_types": frozenset({"sleep"})}, "task_type=echo", "does not know"),
         (Needs(cpu=8.0), {}, "cpu>=8", "has 4"),
         (Needs(mem_gb=8.5), {}, "mem_gb>=8.5", "has 8"),
@@ -190,6 +192,60 @@ def test_the_less_loaded_worker_comes_first() -> None:
     assert placed([a_lane("a")], [a_slot("W1"), a_slot("W2")], workers) == [("a", "W2", 0)]
 
 
+def test_of_two_idle_workers_the_stronger_comes_first_and_takes_more() -> None:
+    strong, weak = a_worker("W1", cpu=2.0), a_worker("W2", cpu=8.0)
+    slots = [a_slot(name, number, items_max=1) for name in ("W1", "W2") for number in range(4)]
+
+    chosen = placed([a_lane(*(f"t{n}" for n in range(5)))], slots, (strong, weak))
+
+    assert [worker for _, worker, _ in chosen] == ["W2", "W2", "W2", "W1", "W2"]
+
+
+def test_an_idle_worker_comes_before_a_busy_one_that_is_stronger() -> None:
+    busy, idle = a_worker("W1", cpu=8.0, live=8), a_worker("W2", cpu=2.0)
+
+    assert placed([a_lane("t1")], [a_slot("W1"), a_slot("W2")], (busy, idle)) == [("t1", "W2", 0)]
+
+
+def test_a_burst_of_short_tasks_does_not_pile_up_on_one_worker() -> None:
+    slots = [a_slot(name, number, items_max=64) for name in ("W1", "W2") for number in range(2)]
+
+    chosen = placed(
+        [a_lane(*(f"t{n}" for n in range(64)))],
+        slots,
+        (a_worker("W1"), a_worker("W2")),
+        estimates_ms={"echo": 0.1},
+    )
+
+    taken = Counter(place[1:] for place in chosen)
+    assert set(taken.values()) == {16}
+
+
+def test_two_workers_share_a_stream_of_work_by_their_strength() -> None:
+    """A closed loop: a slot asks again when it is done; more slots than cores slow each other."""
+    cores = {"W1": 8.0, "W2": 2.0}
+    openings = {(name, number) for name in cores for number in range(4)}
+    busy: dict[tuple[str, int], float] = {}
+    done: Counter[str] = Counter()
+    now, number = 0.0, 0
+    while sum(done.values()) < 600:
+        running = Counter(name for name, _ in busy)
+        views = tuple(a_worker(name, cpu=cores[name], live=running[name]) for name in cores)
+        idle = sorted(openings - busy.keys())
+        names = [f"t{number + n}" for n in range(len(idle))]
+        number += len(idle)
+        slots = [a_slot(name, slot, items_max=1) for name, slot in idle]
+        for _, name, slot in placed([a_lane(*names)], slots, views):
+            running[name] += 1
+            busy[name, slot] = now + 0.01 * max(1.0, running[name] / cores[name])
+        now = min(busy.values())
+        for place in [place for place, end in busy.items() if end <= now]:
+            del busy[place]
+            done[place[0]] += 1
+
+    assert 1.4 < done["W1"] / done["W2"] < 2.6  # Four cores' worth of slots against two.
+
+
 def test_heavy_tasks_take_room_and_not_slots() -> None:
     heavy = a_lane("a", "b", "c", needs=Needs(cpu=2.0))
 
@@ -247,7 +303,9 @@ def test_each_need_is_named_with_the_workers_it_excludes() -> None:
     assert reason.code == "unplaceable"
     assert "gpu>=1: excludes 1 of 3 workers (W1 has 0)" in reason.message
     assert "cpu>=2: excludes 1 of 3 workers (W2 has 1)" in reason.message
-    assert "state=online: excludes 1 of 3 workers (W3 is suspect)" in reason.message
+    assert (
+        "state=online: excludes 1 of 3 workers (W3 is suspect, last seen 0 s ago)" in reason.message
+    )
     assert reason.fix == "join a worker with gpu>=1 and cpu>=2, or drop the need"
 
 
@@ -261,6 +319,8 @@ def test_one_worker_is_not_several() -> None:
         (WorkerState.CORDONED, "hcna workers uncordon"),
         (WorkerState.DRAINING, "hcna workers uncordon"),
         (WorkerState.GONE, "start the worker again"),
+        (WorkerState.ASLEEP, "its tasks start when it is back"),
+        (WorkerState.SUSPECT, "its tasks start when it is back"),
     ],
 )
 def test_workers_that_are_all_away_are_said_to_be(state: WorkerState, fix: str) -> None:
@@ -269,6 +329,35 @@ def test_workers_that_are_all_away_are_said_to_be(state: WorkerState, fix: str) 
     assert reason.code == "no_healthy_workers"
     assert f"W1 is {state.value}" in reason.message
     assert fix in reason.fix
+
+
+@pytest.mark.parametrize(
+    ("age", "words"),
+    [
+        (0.4, "0 s"),
+        (99.0, "99 s"),
+        (180.0, "3 min"),
+        (5999.0, "100 min"),
+        (6000.0, "2 h"),
+        (86400.0, "24 h"),
+        (200_000.0, "2 days"),
+    ],
+)
+def test_how_long_a_worker_has_been_away_is_said_in_words(age: float, words: str) -> None:
+    away = a_worker(state=WorkerState.ASLEEP, last_seen_age_s=age)
+
+    reason = why(Needs(), away)
+
+    assert reason.message == (f"No healthy workers available: W1 is asleep, last seen {words} ago")
+    assert "on_disconnect replace" in reason.fix
+    assert "join another" in reason.fix
+
+
+def test_a_worker_in_trouble_is_named_with_it() -> None:
+    reason = why(Needs(), a_worker(trouble="cannot write to its disk"))
+
+    assert reason.message == "No healthy workers available: W1 cannot write to its disk"
+    assert "free space on its disk" in reason.fix
 
 
 def test_a_pinned_task_waits_for_its_worker_by_name() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -12,10 +14,20 @@ from typing import Any
 import pytest
 
 from hcna_ray.core.envelopes import Intent
-from hcna_ray.core.errors import ModeratorUnavailable
+from hcna_ray.core.errors import (
+    HcnaError,
+    ModeratorUnavailable,
+    StaleWorker,
+    WorkerNameTaken,
+)
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, Token
 from hcna_ray.runtime import agent as agent_module
-from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
+from hcna_ray.runtime.agent import (
+    GOODBYE_DONE_FILE,
+    GOODBYE_FILE,
+    AgentSettings,
+    WorkerAgent,
+)
 from hcna_ray.runtime.journal import (
     JournalWriter,
     Note,
@@ -26,6 +38,7 @@ from hcna_ray.runtime.journal import (
 )
 from hcna_ray.runtime.messages import (
     Exchange,
+    Goodbye,
     Grant,
     Heartbeat,
     HeartbeatReply,
@@ -82,6 +95,9 @@ class World:
         #: Whether new members attach by themselves.
         self.attaching = True
         self.startable = True
+        #: What the moderator answers to hellos and heartbeats instead.
+        self.refusal: HcnaError | None = None
+        self.byes: list[Goodbye] = []
         self.answer_s = 0.001
         self._grants: asyncio.Queue[Grant] = asyncio.Queue()
         self.agent = self.new_agent("a")
@@ -96,6 +112,7 @@ class World:
                 base=2,
                 heartbeat_s=5.0,
                 self_stop_s=20.0,
+                run=self.outbox / "run",
             ),
             self,
             self,
@@ -134,6 +151,8 @@ class World:
     async def hello(self, hello: Hello) -> Welcome:
         await self._travel()
         self.hellos.append(hello)
+        if self.refusal is not None:
+            raise self.refusal
         self.known = True
         return Welcome(
             moderator_node_id="HCNA-M1--test", generation=1, lease_ttl_s=30.0, heartbeat_s=5.0
@@ -142,6 +161,8 @@ class World:
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         await self._travel()
         self.beats.append(self.clock.elapsed())
+        if self.refusal is not None:
+            raise self.refusal
         return HeartbeatReply(known=self.known)
 
     async def exchange(self, exchange: Exchange) -> Grant:
@@ -158,6 +179,12 @@ class World:
     async def slot_gone(self, gone: SlotGone) -> None:
         await self._travel()
         self.gone.append(gone)
+
+    async def goodbye(self, bye: Goodbye) -> None:
+        await self._travel()
+        if self.refusal is not None:
+            raise self.refusal
+        self.byes.append(bye)
 
     # `hcna_ray.runtime.agent.Processes`
 
@@ -244,6 +271,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
         before: Callable[[World], None] = lambda _world: None,
     ) -> None:
         async def whole() -> None:
+            (tmp_path / "run").mkdir()
             world = World(tmp_path)
             before(world)
             running = asyncio.create_task(world.agent.run())
@@ -788,5 +816,235 @@ def test_a_moderator_that_refuses_is_asked_again_with_the_same_number(play: Any)
         asked = [one.seq for one in world.exchanges]
         assert asked == sorted(asked)
         assert asked.count(asked[-1]) >= 3
+
+    play(scenario)
+
+
+# -- goodbye ---------------------------------------------------------------------------------------
+
+
+def ask_to_leave(world: World) -> None:
+    scratch = world.outbox / "run" / "goodbye.new"
+    scratch.write_text("")
+    scratch.replace(world.outbox / "run" / GOODBYE_FILE)
+
+
+def answered(world: World) -> Any:
+    path = world.outbox / "run" / GOODBYE_DONE_FILE
+    return json.loads(path.read_text())["delivered"] if path.exists() else None
+
+
+def test_a_goodbye_ends_every_process_and_brings_what_they_left(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        slot, other = world.slots
+        executor = world.executor(slot, pid=4711)
+        world.births[4711] = 7
+        executor.start("t1")
+        executor.complete("t1")
+        executor.start("t2")
+        crashed = world.executor("old.slot.0", pid=4712)
+        crashed.start("t3")
+        order = StopOrder(task_id="t3", generation=1, attempt=1, reason="cancel")
+        write_stops(crashed.files, [order])
+
+        ask_to_leave(world)
+        await asyncio.sleep(1.0)
+
+        (bye,) = world.byes
+        assert bye.incarnation == "a"
+        # What had started and not ended is the moderator's to take back, without a loss.
+        assert kinds(bye.reports) == [
+            ("started", "t1"),
+            ("completed", "t1"),
+            ("started", "t2"),
+            ("started", "t3"),
+            ("cancelled", "t3"),
+        ]
+        assert {(one.pid, signal.SIGKILL) for one in (slot, other)} <= set(world.killed)
+        assert (4711, signal.SIGKILL) in world.killed
+        assert answered(world) is True
+        assert not list(world.outbox.glob("*.journal"))
+        beats, members = len(world.beats), len(world.members)
+        await asyncio.sleep(60.0)
+        assert (len(world.beats), len(world.members)) == (beats, members)  # Idle from here on.
+
+    play(scenario)
+
+
+def test_a_goodbye_that_nobody_hears_is_given_up_and_leaves_the_journals(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        executor = world.executor(world.slots[0])
+        executor.start("t1")
+        world.away = True
+        asked = world.clock.elapsed()
+        ask_to_leave(world)
+        while answered(world) is None:  # noqa: ASYNC110 - a file sets no event
+            await asyncio.sleep(0.05)
+
+        assert world.clock.elapsed() - asked < 5.0  # The supervisor waits no longer.
+        assert answered(world) is False
+        assert executor.files.journal.exists()
+
+    play(scenario)
+
+
+def test_a_goodbye_waits_for_a_moderator_that_is_back_in_time(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.away = True
+        ask_to_leave(world)
+        await asyncio.sleep(1.0)
+        world.away = False
+        await asyncio.sleep(1.0)
+
+        assert answered(world) is True
+        assert len(world.byes) == 1
+
+    play(scenario)
+
+
+def test_a_moderator_that_never_met_the_worker_hears_a_hello_first(play: Any) -> None:
+    def unknown(world: World) -> None:
+        world.describes = False
+
+    async def scenario(world: World) -> None:
+        world.describes = True
+        ask_to_leave(world)
+        await asyncio.sleep(1.0)
+        assert (len(world.byes), answered(world)) == (1, True)
+        assert world.hellos
+
+    play(scenario, unknown)
+
+
+@pytest.mark.parametrize("error", [StaleWorker("W1", "a", "b"), WorkerNameTaken("W1", "10.0.0.7")])
+def test_who_was_replaced_says_no_goodbye(play: Any, error: HcnaError) -> None:
+    async def scenario(world: World) -> None:
+        world.refusal = error
+        ask_to_leave(world)
+        await asyncio.sleep(1.0)
+
+        assert (world.byes, answered(world)) == ([], False)
+
+    play(scenario)
+
+
+def test_a_request_from_before_this_life_is_not_meant_for_it(play: Any) -> None:
+    def stale(world: World) -> None:
+        ask_to_leave(world)
+        world.agent = world.new_agent("a")
+
+    async def scenario(world: World) -> None:
+        await asyncio.sleep(5.0)
+        assert (world.byes, answered(world), len(world.slots)) == ([], None, 2)
+        (world.outbox / "run" / GOODBYE_FILE).unlink()
+        await asyncio.sleep(5.0)
+        assert world.byes == []
+
+        ask_to_leave(world)
+        await asyncio.sleep(1.0)
+        assert len(world.byes) == 1
+
+    play(scenario, stale)
+
+
+def test_an_answer_that_cannot_be_written_is_logged(
+    play: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("full")
+
+    async def scenario(world: World) -> None:
+        monkeypatch.setattr(Path, "write_text", full)
+        (world.outbox / "run" / GOODBYE_FILE).touch()
+        await asyncio.sleep(1.0)
+        assert len(world.byes) == 1
+
+    play(scenario)
+    assert "the goodbye cannot be answered" in [one.getMessage() for one in caplog.records]
+
+
+# -- somebody else is this worker ------------------------------------------------------------------
+
+
+def test_a_second_machine_stands_back_and_tries_again_slowly(
+    play: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def taken(world: World) -> None:
+        world.refusal = WorkerNameTaken("W1", "10.0.0.7")
+
+    async def scenario(world: World) -> None:
+        await asyncio.sleep(30.0)
+        assert 5 <= len(world.hellos) <= 8
+        started = len(world.members)
+        assert started <= 2  # No slot is started again and again.
+        assert world.slots == []
+
+        world.refusal = None
+        await asyncio.sleep(10.0)
+        assert world.agent.connected
+        assert len(world.slots) == 2
+
+    play(scenario, taken)
+    said = [one.getMessage() for one in caplog.records if "stands back" in one.getMessage()]
+    assert len(said) == 1
+    assert "10.0.0.7" in said[0]
+
+
+def test_who_was_replaced_by_another_machine_waits_until_that_one_is_away(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.refusal = StaleWorker("W1", "a", "b")
+        await asyncio.sleep(40.0)
+        assert world.slots == []
+        assert len(world.hellos) == 1  # It does not say hello: that would drive the other one out.
+
+        world.refusal, world.known = None, False
+        await asyncio.sleep(10.0)
+        assert len(world.hellos) == 2
+        assert len(world.slots) == 2
+
+    play(scenario)
+
+
+# -- the disk and the clock ------------------------------------------------------------------------
+
+
+def test_a_disk_that_takes_nothing_is_told_with_the_heartbeat(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[Heartbeat] = []
+
+    async def scenario(world: World) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        heard = world.heartbeat
+
+        async def heartbeat(beat: Heartbeat) -> HeartbeatReply:
+            beats.append(beat)
+            return await heard(beat)
+
+        world.heartbeat = heartbeat  # type: ignore[method-assign]
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_bytes", full)
+            await asyncio.sleep(6.0)
+        await asyncio.sleep(6.0)
+        assert not list(world.outbox.glob(".probe"))
+
+    play(scenario)
+    assert beats[0].trouble == "cannot write to its disk (No space left on device)"
+    assert beats[-1].trouble == ""
+    assert beats[-1].sent_at > T0
+
+
+def test_a_heavy_attempt_knows_when_its_task_expires_on_the_clock_that_never_steps(
+    play: Any,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.grant(an_offer("t1")._replace(expires_in_s=10.0))
+        await asyncio.sleep(0.1)
+
+        offer = world.members[-1].offer
+        assert offer is not None
+        assert offer.expires_boot == pytest.approx(world.clock.elapsed() + 10.0, abs=0.2)
 
     play(scenario)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.errors import HcnaError, Invalid, ModeratorUnavailable, NotFound
 from hcna_ray.runtime import artifacts as artifacts_module
-from hcna_ray.runtime.artifacts import ArtifactServer, WorkerArtifacts
+from hcna_ray.runtime.artifacts import ArtifactServer, WorkerArtifacts, prune_cache
 
 PART = 65_536
 CONFIG = f"limits:\n  artifact_part_bytes: {PART}\n  disk_free_bytes_min: 0\n"
@@ -175,3 +177,76 @@ def test_a_store_that_does_not_answer_is_asked_again_next_time(site: Site) -> No
 def test_a_directory_keeps_its_name_over_restarts(site: Site) -> None:
     assert ArtifactServer(site.m1).identity() == site.server.identity()
     assert ArtifactServer(site.w1).identity() != site.server.identity()
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def limited(settings: Settings, **limits: Any) -> Settings:
+    return settings.model_copy(update={"limits": settings.limits.model_copy(update=limits)})
+
+
+def cached(settings: Settings, name: str, size: int, age_s: float) -> Path:
+    path = settings.home / "cache" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(size))
+    used_at = time.time() - age_s
+    os.utime(path, (used_at, used_at))
+    return path
+
+
+def names(settings: Settings) -> list[str]:
+    return sorted(path.name for path in (settings.home / "cache").iterdir())
+
+
+def test_the_least_recently_used_go_first_and_only_as_many_as_must(site: Site) -> None:
+    settings = limited(site.w1, artifact_cache_bytes=100)
+    for number in range(5):
+        cached(settings, f"f{number}", 30, 100.0 - number)
+
+    assert prune_cache(settings) == 2
+    assert names(settings) == ["f2", "f3", "f4"]
+    assert prune_cache(settings, room_bytes=40) == 1
+    assert names(settings) == ["f3", "f4"]
+    assert prune_cache(settings, room_bytes=1000) == 2
+
+
+def test_what_nobody_used_for_long_goes_whatever_its_size(site: Site) -> None:
+    settings = limited(site.w1, artifact_cache_s=3600.0)
+    cached(settings, "old", 1, 4000.0)
+    cached(settings, "young", 1, 3000.0)
+    cached(settings, ".part-dead", 1, 90_000.0)
+    cached(settings, ".part-alive", 1, 60.0)
+
+    assert prune_cache(settings) == 1
+    assert names(settings) == [".part-alive", "young"]
+
+
+def test_what_somebody_uses_stays(site: Site) -> None:
+    settings = limited(site.w1, artifact_cache_bytes=0)
+    held = cached(settings, "held", 30, 100.0)
+    cached(settings, "free", 30, 50.0)
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert prune_cache(settings) == 1
+        assert names(settings) == ["held"]
+
+    assert prune_cache(settings) == 1
+
+
+def test_no_cache_is_nothing_to_prune(site: Site) -> None:
+    assert prune_cache(site.w1) == 0
+
+
+def test_a_fetch_makes_room_for_itself_and_a_use_counts(site: Site) -> None:
+    site.local.put(site.file)
+    old = cached(site.w1, "0" * 64, len(DATA), 100.0)
+    settings = limited(site.w1, artifact_cache_bytes=len(DATA) + 10)
+    worker = WorkerArtifacts(settings)
+
+    found = worker.get(SHA)
+
+    assert not old.exists()
+    os.utime(found, (1.0, 1.0))
+    worker.get(SHA)
+    assert time.time() - found.stat().st_mtime < 60.0

@@ -184,7 +184,7 @@ def test_an_offer_carries_what_a_heavy_attempt_needs() -> None:
     floor.submit("h1", needs=Needs(cpu=2.0, mem_gb=1.0))
     floor.dispatch(AGENT)
 
-    offer = floor.dispatcher.offer(floor.task("h1"))
+    offer = floor.dispatcher.offer(floor.task("h1"), T0)
     assert offer.needs == (("cpu", 2.0), ("mem_gb", 1.0), ("gpu", 0.0))
 
 

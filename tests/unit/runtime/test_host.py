@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -25,7 +27,16 @@ from hcna_ray.runtime.journal import (
     read_stops,
     write_stops,
 )
-from hcna_ray.runtime.messages import Exchange, Grant, Offer, Report, ReportKind, Stop
+from hcna_ray.runtime.messages import (
+    DISK_FAILED,
+    Exchange,
+    Grant,
+    Offer,
+    Report,
+    ReportKind,
+    Stop,
+)
+from tests.support.builders import T0
 from tests.support.virtual_time import LoopClock, run
 
 NAME = "a.slot.0"
@@ -805,7 +816,9 @@ def test_files_are_looked_up_for_the_executor(tmp_path: Path) -> None:
         serving = asyncio.create_task(bench.host.serve())
         await asyncio.sleep(0.05)
         (puppet, *_) = bench.puppets
-        bench.files["f" * 64] = "/there"
+        there = tmp_path / "there"
+        there.write_text("bytes")
+        bench.files["f" * 64] = str(there)
         for kind, text in ((channel.GET, "f" * 64), (channel.GET, "0" * 64), (channel.PUT, "x")):
             puppet.say(kind, text=text)
             async with asyncio.timeout(5.0):
@@ -817,7 +830,7 @@ def test_files_are_looked_up_for_the_executor(tmp_path: Path) -> None:
         await bench.host.end()
 
         assert [one for one in puppet.told if one.kind == channel.FILE] == [
-            Frame(channel.FILE, text="/there"),
+            Frame(channel.FILE, text=str(there)),
             Frame(channel.FILE),
             Frame(channel.FILE, text="disk full", number=-1),
         ]
@@ -829,3 +842,148 @@ def test_an_exit_is_put_in_words() -> None:
     assert describe_exit(signal.SIGSEGV) == "its process was ended by SIGSEGV"
     assert describe_exit(3 << 8) == "its process ended with status 3"
     assert os.WIFSIGNALED(signal.SIGSEGV)
+
+
+# -- a full disk -----------------------------------------------------------------------------------
+
+
+def unwritten(task_id: str) -> Report:
+    error = TaskError(kind=FailureKind.ERROR, type=DISK_FAILED, message="W1 cannot write")
+    return Report(ReportKind.RETURNED, task_id, Token(1, 1), T0, error=error)
+
+
+def test_a_slot_whose_starts_cannot_be_written_pauses_longer_and_longer(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the same task would come and go as fast as the moderator can commit."""
+
+    async def scenario(bench: Bench) -> None:
+        asked: list[float] = []
+        before = len(bench.exchanges)
+        for number in range(8):
+            puppet = await bench.granted(f"t{number}")
+            puppet.say(channel.REPORTS, unwritten(f"t{number}"))
+            bench.die(puppet)
+            count = len(bench.exchanges)
+            began = bench.clock.elapsed()
+            while len(bench.exchanges) == count:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            asked.append(round(bench.clock.elapsed() - began))
+
+        assert asked == [1, 1, 2, 4, 8, 16, 30, 30]
+        assert len(bench.exchanges) == before + 8
+
+        # It works again: the next trouble is a new one.
+        puppet = await bench.granted("good")
+        offer = an_offer("good")
+        puppet.say(channel.REPORTS, puppet.start(offer))
+        await asyncio.sleep(0.01)
+        assert bench.host._disk_pause_s == 0.0
+
+    play(scenario)
+
+
+def test_while_the_disk_is_full_no_grant_is_spent_to_find_that_out(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        other = await bench.granted("t1")
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_bytes", full)
+            other.say(channel.REPORTS, unwritten("t1"))
+            outcome = Report(ReportKind.COMPLETED, "t1", Token(1, 1), T0)
+            other.say(channel.IDLE, outcome)
+            before = len(bench.exchanges)
+            await asyncio.sleep(300.0)
+            assert len(bench.exchanges) == before
+            assert outcome in bench.sent  # What is done does not wait for the disk.
+
+        await asyncio.sleep(31.0)
+        assert len(bench.exchanges) == before + 1
+        assert bench.exchanges[-1].reports == ()
+
+    play(scenario)
+
+
+def test_an_offer_expires_on_the_clock_that_never_steps(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        puppet = await bench.granted(an_offer("t1")._replace(expires_in_s=10.0))
+
+        (offer,) = puppet.told[-1].offers
+        assert offer.expires_boot == pytest.approx(bench.clock.elapsed() + 10.0, abs=0.1)
+
+    play(scenario)
+
+
+# -- files in use ----------------------------------------------------------------------------------
+
+
+def locked(path: Path) -> bool:
+    """Whether somebody holds the file, as the one who prunes finds out."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("ends", ["idle", "dies", "host"])
+def test_a_file_is_held_until_the_attempt_that_was_given_it_is_over(
+    tmp_path: Path, ends: str
+) -> None:
+    async def scenario() -> None:
+        bench = Bench(tmp_path)
+        file = tmp_path / "cached"
+        file.write_text("bytes")
+        bench.files["f" * 64] = str(file)
+        serving = asyncio.create_task(bench.host.serve())
+        await asyncio.sleep(0.05)
+        puppet = await bench.granted("t1")
+        puppet.start(an_offer("t1"))
+        puppet.say(channel.GET, text="f" * 64)
+        async with asyncio.timeout(5.0):
+            while not locked(file):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+        if ends == "idle":
+            puppet.say(channel.IDLE)
+        elif ends == "dies":
+            bench.die(puppet)
+        else:
+            serving.cancel()
+            await bench.host.end()
+        async with asyncio.timeout(5.0):
+            while locked(file):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await bench.host.end()
+
+    asyncio.run(scenario())
+
+
+def test_a_file_that_was_pruned_in_between_is_fetched_again(tmp_path: Path) -> None:
+    bench = Bench.__new__(Bench)
+    there, tries = tmp_path / "there", []
+
+    def get(_sha256: str) -> Path:
+        tries.append(1)
+        if len(tries) == 2:
+            there.write_text("bytes")
+        return there
+
+    bench.get = get  # type: ignore[method-assign]
+    host = SlotHost.__new__(SlotHost)
+    host._artifacts = bench
+    found, lock = host._get_locked("f" * 64)
+    os.close(lock)
+    assert (found, len(tries)) == (there, 2)
+
+    there.unlink()
+    with pytest.raises(FileNotFoundError):
+        host._get_locked("f" * 64)
+    assert len(tries) == 5

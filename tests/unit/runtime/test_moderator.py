@@ -471,7 +471,7 @@ def test_a_silent_worker_loses_its_leases_and_late_reports_change_nothing(
     for _ in range(36):
         w2.heartbeat()
         desk.tick(1.0)
-    assert desk.workers()["W1"].state is WorkerState.GONE
+    assert desk.workers()["W1"].state is WorkerState.ASLEEP
     (second,) = w2.granted()
     w2.report(w2.started(second))
 

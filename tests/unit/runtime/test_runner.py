@@ -29,7 +29,7 @@ from hcna_ray.runtime.journal import (
     read_note,
     write_stops,
 )
-from hcna_ray.runtime.messages import Offer, Report, ReportKind
+from hcna_ray.runtime.messages import DISK_FAILED, DRAINED, Offer, Report, ReportKind
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 from tests.support.paper_worker import PaperClock
 
@@ -129,7 +129,7 @@ class Bench:
         facts: dict[str, Any] = {
             "payload": b"{}",
             "timeout_s": 300.0,
-            "expires_at": None,
+            "expires_in_s": None,
             "checkpoint": None,
             "traceparent": None,
         }
@@ -591,9 +591,41 @@ def test_a_signal_during_an_effect_waits_for_its_end(bench: Bench) -> None:
 
 def test_an_expired_task_is_given_back_unstarted(bench: Bench) -> None:
     bench.handle("t1", lambda _ctx: {})
-    reports = bench.run(bench.offer("t1", expires_at=bench.clock.now()))
+    reports = bench.run(bench.offer("t1", expires_boot=bench.clock.elapsed()))
 
     assert [one.kind for one in reports] == [ReportKind.RETURNED]
+
+
+@pytest.mark.parametrize("wrong", [3600.0, -7200.0])
+def test_only_the_clock_that_never_steps_says_when_a_task_expires(
+    bench: Bench, wrong: float
+) -> None:
+    bench.handle("t1", lambda _ctx: {})
+    bench.handle("t2", lambda _ctx: bench.clock.advance(11.0) or {})
+    bench.handle("t3", lambda _ctx: {})
+    received = bench.clock.elapsed()
+    offers = [bench.offer(name, expires_in_s=10.0).received(received) for name in ("t1", "t3")]
+    bench.clock.step(wrong)
+    reports = bench.run(offers[0], bench.offer("t2"), offers[1])
+
+    assert the(reports, ReportKind.COMPLETED, "t1")
+    assert the(reports, ReportKind.RETURNED, "t3")
+    assert bench.offer("t1").received(5.0).expires_boot is None
+
+
+@pytest.mark.parametrize(("reason", "type_"), [("drain", DRAINED), ("fenced", None)])
+def test_a_loss_by_order_says_by_which(bench: Bench, reason: str, type_: str | None) -> None:
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        order = StopOrder(task_id="t1", generation=1, attempt=1, reason=reason)
+        write_stops(bench.files, [order])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    bench.handle("t1", work)
+    error = the(bench.run(bench.offer("t1")), ReportKind.LOST).error
+
+    assert error is not None
+    assert (error.kind, error.type) == (FailureKind.LOST, type_)
 
 
 # -- the note and the disk -------------------------------------------------------------------------
@@ -644,6 +676,9 @@ def test_what_cannot_be_noted_does_not_start(bench: Bench, monkeypatch: pytest.M
 
     assert [one.kind for one in reports] == [ReportKind.RETURNED, ReportKind.RETURNED]
     assert bench.runner.must_end
+    first = reports[0].error
+    assert first is not None
+    assert (first.type, first.message) == (DISK_FAILED, "W1 cannot write to its disk (full)")
 
 
 def test_an_outcome_that_the_disk_does_not_take_still_leaves(

@@ -36,11 +36,13 @@ def options(command: list[str]) -> dict[str, str]:
 
 
 def test_the_head_takes_no_tasks_and_is_called_m1(tmp_path: Path) -> None:
-    found = options(head_command(settings_with(tmp_path), memory=8 * GIB, shared=4 * GIB))
+    found = options(
+        head_command(settings_with(tmp_path), address="10.0.0.1", memory=8 * GIB, shared=4 * GIB)
+    )
 
     assert found["num-cpus"] == "0"
     assert json.loads(found["resources"]) == {"M1": 1}
-    assert found["node-ip-address"] == "127.0.0.1"
+    assert found["node-ip-address"] == "10.0.0.1"
     assert found["dashboard-host"] == "127.0.0.1"
     assert {"head", "block", "disable-usage-stats"} <= found.keys()
 
@@ -53,12 +55,22 @@ def test_the_worker_offers_its_cpus_and_its_name(tmp_path: Path) -> None:
         HCNA_WORKER__RESOURCES__CUSTOM="{scanner: 2}",
     )
 
-    found = options(worker_command(settings, cpus=4, memory=8 * GIB, shared=4 * GIB))
+    found = options(
+        worker_command(
+            settings,
+            head="10.0.0.1:6379",
+            address="10.0.0.2",
+            cpus=4,
+            memory=8 * GIB,
+            shared=4 * GIB,
+        )
+    )
 
     assert found["num-cpus"] == "4"  # Never more than there are.
     assert found["memory"] == str(8 * GIB)
     assert json.loads(found["resources"]) == {"W1": 1.0, "scanner": 2.0}
-    assert found["address"] == "127.0.0.1:6379"
+    assert found["address"] == "10.0.0.1:6379"
+    assert found["node-ip-address"] == "10.0.0.2"
 
 
 def test_two_nodes_and_two_instances_share_no_port(tmp_path: Path) -> None:

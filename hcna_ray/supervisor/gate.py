@@ -1,0 +1,899 @@
+"""The gate: the one door of M1 for machines that join, beat and leave. HTTPS, JSON, bounded.
+
+It runs in M1's supervisor. Whoever comes with a join code may ask for a check of the way between
+the two machines (``preflight``) and join; a member beats every few seconds and is told whether the
+cluster is up; a member that goes is drained first. Nothing about tasks passes here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import socketserver
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
+from logging import Logger
+from typing import Any
+from urllib.parse import quote
+
+from hcna_ray.config import Settings, shared_part
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.certs import ensure_ca, ensure_server, fingerprint
+from hcna_ray.security.keys import ensure_ray_token, load_keys, read_client_key, verify
+from hcna_ray.supervisor.addresses import default_address, outward_addresses, own_addresses
+from hcna_ray.supervisor.gate_protocol import (
+    BODY_BYTES_MAX,
+    CLOCK_SKEW_S_MAX,
+    DOWN,
+    GATE_NAME,
+    PORTS_MAX,
+    UP,
+    GateRefused,
+    Versions,
+    own_versions,
+    parse_versions,
+)
+from hcna_ray.supervisor.invites import Invite, InviteRefused, check_invite, redeem
+from hcna_ray.supervisor.membership import (
+    Member,
+    NameRefused,
+    NameTaken,
+    add_member,
+    choose_name,
+    digest,
+    find_member,
+    move_member,
+    new_token,
+    node_id_for,
+    read_members,
+    remove_member,
+)
+from hcna_ray.supervisor.ports import ray_tuning_hash
+from hcna_ray.supervisor.reach import Listeners, try_ports
+
+Json = dict[str, Any]
+
+CONNECTIONS_MAX = 256
+CONNECTIONS_PER_ADDRESS_MAX = 32
+#: A connection that has not sent a whole request for this long is closed.
+_REQUEST_S = 12.0
+_CONNECT_BACK_S = 2.0
+#: How long M1 listens on ports that it opened for a check.
+_OPENED_S = 15.0
+_RENEW_CHECK_S = 3600.0
+#: A member that has beaten within this time waits to be told that the cluster goes down.
+_PRESENT_S = 10.0
+_DRAIN_S_MAX = 3600.0
+_SAME_REFUSAL_S = 60.0
+
+_UNKNOWN_MEMBER = GateRefused(
+    401,
+    "unknown_member",
+    "M1 does not know this machine (any more)",
+    "hcna leave --force, then hcna join with a new code (on M1's machine: hcna invite)",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberBeat:
+    """A member and when it was heard last."""
+
+    name: str
+    node_id: str
+    hostname: str
+    address: str
+    joined_at: float
+    #: None: not heard since this supervisor started.
+    last_beat_at: float | None
+    last_beat_age_s: float | None
+    #: Its clock minus ours, as of the last beat.
+    clock_skew_s: float | None
+    #: Whether it runs with the same settings of Ray.
+    same_ray_settings: bool | None
+    #: What it says of itself.
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beat:
+    at: float
+    monotonic: float
+    skew_s: float
+    same_ray_settings: bool
+    report: Mapping[str, Any]
+
+
+class Gate:
+    """The server. `start` and `stop` from one thread; the rest from any."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Logger,
+        *,
+        local_worker: Callable[[], str | None],
+        prepare: Callable[[str], None],
+        members_changed: Callable[[], None],
+        drain: Callable[[str, float], Json] | None = None,
+        forget: Callable[[str], Json] | None = None,
+        ready: Callable[[], bool] | None = None,
+        versions: Versions | None = None,
+        addresses: Callable[[], Sequence[str]] | None = None,
+        host: str = "0.0.0.0",
+        port: int | None = None,
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        poll_s: float = 0.25,
+    ) -> None:
+        """Take what the gate asks the rest of the supervisor for.
+
+        Args:
+            settings: Those of M1.
+            log: The supervisor's log.
+            local_worker: Name that M1's own worker holds for good, or None.
+            prepare: Told the name before a machine gets it; returns when the name is free.
+            members_changed: Told after a machine has joined or left.
+            drain: Drains a worker within some seconds; default: asks C1.
+            forget: Has the moderator forget a worker; default: asks C1.
+            ready: Whether C1 is ready; default: not known.
+            versions: Those that others must have; default: those of this process.
+            addresses: Where M1 may be found, the best first; default: by its cards.
+            host: Address to listen on.
+            port: Port to listen on; default ``ports.gate``.
+            now: Wall clock.
+            monotonic: Clock for ages.
+            poll_s: How often slow connections and the wish to stop are looked at.
+        """
+        self._poll_s = poll_s
+        self.settings, self.log = settings, log
+        self.local_worker, self.prepare = local_worker, prepare
+        self.members_changed = members_changed
+        self.drain = drain or (lambda name, drain_s: drain_worker(settings, name, drain_s))
+        self.forget = forget or (lambda name: forget_worker(settings, name))
+        self.ready = ready
+        self._outward = addresses or (lambda: outward_addresses(settings.ray.node_address))
+        self.versions = versions or own_versions()
+        self.now, self.monotonic = now, monotonic
+        self._host, self._wanted_port = host, settings.port("gate") if port is None else port
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+        self._ca_pem = ""
+        self._joining = threading.Lock()
+        self._changed = threading.Condition()
+        self._beats: dict[str, _Beat] = {}
+        self._going_down = False
+        self._told: set[str] = set()
+        self._refused: dict[tuple[str, str], float] = {}
+        self._opening = threading.Lock()
+        self._opened: tuple[Listeners, threading.Timer] | None = None
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen. Makes the authority, the certificate and Ray's token if they are missing.
+
+        Raises:
+            OSError: The port is taken.
+            CertificateBroken: The authority cannot be used.
+        """
+        directory = self.settings.cluster_dir
+        ensure_ray_token(self.settings.keys_dir)
+        self._ca_pem = ensure_ca(directory, now=self._utc()).cert.read_text(encoding="ascii")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._load_certificate(context)
+        self._server = _Server((self._host, self._wanted_port), self, context)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": self._poll_s},
+            name="gate",
+            daemon=True,
+        )
+        self._thread.start()
+        self.log.info("the gate is open", extra={"action": "gate.started", "port": self.port})
+
+    def stop(self) -> None:
+        """Close the door and every connection. May be called twice."""
+        server, self._server = self._server, None
+        if server is None or self._thread is None:
+            return
+        server.shutdown()
+        self._thread.join(timeout=5.0)
+        server.server_close()
+        server.close_all()
+        self._close_opened()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, or would."""
+        return int(self._server.server_address[1]) if self._server else self._wanted_port
+
+    @property
+    def ray_address(self) -> str:
+        """Where other machines find Ray's GCS, ``host:port``."""
+        return f"{self._own_address()}:{self.settings.port('gcs')}"
+
+    def announce_down(self) -> None:
+        """Tell every member at its next beat that all is to stop."""
+        with self._changed:
+            self._going_down = True
+            self._told.clear()
+        self.log.info("telling the members to stop", extra={"action": "gate.down"})
+
+    def wait_all_told(self, timeout_s: float) -> bool:
+        """Wait until every member that was here lately knows that all is to stop.
+
+        Returns:
+            False if ``timeout_s`` passed first.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._to_be_told(), timeout=timeout_s)
+
+    def beats(self) -> dict[str, MemberBeat]:
+        """Return every member by name and when it was heard last."""
+        now = self.monotonic()
+        with self._changed:
+            heard = dict(self._beats)
+        found = {}
+        for member in read_members(self.settings.cluster_dir):
+            beat = heard.get(member.machine_id)
+            found[member.name] = MemberBeat(
+                name=member.name,
+                node_id=member.node_id,
+                hostname=member.hostname,
+                address=member.address,
+                joined_at=member.joined_at,
+                last_beat_at=beat.at if beat else None,
+                last_beat_age_s=round(now - beat.monotonic, 3) if beat else None,
+                clock_skew_s=beat.skew_s if beat else None,
+                same_ray_settings=beat.same_ray_settings if beat else None,
+                report=beat.report if beat else {},
+            )
+        return found
+
+    # -- routes: each gets the body and the peer's address ------------------------------------
+
+    def handle(self, method: str, path: str, authorization: str, body: Json, peer: str) -> Json:
+        """Answer one request.
+
+        Raises:
+            GateRefused: With status, code, message and fix.
+        """
+        try:
+            match method, path:
+                case "GET", "/v1/ca":
+                    return {"ca_pem": self._ca_pem}
+                case "GET", "/v1/members":
+                    self._owner(authorization)
+                    return {"members": [asdict(beat) for beat in self.beats().values()]}
+                case "POST", "/v1/preflight":
+                    return self._preflight(authorization, body, peer)
+                case "POST", "/v1/join":
+                    return self._join(authorization, body, peer)
+                case "POST", "/v1/beat":
+                    return self._beat(self._member(authorization), body, peer)
+                case "POST", "/v1/leave":
+                    return self._leave(self._leaver(authorization, body), body)
+        except NameTaken as error:
+            raise GateRefused(
+                409,
+                error.code,
+                str(error),
+                f"take another name, or on M1's machine remove it: hcna leave {error.name}",
+            ) from None
+        except NameRefused as error:
+            raise GateRefused(
+                409, error.code, str(error), "hcna join CODE without --name"
+            ) from None
+        except InviteRefused as error:
+            status = 410 if error.code == "invite_expired" else 401
+            raise GateRefused(
+                status, error.code, error.message, "a new code: hcna invite, on M1's machine"
+            ) from None
+        raise GateRefused(404, "not_found", "there is nothing at this path")
+
+    def _preflight(self, authorization: str, body: Json, peer: str) -> Json:
+        invite, member = self._bearer(authorization, body)
+        asked = {port: _text(body, "word") for port in _ports(body, "listen_ports")}
+        asked |= dict.fromkeys(_ports(body, "live_ports"), "")
+        answer: Json = {
+            "time": self.now(),
+            "versions": asdict(self.versions),
+            "ray_tuning_hash": ray_tuning_hash(),
+            "ray_address": self.ray_address,
+            "moderator_node_id": self.settings.moderator.node_id,
+            "m1_addresses": self._addresses(),
+            "seen_address": peer,
+            "shared": shared_part(self.settings),
+            "ready": self.ready() if self.ready else None,
+            "names_taken": {
+                each.name: {"hostname": each.hostname, "address": each.address}
+                for each in read_members(self.settings.cluster_dir)
+            },
+            "name": member.name if member else None,
+            "name_problem": None,
+        }
+        if invite is not None:
+            try:
+                answer["name"] = self._name_for(invite, body, peer)
+            except (NameTaken, NameRefused) as error:
+                answer["name_problem"] = {"code": error.code, "message": str(error)}
+        if body.get("open") is True:
+            word = _text(body, "word")
+            answer["opened"] = self._open_for_a_while(word)
+        reached = try_ports(peer, asked, timeout_s=_CONNECT_BACK_S)
+        answer["ports"] = {
+            str(port): {"verdict": reach.verdict, "detail": reach.detail}
+            for port, reach in reached.items()
+        }
+        return answer
+
+    def _join(self, authorization: str, body: Json, peer: str) -> Json:
+        machine_id = _text(body, "machine_id")
+        if not machine_id:
+            raise GateRefused(400, "invalid_request", "machine_id is missing")
+        directory = self.settings.cluster_dir
+        token = _credential(authorization, "Invite")
+        with self._joining:
+            invite = check_invite(directory, token, now=self.now(), machine_id=machine_id)
+            self._refuse_misfit(body)
+            name = self._name_for(invite, body, peer)
+            self.prepare(name)
+            redeem(directory, token, now=self.now(), machine_id=machine_id)
+            member_token = new_token()
+            member = Member(
+                name=name,
+                node_id=self._node_id(name),
+                machine_id=machine_id,
+                hostname=_text(body, "hostname") or peer,
+                address=_text(body, "address") or peer,
+                token_sha256=digest(member_token),
+                joined_at=self.now(),
+            )
+            add_member(directory, member)
+        self.members_changed()
+        self.log.info(
+            "%s joined as %s",
+            member.hostname,
+            name,
+            extra={"action": "gate.joined", "worker": name, "address": member.address},
+        )
+        ray_token = ensure_ray_token(self.settings.keys_dir).read_text(encoding="ascii").strip()
+        return {
+            "name": name,
+            "node_id": member.node_id,
+            "m1_addresses": self._addresses(),
+            "gate_port": self.port,
+            "ca_pem": self._ca_pem,
+            "ca_sha256": fingerprint(self._ca_pem),
+            "member_token": member_token,
+            "ray_token": ray_token,
+            "ray_address": self.ray_address,
+            "moderator_node_id": self.settings.moderator.node_id,
+            "shared": shared_part(self.settings),
+            "joined_at": member.joined_at,
+        }
+
+    def _beat(self, member: Member, body: Json, peer: str) -> Json:
+        report = body.get("report")
+        beat = _Beat(
+            at=self.now(),
+            monotonic=self.monotonic(),
+            skew_s=round(_number(body, "time") - self.now(), 3),
+            same_ray_settings=body.get("ray_tuning_hash") == ray_tuning_hash(),
+            report=report if isinstance(report, dict) else {},
+        )
+        with self._changed:
+            before = self._beats.get(member.machine_id)
+            self._beats[member.machine_id] = beat
+            order = DOWN if self._going_down else UP
+        if before is None or before.same_ray_settings != beat.same_ray_settings:
+            self._note(member, beat)
+        address = _text(body, "address") or peer
+        if address != member.address:
+            self.log.info(
+                "%s is at %s now",
+                member.name,
+                address,
+                extra={"action": "gate.moved", "worker": member.name, "before": member.address},
+            )
+            move_member(self.settings.cluster_dir, member.name, address)
+        return {
+            "order": order,
+            "time": self.now(),
+            "name": member.name,
+            "seen_address": peer,
+            "ray_address": self.ray_address,
+            "m1_addresses": self._addresses(),
+            "ray_tuning_hash": ray_tuning_hash(),
+        }
+
+    def _note(self, member: Member, beat: _Beat) -> None:
+        if beat.same_ray_settings:
+            self.log.info(
+                "%s is in contact",
+                member.name,
+                extra={"action": "gate.contact", "worker": member.name},
+            )
+        else:
+            self.log.error(
+                "%s runs with other settings of Ray; install the same hcna-ray there",
+                member.name,
+                extra={"action": "gate.settings_mismatch", "worker": member.name},
+            )
+
+    def _leave(self, member: Member, body: Json) -> Json:
+        if body.get("forget") is not True:
+            drain_s = min(_number(body, "drain_s"), _DRAIN_S_MAX)
+            return {"name": member.name, **self.drain(member.name, max(0.0, drain_s))}
+        remove_member(self.settings.cluster_dir, member.name)
+        with self._changed:
+            self._beats.pop(member.machine_id, None)
+            self._changed.notify_all()
+        self.members_changed()
+        self.log.info("%s left", member.name, extra={"action": "gate.left", "worker": member.name})
+        return {"name": member.name, **self.forget(member.name)}
+
+    def answered(self, path: str, authorization: str, answer: Json) -> None:
+        """Note that an answer has been sent: a member that was told to stop knows it now."""
+        if path == "/v1/beat" and answer.get("order") == DOWN:
+            member = find_member(self.settings.cluster_dir, _credential(authorization, "Member"))
+            with self._changed:
+                if member is not None:
+                    self._told.add(member.machine_id)
+                self._changed.notify_all()
+
+    def refused(self, error: GateRefused, path: str, peer: str) -> None:
+        """Log a refusal; the same one again only after a while."""
+        now = self.monotonic()
+        with self._changed:
+            last = self._refused.get((peer, error.code))
+            if last is not None and now - last < _SAME_REFUSAL_S:
+                return
+            if len(self._refused) >= CONNECTIONS_MAX:
+                self._refused.clear()
+            self._refused[peer, error.code] = now
+        self.log.warning(
+            "refused: %s",
+            error.message,
+            extra={"action": "gate.refused", "code": error.code, "peer": peer, "path": path[:100]},
+        )
+
+    # -- who asks -----------------------------------------------------------------------------
+
+    def _bearer(self, authorization: str, body: Json) -> tuple[Invite | None, Member | None]:
+        """Return the invitation or the member that a request came with."""
+        if authorization.startswith("Member "):
+            return None, self._member(authorization)
+        token = _credential(authorization, "Invite")
+        machine_id = _text(body, "machine_id") or None
+        directory = self.settings.cluster_dir
+        return check_invite(directory, token, now=self.now(), machine_id=machine_id), None
+
+    def _member(self, authorization: str) -> Member:
+        token = _credential(authorization, "Member")
+        member = find_member(self.settings.cluster_dir, token)
+        if member is None:
+            raise _UNKNOWN_MEMBER
+        return member
+
+    def _leaver(self, authorization: str, body: Json) -> Member:
+        """Return who is to leave: the member that asks, or the one that the owner names."""
+        if not authorization.startswith("Bearer "):
+            return self._member(authorization)
+        self._owner(authorization)
+        name = _text(body, "name")
+        for member in read_members(self.settings.cluster_dir):
+            if member.name == name:
+                return member
+        raise GateRefused(404, "member_not_found", f"no machine has joined as {name!r}")
+
+    def _owner(self, authorization: str) -> None:
+        key = verify(load_keys(self.settings.keys_dir), _credential(authorization, "Bearer"))
+        if key is None or key.role != "admin":
+            raise GateRefused(401, "unauthorized", "this needs a key of role admin")
+
+    # -- what is checked ----------------------------------------------------------------------
+
+    def _refuse_misfit(self, body: Json) -> None:
+        """Refuse a machine that could not work with this one."""
+        problems = parse_versions(body.get("versions")).problems(self.versions)
+        if problems:
+            raise GateRefused(
+                409,
+                "version_mismatch",
+                "; ".join(problems),
+                f"install the same there: hcna-ray {self.versions.hcna_ray} "
+                f"on Python {self.versions.python}",
+            )
+        if body.get("ray_tuning_hash") != ray_tuning_hash():
+            raise GateRefused(
+                409,
+                "settings_mismatch",
+                "the two machines would run Ray with different settings",
+                f"install the same there: hcna-ray {self.versions.hcna_ray}",
+            )
+        skew_s = _number(body, "time") - self.now()
+        if abs(skew_s) > CLOCK_SKEW_S_MAX:
+            word = "ahead of" if skew_s > 0 else "behind"
+            raise GateRefused(
+                409,
+                "clock_skew",
+                f"its clock is {abs(skew_s):.0f} s {word} M1's",
+                "set the clock: sudo timedatectl set-ntp true",
+            )
+
+    def _name_for(self, invite: Invite, body: Json, peer: str) -> str:
+        """Return the name for a machine: what it or the invitation says, or its address."""
+        members = read_members(self.settings.cluster_dir)
+        where = {peer, _text(body, "hostname"), _text(body, "address")} - {""}
+        names = {
+            node.node_id.split("--")[0].partition("-")[2]: node.address
+            for node in self.settings.moderator.worker_nodes
+        }
+        taken = {member.name for member in members}
+        mine = [name for name, at in names.items() if at in where and name not in taken]
+        asked = invite.name or _text(body, "name") or (mine[0] if mine else None)
+        local = self.local_worker()
+        return choose_name(
+            members,
+            machine_id=_text(body, "machine_id"),
+            requested=asked,
+            reserved=(local,) if local else (),
+            expected=names,
+        )
+
+    def _node_id(self, name: str) -> str:
+        for node in self.settings.moderator.worker_nodes:
+            if node.node_id.split("--")[0].endswith(f"-{name}"):
+                return node.node_id
+        return node_id_for(name, self.settings.moderator.node_id)
+
+    # -- helpers ------------------------------------------------------------------------------
+
+    def _to_be_told(self) -> set[str]:
+        now = self.monotonic()
+        present = {who for who, beat in self._beats.items() if now - beat.monotonic < _PRESENT_S}
+        return present - self._told
+
+    def _own_address(self) -> str:
+        return self.settings.ray.node_address or default_address()
+
+    def _addresses(self) -> list[str]:
+        return list(self._outward())
+
+    def _open_for_a_while(self, word: str) -> list[int]:
+        """Listen on the last ports of the range of M1's processes, which Ray uses last of all."""
+        last = self.settings.port("head_processes_max")
+        listeners = Listeners(range(last, last - 3, -1), word)
+        timer = threading.Timer(_OPENED_S, listeners.close)
+        timer.daemon = True
+        with self._opening:
+            self._close_opened()
+            listeners.open()
+            timer.start()
+            self._opened = (listeners, timer)
+        return list(listeners.opened)
+
+    def _close_opened(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened[1].cancel()
+            opened[0].close()
+
+    def _load_certificate(self, context: ssl.SSLContext) -> None:
+        pair = ensure_server(
+            self.settings.cluster_dir,
+            "gate",
+            names=(GATE_NAME, "localhost", socket.gethostname()),
+            addresses=("127.0.0.1", *(own.address for own in own_addresses())),
+            now=self._utc(),
+        )
+        context.load_cert_chain(pair.cert, pair.key)
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Make the certificate anew if it nears its end; new connections get the new one."""
+        try:
+            self._load_certificate(context)
+        except (HcnaError, OSError) as error:
+            self.log.error(str(error), extra={"action": "gate.certificate"})
+
+    def _utc(self) -> datetime:
+        return datetime.fromtimestamp(self.now(), UTC)
+
+
+# -- the server ----------------------------------------------------------------------------------
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    """One thread per connection, bounded in all and per address; handshakes in the threads."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, where: tuple[str, int], gate: Gate, context: ssl.SSLContext) -> None:
+        self.gate, self.context = gate, context
+        self._lock = threading.Lock()
+        self._open: Counter[str] = Counter()
+        #: By when a connection must have sent its request; None while it is being answered.
+        self._deadlines: dict[socket.socket, float | None] = {}
+        self._renew_at = gate.monotonic() + _RENEW_CHECK_S
+        super().__init__(where, _Handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Let nobody in beyond the bounds."""
+        with self._lock:
+            return (
+                self._open.total() < CONNECTIONS_MAX
+                and self._open[client_address[0]] < CONNECTIONS_PER_ADDRESS_MAX
+            )
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Count the connection, then give it a thread."""
+        with self._lock:
+            self._open[client_address[0]] += 1
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._leave(client_address[0])
+            raise
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Shake hands and serve the connection to its end, in its own thread."""
+        try:
+            request.settimeout(_REQUEST_S)
+            with self.context.wrap_socket(
+                request, server_side=True, do_handshake_on_connect=False
+            ) as connection:
+                self.waiting_for(connection)
+                try:
+                    connection.do_handshake()
+                    _Handler(connection, client_address, self)
+                except OSError:
+                    pass  # It left, or took too long, or speaks no TLS.
+                finally:
+                    self.forget_connection(connection)
+        finally:
+            self._leave(client_address[0])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a thread died of, instead of printing it."""
+        self.gate.log.exception(
+            "a connection to the gate failed",
+            extra={"action": "gate.error", "peer": str(client_address[0])},
+        )
+
+    def service_actions(self) -> None:
+        """Cut off whoever takes too long to say what he wants; look after the certificate."""
+        now = self.gate.monotonic()
+        with self._lock:
+            late = [one for one, by in self._deadlines.items() if by is not None and by < now]
+        for connection in late:
+            _cut(connection)
+        if now >= self._renew_at:
+            self._renew_at = now + _RENEW_CHECK_S
+            self.gate.renew(self.context)
+
+    def waiting_for(self, connection: socket.socket) -> None:
+        """Note that a whole request has to arrive soon."""
+        with self._lock:
+            self._deadlines[connection] = self.gate.monotonic() + _REQUEST_S
+
+    def answering(self, connection: socket.socket) -> None:
+        """Note that the request has arrived."""
+        with self._lock:
+            self._deadlines[connection] = None
+
+    def forget_connection(self, connection: socket.socket) -> None:
+        """Note the end of a connection."""
+        with self._lock:
+            self._deadlines.pop(connection, None)
+
+    def close_all(self) -> None:
+        """Cut off every connection."""
+        with self._lock:
+            open_ones = list(self._deadlines)
+        for connection in open_ones:
+            _cut(connection)
+
+    def _leave(self, address: str) -> None:
+        with self._lock:
+            self._open[address] -= 1
+            if self._open[address] <= 0:
+                del self._open[address]
+
+
+def _cut(connection: socket.socket) -> None:
+    """End a connection under the hands of its thread, which then sees it closed."""
+    try:
+        # The plain shutdown: that of a TLS socket would take its state away from the thread.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP on one connection: bounded JSON in, JSON out."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = _REQUEST_S
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        self._serve()
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        self._serve()
+
+    def version_string(self) -> str:
+        """Say no more than needed about what runs here."""
+        return "hcna-gate"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay silent: what matters is logged by the gate."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what is no proper request, in the form of all refusals."""
+        self.close_connection = True
+        self.request_version = self.protocol_version  # What was no request had none.
+        self._send(int(code), _refusal(GateRefused(int(code), "malformed_request", message or "")))
+
+    def _serve(self) -> None:
+        gate = self.server.gate
+        peer = str(self.client_address[0])
+        authorization = self.headers.get("Authorization", "")
+        try:
+            body = self._body() if self.command == "POST" else {}
+            self.server.answering(self.connection)
+            answer = gate.handle(self.command, self.path, authorization, body, peer)
+        except GateRefused as error:
+            gate.refused(error, self.path, peer)
+            self._send(error.status, _refusal(error))
+        except (OSError, EOFError):
+            raise
+        except Exception:
+            gate.log.exception(
+                "the gate could not answer", extra={"action": "gate.error", "peer": peer}
+            )
+            self._send(500, _refusal(GateRefused(500, "internal", "M1 could not answer")))
+        else:
+            self._send(200, answer)
+            gate.answered(self.path, authorization, answer)
+        self.server.waiting_for(self.connection)
+
+    def _body(self) -> Json:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or self.headers.get("Transfer-Encoding"):
+            self.close_connection = True
+            raise GateRefused(411, "length_required", "a request needs its Content-Length")
+        if int(length) > BODY_BYTES_MAX:
+            self.close_connection = True
+            raise GateRefused(413, "too_large", f"a body has {BODY_BYTES_MAX} bytes at most")
+        raw = self.rfile.read(int(length))
+        try:
+            data = json.loads(raw)
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict):
+            raise GateRefused(400, "malformed_json", "the body is not a JSON object")
+        return data
+
+    def _send(self, status: int, answer: Json) -> None:
+        raw = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("Cache-Control", "no-store")
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(raw)
+
+
+def _refusal(error: GateRefused) -> Json:
+    return {
+        "status": error.status,
+        "code": error.code,
+        "message": error.message,
+        "fix": error.fix,
+    }
+
+
+# -- fields of a body ----------------------------------------------------------------------------
+
+
+def _text(body: Json, name: str, chars_max: int = 128) -> str:
+    value = body.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > chars_max or not value.isprintable():
+        raise GateRefused(400, "invalid_request", f"{name} is not a short text")
+    return value
+
+
+def _number(body: Json, name: str) -> float:
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise GateRefused(400, "invalid_request", f"{name} is not a number")
+    return float(value)
+
+
+def _ports(body: Json, name: str) -> list[int]:
+    value = body.get(name, [])
+    if not isinstance(value, list) or len(value) > PORTS_MAX:
+        raise GateRefused(400, "invalid_request", f"{name} is not a list of {PORTS_MAX} ports")
+    for port in value:
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+            raise GateRefused(400, "invalid_request", f"{name} holds what is no port")
+    return value
+
+
+def _credential(authorization: str, scheme: str) -> str:
+    kind, _, token = authorization.partition(" ")
+    if kind != scheme or not token or len(token) > 256:
+        raise GateRefused(401, "unauthorized", f"this needs: Authorization: {scheme} <token>")
+    return token
+
+
+# -- what is asked of C1 -------------------------------------------------------------------------
+
+
+def drain_worker(settings: Settings, name: str, drain_s: float) -> Json:
+    """Drain a worker through C1 and wait until it runs nothing, ``drain_s`` at most."""
+    path = f"/workers/{quote(name, safe='')}"
+    deadline = time.monotonic() + drain_s
+    status, worker = ask_c1(settings, "POST", f"{path}/drain", {"deadline_s": drain_s})
+    while status == 200:
+        running = worker.get("running") or []
+        if not running or time.monotonic() >= deadline:
+            return {"drained": not running, "running": len(running)}
+        time.sleep(0.25)
+        status, worker = ask_c1(settings, "GET", path)
+    # A worker that the moderator never met has nothing to finish.
+    return {"drained": status == 404, "running": None, "trouble": worker.get("detail", "no answer")}
+
+
+def forget_worker(settings: Settings, name: str) -> Json:
+    """Have the moderator forget a worker that is gone; it may take it some seconds to notice."""
+    deadline = time.monotonic() + 10.0
+    while True:
+        status, answer = ask_c1(settings, "DELETE", f"/workers/{quote(name, safe='')}")
+        if 200 <= status < 300 or status == 404:
+            return {"forgotten": True}
+        if time.monotonic() >= deadline:
+            return {"forgotten": False, "trouble": answer.get("detail", "C1 does not answer")}
+        time.sleep(0.5)
+
+
+def ask_c1(
+    settings: Settings, method: str, path: str, body: Json | None = None
+) -> tuple[int, Json]:
+    """Return status and JSON object of one request to C1 with the owner's key; 0: no answer."""
+    key = read_client_key(settings.keys_dir)
+    connection = http.client.HTTPConnection(settings.api_host, settings.api_port, timeout=10.0)
+    headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
+    raw = None
+    if body is not None:
+        headers["Content-Type"], raw = "application/json", json.dumps(body)
+    try:
+        connection.request(method, path, body=raw, headers=headers)
+        response = connection.getresponse()
+        text = response.read(BODY_BYTES_MAX)
+        data = json.loads(text) if text else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0, {}
+    finally:
+        connection.close()
+    return response.status, data if isinstance(data, dict) else {}
