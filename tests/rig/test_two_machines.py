@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hcna_ray.supervisor.processes import Marker, scan
 from tests.rig.computer import HCNA, HOME, PYTHON, Computer, eventually, measured
 from tests.support.rig import Rig
 from tests.support.rig.testing import rig_for_tests
@@ -51,6 +52,10 @@ def test_up_join_and_first_result_take_three_commands(computer: Computer) -> Non
     assert list(workers) == ["W1"]
     assert workers["W1"]["state"] == "online"
     assert workers["W1"]["last_seen_age_s"] < 10
+    # An instance under the same paths on this machine would not take those for its own.
+    told = json.loads(computer.m1.sh(f"cat {HOME}/run/cluster.json").out)
+    marker = Marker(home=Path(HOME), cluster_id=told["cluster_id"], temp_dir=Path(told["temp_dir"]))
+    assert scan(marker) == []
     # M1's machine has stopped working itself.
     assert not [one for one in computer.m1.processes() if "slot:" in one.command]
 
@@ -363,13 +368,17 @@ def test_bad_joins_are_refused_with_a_sentence_and_a_code(computer: Computer, ri
     refused("port blocked here", f"{join} {good}", CHECK_FAILED, "10020")
     rig.heal()
     refused("clock 10 min off", f"faketime -f +10m {join} {good}", CHECK_FAILED, "clock")
+    # The interpreter of the command itself: the checkout is to be seen under two paths.
+    metadata = client.sh(
+        f"""$(head -n 1 {HCNA} | cut -c 3-) -c 'from importlib.metadata import files; """
+        """print(next(one.locate() for one in files("ray") if one.name == "METADATA"))'"""
+    ).out.strip()
     client.sh(
-        "set -e; cd ~/hcna-ray/.venv/lib/python3*/site-packages; "
-        "sed 's/^Version: .*/Version: 2.59.0/' ray-2.*.dist-info/METADATA >/tmp/METADATA; "
-        "mount --bind /tmp/METADATA ray-2.*.dist-info/METADATA"
+        f"sed 's/^Version: .*/Version: 2.59.0/' {metadata} >/tmp/METADATA && "
+        f"mount --bind /tmp/METADATA {metadata}"
     )
     refused("other Ray version", f"{join} {good}", CHECK_FAILED, "2.59.0", "2.60.0")
-    client.sh("umount ~/hcna-ray/.venv/lib/python3*/site-packages/ray-2.*.dist-info/METADATA")
+    client.sh(f"umount {metadata}")
     client.fill("/root", leave=200 << 20)
     refused("disk full", f"{join} {good}", CHECK_FAILED, "disk")
     client.free()
