@@ -346,8 +346,8 @@ def test_bad_joins_are_refused_with_a_sentence_and_a_code(computer: Computer, ri
         for word in words:
             assert word in text, (case, word, text)
         assert not client.file(f"{HOME}/cluster/membership.json").exists(), case
-        last = [line for line in done.err.splitlines() if line.startswith("error:")][-1]
-        told.append(f"  {case}: exit {done.code}: {last}")
+        lines = [line for line in done.err.splitlines() if line.startswith(("✗", "error:"))]
+        told.append(f"  {case}: exit {done.code}: {lines[0]}")
 
     good = computer.invite()
     join = f"{HCNA} join"
@@ -386,7 +386,9 @@ def test_bad_joins_are_refused_with_a_sentence_and_a_code(computer: Computer, ri
     refused("M1 unreachable", f"{join} {good}", UNREACHABLE, "10.77.0.11")
     rig.heal()
     wrong = client.add_card()
-    refused("wrong card", f"{join} {good} --address {wrong}", CHECK_FAILED, wrong)
+    refused(
+        "wrong card", f"{join} {good} --address {wrong}", UNREACHABLE, wrong, "without --address"
+    )
     client.sh("install -d -o root -m 755 /home/hcna-admin/.hcna")
     home = "/home/hcna-admin/hcna-ray/.venv/bin/hcna"
     refused(
@@ -400,7 +402,7 @@ def test_bad_joins_are_refused_with_a_sentence_and_a_code(computer: Computer, ri
     for line in told:
         measured(line)
 
-    assert "this machine is W3" in computer.join("client").out
+    assert "this machine is W3" in computer.join("client", "--name W3").out
     refused_here = computer.hcna("client", f"join {computer.invite()} --name W9", check=False)
     assert refused_here.code in (OK, REFUSED)
     computer.works("W3", 30)
