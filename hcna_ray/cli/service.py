@@ -91,7 +91,7 @@ def _become_supervisor(settings: Settings, *, joined: bool) -> None:
 
 
 def _follow(settings: Settings) -> None:
-    """Show C1's lines until SIGTERM.
+    """Show C1's lines until SIGTERM, or until M1 was stopped in good order.
 
     Raises:
         CommandFailed: M1's supervisor has not been running for a minute.
@@ -105,12 +105,14 @@ def _follow(settings: Settings) -> None:
         signal.signal(signum, lambda *_: stopping.set())
     relay = Relay([settings.logs_dir / "composite.log"], sys.stdout.buffer)
     relay.start()
-    seen_at, was_ready = time.monotonic(), False
+    seen_at, was_ready, met = time.monotonic(), False, False
     try:
         while not stopping.is_set():
             now = time.monotonic()
             if read_supervisor(settings.run_dir) is not None:
-                seen_at = now
+                seen_at, met = now, True
+            elif met and not (settings.run_dir / "supervisor.pid").exists():
+                return  # It has cleared away after itself: nobody is to come.
             elif now - seen_at >= M1_AWAY_S:
                 raise CommandFailed(
                     f"M1's supervisor has not been running for {M1_AWAY_S:g} s",
