@@ -53,6 +53,9 @@ WAL_BYTES_MAX = 64 * 1024 * 1024
 
 _PAGE_BYTES = 4096
 _BUSY_MS = 5000
+#: Longest that a commit waits for readers of old pages before the log simply grows on. A backup is
+#: such a reader for seconds, and leases are renewed by commits.
+_READERS_MS = 250
 _SEQ_MAX = 2**63 - 1
 #: The writer keeps this many live tasks decoded, each of at most `_SMALL` bytes: what is accepted
 #: now is granted soon, and what is granted ends soon.
@@ -317,6 +320,7 @@ class SqliteTaskStore(_Connection):
         wait = self._wal_pages >= 6 * self._wal_step
         mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
         self._checkpoint_at = self._wal_pages + self._wal_step
+        self._db.set_busy_timeout(_READERS_MS)
         try:
             self._db.wal_checkpoint(mode=mode)
         except apsw.Error as error:
@@ -324,6 +328,8 @@ class SqliteTaskStore(_Connection):
             if not isinstance(failure, StoreUnavailable):
                 self._broken = True
                 raise failure from error
+        finally:
+            self._db.set_busy_timeout(_BUSY_MS)
 
     def _must_write(self) -> None:
         if not self._writing:
