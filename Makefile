@@ -40,7 +40,7 @@ test: sync ## Run the whole suite, each part within its time budget
 	@scripts/system_packages.sh
 	@$(RUN_TESTS)
 
-test-all: sync ## The same with ten times as many steps of the state machine, and acceptance tests
+test-all: sync ## The same with ten times as many steps of the state machine, and every drill of the hosts
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) --all
 
@@ -57,9 +57,9 @@ test-integration: sync ## Tests and notebooks against a real cluster
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) integration
 
-test-rig: sync ## Joining, failing and coming back, on separate hosts inside this machine (root)
+test-rig: sync ## Joining, failing and coming back on separate hosts inside this machine, in full (root)
 	@scripts/system_packages.sh
-	@$(RUN_TESTS) rig
+	@$(RUN_TESTS) --all rig
 
 lint: sync ## Ruff: rules and format
 	@$(BIN)/ruff check .

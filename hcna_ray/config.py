@@ -3,6 +3,7 @@
 One ``hcna.yaml`` holds the three sections ``moderator:``, ``worker:`` and ``composite:`` (each
 valid alone) and the ones that tune what lies below them. ``HCNA_<SECTION>__<FIELD>=value`` in the
 environment overrides a field. Names end in their unit: ``_s``, ``_ms``, ``_bytes``, ``_gb``.
+``store.url`` alone has a second variable, ``DATABASE_URL``, which is the last to be asked.
 
 Ports are configured as plain numbers and used through `Settings.port` and the properties beside it,
 which add ``ports.offset``: a second instance beside the first needs only another offset and home.
@@ -68,6 +69,40 @@ Host = Annotated[
     str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9._:\-]+$")
 ]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$")]
+
+
+#: Ways to write that a store is a PostgreSQL server.
+POSTGRES_SCHEMES = ("postgresql://", "postgres://")
+
+
+def _check_store_url(value: str) -> str:
+    """Refuse what cannot be meant; the server's own rules are libpq's."""
+    if value.startswith("sqlite:///"):
+        return value
+    if not value.startswith(POSTGRES_SCHEMES):
+        raise ValueError("must begin with sqlite:/// or postgresql://")
+    if any(letter <= " " or letter == "\x7f" for letter in value):
+        raise ValueError("must not hold spaces or control characters; percent-encode them")
+    if not value.partition("://")[2].partition("?")[0].partition("/")[2]:
+        raise ValueError("must name a database: postgresql://user@host/database")
+    return value
+
+
+StoreUrl = Annotated[
+    str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_check_store_url)
+]
+
+
+def without_password(url: str) -> str:
+    """Return a store's URL as it may be shown: no password, no parameters, nothing undecided."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "sqlite":
+        return url
+    rest = rest.partition("?")[0]
+    # The last @ ends the credentials: a password that was not escaped may hold others, and /.
+    credentials, _, place = rest.rpartition("@")
+    user = credentials.partition(":")[0]
+    return f"{scheme}://{user}@{place}" if user else f"{scheme}://{place}"
 
 
 def short_name(node_id: str) -> str:
@@ -557,10 +592,17 @@ class PortSettings(_Section):
 class StoreSettings(_Section):
     """Where tasks are kept."""
 
-    url: Annotated[str, StringConstraints(max_length=2048, pattern=r"^sqlite:///")] | None = Field(
+    url: StoreUrl | None = Field(
         default=None,
         repr=False,
-        description="sqlite:///absolute/path; default queue.db in HCNA_HOME.",
+        description=(
+            "sqlite:///absolute/path or postgresql://user:password@host/database; "
+            "default DATABASE_URL if that names PostgreSQL, else queue.db in HCNA_HOME."
+        ),
+    )
+    unsafe: bool = Field(
+        default=False,
+        description="Take a PostgreSQL with fsync or synchronous_commit off: it may lose tasks.",
     )
 
 
@@ -742,6 +784,11 @@ class Settings(_Section):
         return self.store.url or f"sqlite://{self.home / 'queue.db'}"
 
     @property
+    def store_name(self) -> str:
+        """The task store as it may be shown and logged: its URL without the password."""
+        return without_password(self.store_url)
+
+    @property
     def store_path(self) -> Path | None:
         """File of the SQLite store, or None when the store is a server."""
         scheme, _, rest = self.store_url.partition("://")
@@ -822,7 +869,22 @@ class Settings(_Section):
                     f"{section}.listen_address is {asked} without {section}.security.{option}, "
                     f"so only {used}:{port} is bound; from another machine use: {forward}"
                 )
+        if self._store_in_clear():
+            found.append(
+                f"store.url reaches {self.store_name} without sslmode=require, verify-ca or "
+                "verify-full: the password and every task may travel unencrypted; "
+                "append ?sslmode=verify-full"
+            )
         return tuple(found)
+
+    def _store_in_clear(self) -> bool:
+        """Whether the store is on another machine and its URL does not insist on TLS."""
+        if self.store_path is not None:
+            return False
+        place, _, options = self.store_url.partition("://")[2].partition("?")
+        host = place.rpartition("@")[2].partition("/")[0]
+        local = host == "" or host.startswith(("127.", "localhost", "[::1]", "%2F", "%2f"))
+        return not local and "sslmode=require" not in options and "sslmode=verify" not in options
 
 
 #: Sections that M1 decides for every machine of the cluster.
@@ -900,6 +962,7 @@ def load_settings(
     if named is not None or file.exists():
         data, source = _read_file(file), file
     _apply_environment(data, env)
+    _apply_database_url(data, env)
     label = str(source) if source else "environment"
     try:
         return Settings.model_validate(data | {"home": home, "source": source})
@@ -999,6 +1062,17 @@ def _apply_environment(data: dict[str, Any], env: Mapping[str, str]) -> None:
             if not isinstance(nested, dict):
                 break  # Not a section in the file: let the check of the whole say so.
             target, model = nested, _model_at(model, key)
+
+
+def _apply_database_url(data: dict[str, Any], env: Mapping[str, str]) -> None:
+    """Take ``DATABASE_URL`` for ``store.url`` where neither file nor ``HCNA_STORE__URL`` says one.
+
+    Other programs use that name too: one that does not name PostgreSQL is theirs.
+    """
+    url = env.get("DATABASE_URL", "")
+    store = data.get("store") or {}
+    if url.startswith(POSTGRES_SCHEMES) and isinstance(store, dict) and store.get("url") is None:
+        data["store"] = {**store, "url": url}
 
 
 def _from_text(text: str, variable: str) -> Any:

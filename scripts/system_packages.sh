@@ -6,10 +6,13 @@ set -euo pipefail
 # command:package. From sshd on: what separate hosts on one machine are made of (tests/support/rig).
 wanted=(
   curl:curl git:git ss:iproute2 sshd:openssh-server rsync:rsync nft:nftables iptables:iptables
-  ps:procps sudo:sudo faketime:faketime
+  ps:procps sudo:sudo faketime:faketime initdb:postgresql
 )
-# Some of them lie where only root's PATH looks.
+# Some of them lie where only root's PATH looks, or nobody's.
 PATH=$PATH:/usr/sbin:/sbin
+for folder in /usr/lib/postgresql/*/bin; do
+  PATH=$PATH:$folder
+done
 
 missing=()
 for pair in "${wanted[@]}"; do
@@ -27,7 +30,13 @@ elif ((EUID != 0)); then
 else
   printf 'Installing system packages for the tests: %s\n' "${missing[*]}" >&2
   export DEBIAN_FRONTEND=noninteractive
-  # The tests start an SSH server of their own; installing one must not open this machine.
+  # The tests start a PostgreSQL and an SSH server of their own; installing one must not open this
+  # machine, nor set up a database on it.
+  if [[ " ${missing[*]} " == *" postgresql "* &&
+    ! -e /etc/postgresql-common/createcluster.conf ]]; then
+    mkdir -p /etc/postgresql-common/createcluster.d
+    printf 'create_main_cluster = false\n' >/etc/postgresql-common/createcluster.d/hcna-tests.conf
+  fi
   policy=/usr/sbin/policy-rc.d
   if [[ ! -e $policy ]]; then
     trap 'rm -f "$policy"' EXIT

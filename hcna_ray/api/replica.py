@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -12,14 +13,14 @@ from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.api.ids import UlidIds
 from hcna_ray.api.ray_moderator import RayModerator
 from hcna_ray.api.services import Services
-from hcna_ray.config import ConfigError, load_settings
+from hcna_ray.config import load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.handlers import load_registry
 from hcna_ray.observability import logs
 from hcna_ray.runtime.artifacts import open_store
 from hcna_ray.runtime.ray_link import MODERATOR, ActorLink
-from hcna_ray.store.base import TaskReader
+from hcna_ray.store.factory import open_reader
 
 
 def build_replica_app(home: str | None, config: str | None) -> FastAPI:
@@ -38,19 +39,10 @@ def build_replica_app(home: str | None, config: str | None) -> FastAPI:
     logs.configure(
         settings.logs_dir / "composite.log", fields={"node_id": settings.composite.node_id}
     )
-    path = settings.store_path
-    if path is None:
-        raise ConfigError("store.url names a server; this version keeps tasks in SQLite only")
     clock = SystemClock()
-
-    def open_reader() -> TaskReader:
-        from hcna_ray.store.sqlite import SqliteTaskReader
-
-        return SqliteTaskReader(path)
-
     return build_app(
         moderator=RayModerator(ActorLink(MODERATOR)),
-        reader=open_reader,
+        reader=functools.partial(open_reader, settings),
         registry=load_registry(),
         keys=FileKeyRing(settings.keys_dir, clock),
         artifacts=open_store(settings),

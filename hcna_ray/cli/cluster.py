@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -27,6 +28,9 @@ from hcna_ray.cli.terminal import (
     talk,
 )
 from hcna_ray.client import find_endpoint
+
+if TYPE_CHECKING:
+    from hcna_ray.config import Settings
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +58,6 @@ def up(
     """
     from hcna_ray import supervisor
     from hcna_ray.config import load_settings
-    from hcna_ray.supervisor import launcher
 
     console = talk()
     settings = load_settings()
@@ -64,10 +67,9 @@ def up(
     def on_step(step: str) -> None:
         console.print(f"[dim]{escape(step)}[/dim]")
 
-    launched = None
+    bring_workers = None
     if autoscaling_config is not None:
-        launched = launcher.read_config(autoscaling_config)
-        settings = launcher.settings_for(settings, launched)
+        settings, bring_workers = _launched(autoscaling_config, settings, on_step)
     if no_worker:
         settings = supervisor.without_worker(settings)
     info = supervisor.up(settings, wait_s=wait, on_step=on_step)
@@ -79,14 +81,29 @@ def up(
         else:
             typer.echo(f"{told}, at work. Next: hcna doctor")
         return
-    if launched is not None:
-        launcher.bring_workers(settings, launched, now=time.time(), on_step=on_step)
+    if bring_workers is not None:
+        bring_workers()
     code = supervisor.invite(settings, now=time.time())
     if as_json:
         print_json({**asdict(info), "join_code": code})
         return
     for line in card(info.url, info.dashboard_url, Path(info.home), code):
         typer.echo(line)
+
+
+def _launched(
+    path: Path, settings: Settings, on_step: Callable[[str], None]
+) -> tuple[Settings, Callable[[], None]]:
+    """Return M1's settings as Ray's launcher wants them, and what brings its workers."""
+    from hcna_ray.supervisor import launcher
+
+    config = launcher.read_config(path)
+    settings = launcher.settings_for(settings, config)
+
+    def bring() -> None:
+        launcher.bring_workers(settings, config, now=time.time(), on_step=on_step)
+
+    return settings, bring
 
 
 def card(url: str, dashboard_url: str, home: Path, code: str) -> list[str]:
@@ -134,6 +151,9 @@ def down(
 def status(as_json: AsJson = False) -> None:
     """Say how C1, M1 and the workers are; exit 3 if C1 cannot be reached."""
     local = None if os.environ.get("HCNA_URL") else _local_status()
+    if local is not None and local["role"] == "worker":
+        _show_worker(local, as_json)
+        return
     with open_client(retry_for_s=0) as client:
         seen = client.snapshot()
         url = client.url
@@ -156,14 +176,38 @@ def status(as_json: AsJson = False) -> None:
             out.print(f"M1  {link}")
         if seen.workers:
             out.print(render.worker_table(seen.workers))
-        for member in (local or {}).get("members", ()):
-            state = render.word("up" if member["up"] else "down")
-            told = f"pid {member['pid']}, port {member['port']}, {member['restarts']} restarts"
-            out.print(f"{escape(member['name'])}  {state}  {told}")
+        if local is not None:
+            _print_members(local)
     if seen.trouble:
         if seen.health is None:
             raise CommandFailed(f"C1 does not answer at {url}", "hcna up", ExitCode.UNREACHABLE)
         raise CommandFailed(seen.trouble, "hcna env", ExitCode.REFUSED)
+
+
+def _show_worker(local: Json, as_json: bool) -> None:
+    """Say how a machine is that has joined another one; C1 is there, not here."""
+    from hcna_ray.config import load_settings
+    from hcna_ray.supervisor.membership import read_membership
+
+    membership = read_membership(load_settings().cluster_dir)
+    assert membership is not None
+    if as_json:
+        print_json({"worker": membership.name, "m1": membership.ray_address, "machine": local})
+    else:
+        out = paper()
+        word = "connected" if local["ready"] else "away"
+        out.print(f"{membership.name}  {render.word(local['state'])}")
+        out.print(f"M1  {word}, {escape(membership.moderator_node_id)} at {membership.ray_address}")
+        _print_members(local)
+    if not local["ready"]:
+        raise CommandFailed("M1 does not answer this worker", "hcna doctor", ExitCode.UNREACHABLE)
+
+
+def _print_members(local: Json) -> None:
+    for member in local["members"]:
+        state = render.word("up" if member["up"] else "down")
+        told = f"pid {member['pid']}, port {member['port']}, {member['restarts']} restarts"
+        paper().print(f"{escape(member['name'])}  {state}  {told}")
 
 
 def _local_status() -> Json:

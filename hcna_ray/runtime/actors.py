@@ -14,7 +14,6 @@ import random
 import shutil
 import time
 from collections.abc import Awaitable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -73,7 +72,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.writer import WriterThread
-from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
+from hcna_ray.store.factory import open_reader, open_store
 
 log = logging.getLogger(__name__)
 
@@ -114,32 +113,32 @@ class ModeratorActor(_Face):
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._clock = SystemClock()
-        path = settings.store_path
-        assert path is not None, "config admits no other store yet"
         self._background: set[asyncio.Task[None]] = set()
         self._writer = WriterThread(
-            lambda: self._build(path),
+            self._build,
             self._clock,
             publish=self._publish,
             items_max=settings.limits.writer_items,
         )
         self._writer.start()
-        self._reader = SqliteTaskReader(path)
+        self._reader = open_reader(settings)
         newest = self._reader.last_fact()
         self._feed = ChangeFeed(newest)
         self._spawn(self._ensure_agents())
         log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
 
-    def _build(self, path: Path) -> Moderator:
+    def _build(self) -> Moderator:
         draw = random.SystemRandom()
+        # Beside artifacts and logs, and beside the tasks themselves unless a server keeps those.
+        disk = (self._settings.store_path or self._settings.home / "queue.db").parent
         return Moderator(
-            SqliteTaskStore(path),
+            open_store(self._settings),
             Policy.from_settings(self._settings),
             clock=self._clock,
             jitter=lambda: draw.uniform(-1.0, 1.0),
-            free_bytes=lambda: shutil.disk_usage(path.parent).free,
+            free_bytes=lambda: shutil.disk_usage(disk).free,
             pid=os.getpid(),
-            store_name=f"sqlite://{path}",
+            store_name=self._settings.store_name,
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

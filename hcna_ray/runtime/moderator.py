@@ -115,6 +115,8 @@ class Moderator:
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
         self._housekept = self._pruned = clock.elapsed()
+        #: Whether memory has to be read from the store before anything is decided.
+        self._stale = True
         self._rebuild()
 
     # -- the one entry ---------------------------------------------------------------------------
@@ -123,11 +125,16 @@ class Moderator:
         """Decide and commit a batch, and return what may now leave.
 
         An empty batch carries out timers and housekeeping. A store that refuses to commit answers
-        every request of the batch with `StoreUnavailable`, and nothing of it happened.
+        every request of the batch with `StoreUnavailable`, and nothing of it happened; so does one
+        that cannot even be read, until it can be again.
 
         Raises:
             OSError: fsync failed. The process must exit: what is on disk is unknown.
         """
+        if self._stale:
+            trouble = self._try_to_rebuild()
+            if trouble is not None:
+                return Outbound(tuple((pending, trouble) for pending in batch))
         turn = Turn(
             Ledger(self._store, self._live.tasks, self._workforce.sessions.node_ids()),
             self._clock.now(),
@@ -137,7 +144,7 @@ class Moderator:
             last_fact = self._decide(turn, batch)
         except StoreUnavailable as error:
             log.error("the store refused", extra={"action": "store.refused", "error": str(error)})
-            self._rebuild()
+            self._try_to_rebuild()
             waiting = {*batch, *(pending for pending, _ in turn.answers)}
             return Outbound(tuple((pending, error) for pending in waiting))
         self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
@@ -149,6 +156,8 @@ class Moderator:
         for pending in batch:
             try:
                 answer = self._handle(turn, pending)
+            except StoreUnavailable:
+                raise  # Half of a request may have been decided: none of the batch counts.
             except HcnaError as error:
                 answer = error
             if answer is not LATER:
@@ -165,9 +174,14 @@ class Moderator:
 
     def sleep_s(self) -> float:
         """Return how long nothing will happen by itself: 0 when work is left over."""
+        if self._stale:
+            return HOUSEKEEPING_S
         if self._aftermath.unfinished or self._dispatcher.unfinished:
             return 0.0
-        wake_at = self._store.next_wake()
+        try:
+            wake_at = self._store.next_wake()
+        except StoreUnavailable:
+            return 0.0  # The next batch says so to whoever waits.
         # A lease ends to the moment: its task should not wait for the next look around.
         silence_s = self._workforce.sessions.next_change_s(self._clock.elapsed())
         pause = min(HOUSEKEEPING_S, silence_s + 0.001)
@@ -198,8 +212,18 @@ class Moderator:
             effect()
         return last_fact
 
+    def _try_to_rebuild(self) -> StoreUnavailable | None:
+        """Rebuild, or return why that cannot be done now; until then memory is not used."""
+        try:
+            self._rebuild()
+        except StoreUnavailable as error:
+            log.error("the store is away", extra={"action": "store.away", "error": str(error)})
+            return error
+        return None
+
     def _rebuild(self) -> None:
         """Forget everything that followed from uncommitted decisions; read the store again."""
+        self._stale = True
         leased = self._store.leased()
         self._paused = self._store.paused()
         self._live.reset(leased)
@@ -207,6 +231,7 @@ class Moderator:
         self._workforce.reset(leased, self._clock.now(), self._clock.elapsed())
         self._intake.reset()
         self._aftermath.reset()
+        self._stale = False
 
     def _preload(self, turn: Turn, batch: Sequence[Pending]) -> None:
         ids: list[str] = []

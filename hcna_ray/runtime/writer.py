@@ -18,7 +18,8 @@ from hcna_ray.runtime.requests import Pending, Request
 
 log = logging.getLogger(__name__)
 
-#: Exit status after a failed fsync: what is on disk is unknown, only a restart can tell.
+#: Exit status after a failed fsync, or when another moderator took the store over: what is stored
+#: is unknown here, only a restart can tell.
 EXIT_FSYNC = 74
 #: Exit status after anything else that must not happen.
 EXIT_BUG = 70
@@ -101,8 +102,8 @@ class WriterThread:
             self._serve(moderator)
         except OSError as error:
             log.critical(
-                "fsync failed: the process must end",
-                extra={"action": "store.fsync_failed", "error": str(error)},
+                "the store is lost to this process: it must end",
+                extra={"action": "store.lost", "error": str(error)},
             )
             self._exit(EXIT_FSYNC)
         except Exception:

@@ -84,8 +84,10 @@ class TaskStore(Protocol):
         An exception inside rolls everything back and propagates.
 
         Raises:
-            StoreUnavailable: the disk refused (full, read-only); rolled back, nothing stored.
-            OSError: fsync failed: the process must exit, what is on disk is unknown.
+            StoreUnavailable: the disk refused (full, read-only), or the server cannot be reached;
+                rolled back, nothing stored.
+            OSError: fsync failed, a commit stays in doubt, or another moderator writes now: the
+                process must exit, what is stored is unknown to it.
         """
         ...
 

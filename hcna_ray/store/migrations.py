@@ -1,8 +1,13 @@
-"""Numbered SQL files that bring an SQLite store to the newest schema, each exactly once."""
+"""Numbered SQL files that bring a store to the newest schema, each exactly once.
+
+Every kind of database has its own files, in ``schema/`` (SQLite) and ``schema/postgres/``, with the
+same numbers: a number means the same tables and columns wherever it has been applied.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
@@ -43,10 +48,19 @@ class Migration(NamedTuple):
     sql: str
     sha256: str
 
+    @property
+    def line(self) -> tuple[int, str, str]:
+        """What the ledger says of it."""
+        return self.number, self.name, self.sha256
 
-def known_migrations() -> list[Migration]:
-    """Return the migrations that came with this package, oldest first."""
-    files = resources.files("hcna_ray.store").joinpath("schema").iterdir()
+
+def known_migrations(folder: str = "schema") -> list[Migration]:
+    """Return the migrations that came with this package, oldest first.
+
+    Args:
+        folder: ``schema`` (SQLite) or ``schema/postgres``.
+    """
+    files = resources.files("hcna_ray.store").joinpath(folder).iterdir()
     found = []
     for file in sorted(files, key=lambda item: item.name):
         if file.name.endswith(".sql"):
@@ -56,25 +70,44 @@ def known_migrations() -> list[Migration]:
     return found
 
 
+def missing_migrations(
+    known: Sequence[Migration], applied: Mapping[int, str]
+) -> Sequence[Migration]:
+    """Return what has not been applied yet, oldest first.
+
+    Args:
+        known: What this package brings.
+        applied: Digest by number, as the store's ledger has it.
+
+    Raises:
+        SchemaTooNew: a newer hcna-ray wrote this store.
+        SchemaChanged: an applied migration was edited.
+    """
+    newest = max(migration.number for migration in known)
+    if applied and max(applied) > newest:
+        raise SchemaTooNew(max(applied), newest)
+    for migration in known:
+        if applied.get(migration.number, migration.sha256) != migration.sha256:
+            raise SchemaChanged(migration.name)
+    return [migration for migration in known if migration.number not in applied]
+
+
 def migrate(db: apsw.Connection) -> None:
-    """Apply what is missing, each migration and its ledger line in one transaction.
+    """Apply what a SQLite store is missing, each migration and its ledger line in one transaction.
 
     Raises:
         SchemaTooNew: a newer hcna-ray wrote this store.
         SchemaChanged: an applied migration was edited.
     """
     db.execute(_LEDGER)
-    applied = _applied(db)
-    for migration in known_migrations():
-        if migration.number not in applied:
-            with db:
-                db.execute(migration.sql)
-                db.execute("INSERT INTO schema_migration VALUES (?, ?, ?)", _line(migration))
-    check_schema(db)
+    for migration in missing_migrations(known_migrations(), _applied(db)):
+        with db:
+            db.execute(migration.sql)
+            db.execute("INSERT INTO schema_migration VALUES (?, ?, ?)", migration.line)
 
 
 def check_schema(db: apsw.Connection) -> bool:
-    """Return whether the store has exactly the schema this package knows.
+    """Return whether a SQLite store has exactly the schema this package knows.
 
     ``False`` means not yet: the writer has not created or migrated it.
 
@@ -82,18 +115,7 @@ def check_schema(db: apsw.Connection) -> bool:
         SchemaTooNew: a newer hcna-ray wrote this store.
         SchemaChanged: an applied migration was edited.
     """
-    known = {migration.number: migration for migration in known_migrations()}
-    applied = _applied(db)
-    if applied and max(applied) > max(known):
-        raise SchemaTooNew(max(applied), max(known))
-    for number, sha256 in applied.items():
-        if known[number].sha256 != sha256:
-            raise SchemaChanged(known[number].name)
-    return applied.keys() == known.keys()
-
-
-def _line(migration: Migration) -> tuple[int, str, str]:
-    return migration.number, migration.name, migration.sha256
+    return not missing_migrations(known_migrations(), _applied(db))
 
 
 def _applied(db: apsw.Connection) -> dict[int, str]:

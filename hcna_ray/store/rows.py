@@ -1,16 +1,28 @@
-"""A `Task` as a row of the table ``task``, and back.
+"""A `Task` as a row of the table ``task``, and back; also attempts, facts and audit lines.
 
-The columns fall in three: those copied from the spec, which never change; plain ones, which every
-save writes; and indexed ones, which a save writes only when they changed, because SQLite takes an
-entry out of an index and puts it in again whenever its column is named in an ``UPDATE``.
+The columns of ``task`` fall in three: those copied from the spec, which never change; plain ones,
+which every save writes; and indexed ones, which a save writes only when they changed, because
+SQLite takes an entry out of an index and puts it in again whenever its column is named in an
+``UPDATE``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from hcna_ray.core.models import Hold, Lease, Task, TaskState, Token
+from hcna_ray.core.models import (
+    Attempt,
+    AuditEntry,
+    Fact,
+    Hold,
+    Lease,
+    Outcome,
+    Task,
+    TaskState,
+    Token,
+)
 from hcna_ray.store import codec
+from hcna_ray.store.base import StoredAudit, StoredFact
 
 Row = tuple[Any, ...]
 
@@ -73,6 +85,30 @@ INSERT_TASK = (
     f"VALUES ({', '.join('?' * len(SPEC + PLAIN + INDEXED))}) "
     "ON CONFLICT (id) DO NOTHING RETURNING seq"
 )
+ATTEMPT = (
+    "task_id",
+    "generation",
+    "attempt",
+    "worker",
+    "node_id",
+    "started_at",
+    "ended_at",
+    "outcome",
+    "error",
+)
+FACT = (
+    "number",
+    "task_id",
+    "kind",
+    "at",
+    "state",
+    "generation",
+    "attempt",
+    "worker",
+    "detail",
+)
+AUDIT = ("number", "at", "principal", "action", "target", "outcome", "detail")
+
 #: What `task_from_row` and `indexed_of_row` read. CROSS JOIN: the task is found first.
 COLUMNS = ", ".join(
     ["t.seq", *(f"t.{name}" for name in PLAIN if name != "kind"), "s.body"]
@@ -245,4 +281,90 @@ def task_from_row(row: Row) -> Task:
         result=result,
         error=codec.unpack_error(error),
         version=version,
+    )
+
+
+def attempt_values(attempt: Attempt) -> Row:
+    """Return the values of `ATTEMPT`."""
+    return (
+        attempt.task_id,
+        *attempt.token,
+        attempt.worker,
+        attempt.node_id,
+        attempt.started_at,
+        attempt.ended_at,
+        attempt.outcome,
+        codec.pack_error(attempt.error),
+    )
+
+
+def attempt_from_row(row: Row) -> Attempt:
+    """Return the attempt of a row of `ATTEMPT`."""
+    return Attempt(
+        task_id=row[0],
+        token=Token(row[1], row[2]),
+        worker=row[3],
+        node_id=row[4],
+        started_at=row[5],
+        ended_at=row[6],
+        outcome=None if row[7] is None else Outcome(row[7]),
+        error=codec.unpack_error(row[8]),
+    )
+
+
+def fact_values(number: int, fact: Fact) -> Row:
+    """Return the values of `FACT`."""
+    return (
+        number,
+        fact.task_id,
+        fact.kind,
+        fact.at,
+        fact.state,
+        *(fact.token or (None, None)),
+        fact.worker,
+        fact.detail,
+    )
+
+
+def fact_from_row(row: Row) -> StoredFact:
+    """Return the fact of a row of `FACT`."""
+    return StoredFact(
+        row[0],
+        Fact(
+            task_id=row[1],
+            kind=row[2],
+            at=row[3],
+            state=TaskState(row[4]),
+            token=None if row[5] is None else Token(row[5], row[6]),
+            worker=row[7],
+            detail=row[8],
+        ),
+    )
+
+
+def audit_values(number: int, entry: AuditEntry) -> Row:
+    """Return the values of `AUDIT`."""
+    return (
+        number,
+        entry.at,
+        entry.principal,
+        entry.action,
+        entry.target,
+        entry.outcome,
+        entry.detail,
+    )
+
+
+def audit_from_row(row: Row) -> StoredAudit:
+    """Return the audit line of a row of `AUDIT`."""
+    return StoredAudit(
+        row[0],
+        AuditEntry(
+            at=row[1],
+            principal=row[2],
+            action=row[3],
+            target=row[4],
+            outcome=row[5],
+            detail=row[6],
+        ),
     )

@@ -9,40 +9,35 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter as Tally
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import apsw
 
-from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable, VersionConflict
+from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
     Fact,
     LaneKey,
-    Outcome,
     Task,
     TaskFilter,
     TaskState,
-    Token,
     WorkerRecord,
 )
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import (
     Counter,
     KeyClaim,
-    QueueSize,
     Settlement,
     StoredAudit,
     StoredFact,
 )
+from hcna_ray.store.bookkeeping import Bookkeeper, Change
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
 
@@ -57,10 +52,6 @@ _BUSY_MS = 5000
 #: such a reader for seconds, and leases are renewed by commits.
 _READERS_MS = 250
 _SEQ_MAX = 2**63 - 1
-#: The writer keeps this many live tasks decoded, each of at most `_SMALL` bytes: what is accepted
-#: now is granted soon, and what is granted ends soon.
-_KNOWN_MAX = 8192
-_SMALL = 4096
 _FSYNC_FAILED = frozenset({apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC})
 _REFUSED = (
     apsw.FullError,
@@ -88,20 +79,6 @@ def require_library(version: str | None = None) -> None:
 
 class _SyncFailed(OSError):
     """An fsync failed: what is on disk is unknown, and asking again would lie."""
-
-
-@dataclass(slots=True)
-class _Lane:
-    id: int
-    #: Tasks in the dispatch index.
-    ready: int
-
-
-class _Known(NamedTuple):
-    """A task as the open transaction sees it, with its index values as they are stored."""
-
-    task: Task
-    indexed: Row
 
 
 class _Connection:
@@ -146,7 +123,7 @@ class _Connection:
             raise _translated(error) from error
 
 
-class SqliteTaskStore(_Connection):
+class SqliteTaskStore(_Connection, Bookkeeper):
     """The one writer of a SQLite file. Implements `hcna_ray.store.base.TaskStore`.
 
     Sequences, lanes and size live in memory while it is open; a rollback reads them again, and so
@@ -187,10 +164,10 @@ class SqliteTaskStore(_Connection):
         except apsw.Error as error:
             raise _translated(error) from error
         try:
-            super().__init__(db, cache_bytes=64 * 1024 * 1024)
+            _Connection.__init__(self, db, cache_bytes=64 * 1024 * 1024)
+            Bookkeeper.__init__(self)
             self._configure(bytes_max, wal_bytes_max)
             self._broken = False
-            self._writing = False
             self._load()
         except BaseException:
             db.close()
@@ -256,52 +233,30 @@ class SqliteTaskStore(_Connection):
     def _load(self) -> None:
         """Read what is kept in memory; forget what an unfinished transaction had added."""
         self._data_version = self._run("PRAGMA data_version")
-        self._numbers: dict[str, int] = {
-            name: value for name, value in self._run("SELECT name, value FROM number")
-        }
-        self._lanes: dict[LaneKey, _Lane] = {}
-        self._lane_by_id: dict[int, _Lane] = {}
-        for id_, queue, task_type, needs, ready in self._run(
-            "SELECT id, queue, task_type, needs, ready FROM lane"
-        ):
-            key = LaneKey(queue, task_type, codec.needs_from_json(needs))
-            self._lanes[key] = self._lane_by_id[id_] = _Lane(id_, ready)
-        self._known: OrderedDict[int, _Known] = OrderedDict()
-        self._seq_of: dict[str, int] = {}
-        self._changed_numbers: set[str] = set()
-        self._changed_lanes: set[int] = set()
-        self._depth: Tally[tuple[str, str]] = Tally()
-        self._counts: Tally[Counter] = Tally()
+        self._take_in(
+            self._run("SELECT name, value FROM number"),
+            self._run("SELECT id, queue, task_type, needs, ready FROM lane"),
+        )
 
     def _flush(self) -> None:
         """Write what was kept in memory until now, once for the whole transaction."""
-        if self._changed_numbers:
-            self._many(
-                "UPDATE number SET value = ? WHERE name = ?",
-                [(self._numbers[name], name) for name in self._changed_numbers],
-            )
-            self._changed_numbers.clear()
-        if self._changed_lanes:
-            changed = [self._lane_by_id[id_] for id_ in self._changed_lanes]
-            self._many(
-                "UPDATE lane SET ready = ? WHERE id = ?",
-                [(lane.ready, lane.id) for lane in changed],
-            )
-            self._changed_lanes.clear()
-        if self._depth:
+        numbers, lanes, depth, counts = self._take_changes()
+        if numbers:
+            self._many("UPDATE number SET value = ? WHERE name = ?", numbers)
+        if lanes:
+            self._many("UPDATE lane SET ready = ? WHERE id = ?", lanes)
+        if depth:
             self._many(
                 "INSERT INTO depth VALUES (?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET tasks = tasks + excluded.tasks",
-                [(*key, delta) for key, delta in self._depth.items() if delta],
+                depth,
             )
-            self._depth.clear()
-        if self._counts:
+        if counts:
             self._many(
                 "INSERT INTO counter VALUES (?, ?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET value = value + excluded.value",
-                [(*counter, delta) for counter, delta in self._counts.items()],
+                counts,
             )
-            self._counts.clear()
 
     def _note_wal_pages(self, _db: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages
@@ -331,111 +286,20 @@ class SqliteTaskStore(_Connection):
         finally:
             self._db.set_busy_timeout(_BUSY_MS)
 
-    def _must_write(self) -> None:
-        if not self._writing:
-            raise RuntimeError("a store is written inside a transaction only")
-
-    def _next(self, sequence: str) -> int:
-        self._add(sequence, 1)
-        return self._numbers[sequence]
-
-    def _add(self, number: str, delta: int) -> None:
-        self._numbers[number] += delta
-        self._changed_numbers.add(number)
-
-    # -- identity -------------------------------------------------------------------------------
-
-    def generation(self) -> int:
-        """Return the first half of every fencing token."""
-        return self._numbers["generation"]
-
-    def raise_generation(self) -> int:
-        """Raise the generation by one and return it."""
-        self._must_write()
-        return self._next("generation")
-
-    def last_seq(self) -> int:
-        """Return the highest accept sequence ever used, 0 when none."""
-        return self._numbers["last_seq"]
-
     # -- tasks ----------------------------------------------------------------------------------
 
-    def insert(self, tasks: Sequence[Task]) -> set[str]:
-        """Add new tasks and return the ids really added.
+    def _insert_tasks(self, values: Sequence[Row]) -> set[int]:
+        return {seq for (seq,) in self._many(rows.INSERT_TASK, values)}
 
-        Raises:
-            ValueError: an accept sequence belongs to another task.
-        """
-        self._must_write()
-        indexed = [
-            rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
-            for task in tasks
-        ]
-        values = [
-            (*rows.spec_values(task), *rows.plain_values(task), *placed)
-            for task, placed in zip(tasks, indexed, strict=True)
-        ]
-        fresh = {seq for (seq,) in self._many(rows.INSERT_TASK, values)}
-        added: set[str] = set()
-        ended: list[Task] = []
-        specs: list[Row] = []
-        for task, placed in zip(tasks, indexed, strict=True):
-            if task.seq not in fresh or task.id in added:
-                continue
-            added.add(task.id)
-            specs.append((task.seq, codec.pack_spec(task.spec)))
-            self._depth[task.spec.queue, task.state.value] += 1
-            self._add_ready(placed[rows.READY_LANE], 1)
-            if task.terminal:
-                ended.append(task)
-            else:
-                self._add("open_tasks", 1)
-                self._add("open_bytes", task.spec.bytes_stored)
-                self._remember(task, placed)
-        self._many("INSERT INTO task_spec VALUES (?, ?)", specs)
-        self._many(
-            "UPDATE task SET end_no = ? WHERE seq = ?",
-            [(self._next("last_end"), seq) for seq in sorted(task.seq for task in ended)],
-        )
-        if fresh and max(fresh) > self._numbers["last_seq"]:
-            self._add("last_seq", max(fresh) - self._numbers["last_seq"])
-        return added
+    def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
+        self._many("INSERT INTO task_spec VALUES (?, ?)", values)
 
-    def get(self, ids: Iterable[str]) -> dict[str, Task]:
-        """Return the tasks that exist among ``ids``."""
-        found: dict[str, Task] = {}
-        unknown: list[str] = []
-        for id_ in ids:
-            seq = self._seq_of.get(id_)
-            if seq is None:
-                unknown.append(id_)
-            else:
-                found[id_] = self._known[seq].task
-        if unknown:
-            for row in self._run(_BY_ID, (codec.to_json(unknown),)):
-                known = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
-                found[known.task.id] = known.task
-        return found
+    def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
+        self._many("UPDATE task SET end_no = ? WHERE seq = ?", values)
 
-    def save(self, tasks: Sequence[Task]) -> None:
-        """Replace stored tasks; each must carry the stored version plus one, and appear once.
-
-        Nothing is written unless all may be.
-
-        Raises:
-            VersionConflict: a stored task is at another version, or there is none.
-        """
-        self._must_write()
-        stored = self._by_seq([task.seq for task in tasks])
-        before: list[Row] = []
-        for task in tasks:
-            old = stored.pop(task.seq, None)
-            if old is None or (old.task.id, old.task.version) != (task.id, task.version - 1):
-                raise VersionConflict(task.id, task.version - 1)
-            before.append(old.indexed)
+    def _update_tasks(self, changes: Sequence[Change]) -> None:
         updates: dict[tuple[int, ...], list[Row]] = {}
-        for task, was in zip(tasks, before, strict=True):
-            now = self._moved(task, was)
+        for task, was, now in changes:
             changed = tuple([i for i, value in enumerate(now) if value != was[i]])
             updates.setdefault(changed, []).append(
                 (
@@ -445,89 +309,28 @@ class SqliteTaskStore(_Connection):
                     task.version - 1,
                 )
             )
-            self._remember(task, now)
-        changes = self._db.total_changes()
+        before = self._db.total_changes()
         for changed, values in updates.items():
             self._many(_update_sql(changed), values)
-        if self._db.total_changes() - changes != len(tasks):
+        if self._db.total_changes() - before != len(changes):
             raise AssertionError("a task changed between the check of its version and its update")
 
-    def _moved(self, task: Task, was: Row) -> Row:
-        """Count a task out of where it stood and into where it stands; return its index values."""
-        end_no: int | None = was[rows.END_NO]
-        ended_before = end_no is not None
-        if not task.terminal:
-            end_no = None
-        elif end_no is None:
-            end_no = self._next("last_end")
-        if ended_before != (end_no is not None):
-            self._add("open_tasks", 1 if ended_before else -1)
-            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
-        now = rows.indexed_values(
-            task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
+    def _insert_lane(self, key: LaneKey) -> int:
+        ((id_,),) = self._run(
+            "INSERT INTO lane (queue, task_type, needs) VALUES (?, ?, ?) RETURNING id",
+            (key.queue, key.task_type, codec.needs_to_json(key.needs)),
         )
-        if now[rows.STATE] != was[rows.STATE]:
-            self._depth[task.spec.queue, was[rows.STATE]] -= 1
-            self._depth[task.spec.queue, now[rows.STATE]] += 1
-        if now[rows.READY_LANE] != was[rows.READY_LANE]:
-            self._add_ready(was[rows.READY_LANE], -1)
-            self._add_ready(now[rows.READY_LANE], 1)
-        return now
+        return int(id_)
 
-    def _lane_of(self, task: Task) -> int | None:
-        """Return the lane's number if the task is ready, creating the lane if it is new."""
-        if not task.ready:
-            return None
-        key = LaneKey(task.spec.queue, task.spec.task_type, task.needs)
-        lane = self._lanes.get(key)
-        if lane is None:
-            ((id_,),) = self._run(
-                "INSERT INTO lane (queue, task_type, needs) VALUES (?, ?, ?) RETURNING id",
-                (key.queue, key.task_type, codec.needs_to_json(key.needs)),
-            )
-            lane = self._lanes[key] = self._lane_by_id[id_] = _Lane(id_, 0)
-        return lane.id
+    def _rows_by_id(self, ids: Sequence[str]) -> list[Row]:
+        return self._run(_BY_ID, (codec.to_json(ids),))
 
-    def _add_ready(self, lane_id: int | None, delta: int) -> None:
-        if lane_id is not None:
-            self._lane_by_id[lane_id].ready += delta
-            self._changed_lanes.add(lane_id)
-
-    # -- the cache ------------------------------------------------------------------------------
-
-    def _remember(self, task: Task, indexed: Row) -> _Known:
-        """Keep what the open transaction sees of a task that may be asked for again soon."""
-        known = _Known(task, indexed)
-        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
-        if keep:
-            self._known[task.seq] = known
-            self._seq_of[task.id] = task.seq
-            if len(self._known) > _KNOWN_MAX:
-                _seq, oldest = self._known.popitem(last=False)
-                del self._seq_of[oldest.task.id]
-        else:
-            self._forget(task.seq)
-        return known
-
-    def _forget(self, seq: int) -> None:
-        known = self._known.pop(seq, None)
-        if known is not None:
-            del self._seq_of[known.task.id]
-
-    def _by_seq(self, seqs: Sequence[int]) -> dict[int, _Known]:
-        """Return what stands at these accept sequences, in the order asked for."""
-        # Taken before anything is read: what is read may push these out.
-        found = {seq: self._known[seq] for seq in seqs if seq in self._known}
-        unknown = [seq for seq in seqs if seq not in found]
-        if unknown:
-            for row in self._run(_BY_SEQ, (codec.to_json(unknown),)):
-                found[row[0]] = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
-        return {seq: found[seq] for seq in seqs if seq in found}
+    def _rows_by_seq(self, seqs: Sequence[int]) -> list[Row]:
+        return self._run(_BY_SEQ, (codec.to_json(seqs),))
 
     def _found(self, sql: str, values: Sequence[Any] = ()) -> list[Task]:
         """Return the tasks whose accept sequences a statement finds, in its order."""
-        seqs = [seq for (seq,) in self._run(sql, values)]
-        return [known.task for known in self._by_seq(seqs).values()]
+        return self._tasks_at(self._run(sql, values))
 
     def claim_keys(self, claims: Sequence[KeyClaim]) -> dict[tuple[str, str], KeyClaim]:
         """Bind free idempotency keys; return who holds each ``(principal, key)`` afterwards."""
@@ -551,19 +354,7 @@ class SqliteTaskStore(_Connection):
         self._must_write()
         self._many(
             "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    self._next("last_fact"),
-                    fact.task_id,
-                    fact.kind,
-                    fact.at,
-                    fact.state,
-                    *(fact.token or (None, None)),
-                    fact.worker,
-                    fact.detail,
-                )
-                for fact in facts
-            ],
+            [rows.fact_values(self._next("last_fact"), fact) for fact in facts],
         )
         return self._numbers["last_fact"]
 
@@ -572,26 +363,10 @@ class SqliteTaskStore(_Connection):
         self._must_write()
         self._many(
             "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    attempt.task_id,
-                    *attempt.token,
-                    attempt.worker,
-                    attempt.node_id,
-                    attempt.started_at,
-                    attempt.ended_at,
-                    attempt.outcome,
-                    codec.pack_error(attempt.error),
-                )
-                for attempt in attempts
-            ],
+            map(rows.attempt_values, attempts),
         )
 
     # -- what the scheduler reads -----------------------------------------------------------------
-
-    def ready_lanes(self) -> dict[LaneKey, int]:
-        """Return how many tasks stand in the dispatch index, by lane. Empty lanes are left out."""
-        return {key: lane.ready for key, lane in self._lanes.items() if lane.ready}
 
     def heads(self, lane: LaneKey, limit: int) -> list[Task]:
         """Return the first ``limit`` ready tasks of a lane by ``(dispatch_key, seq)``."""
@@ -612,10 +387,6 @@ class SqliteTaskStore(_Connection):
         """Return the earliest ``wake_at`` of all tasks, or ``None``."""
         found = self._run(_NEXT_WAKE)
         return found[0][0] if found else None
-
-    def size(self) -> QueueSize:
-        """Return count and bytes of all tasks that have not ended."""
-        return QueueSize(tasks=self._numbers["open_tasks"], bytes=self._numbers["open_bytes"])
 
     # -- keys and dependencies --------------------------------------------------------------------
 
@@ -724,28 +495,12 @@ class SqliteTaskStore(_Connection):
         else:
             self._run("DELETE FROM paused_queue WHERE queue = ?", (queue,))
 
-    def bump(self, deltas: Mapping[Counter, int]) -> None:
-        """Add to counters."""
-        self._must_write()
-        self._counts.update(deltas)
-
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
         """Add audit lines."""
         self._must_write()
         self._many(
             "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    self._next("last_audit"),
-                    entry.at,
-                    entry.principal,
-                    entry.action,
-                    entry.target,
-                    entry.outcome,
-                    entry.detail,
-                )
-                for entry in entries
-            ],
+            [rows.audit_values(self._next("last_audit"), entry) for entry in entries],
         )
 
     def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
@@ -769,16 +524,8 @@ class SqliteTaskStore(_Connection):
             "AND NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) ORDER BY at LIMIT ?)",
             (keys_before, limit),
         )
-        self._drop_empty_lanes()
+        self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
         return len(gone)
-
-    def _drop_empty_lanes(self) -> None:
-        """Forget lanes without a ready task: no row names them, and needs are of many kinds."""
-        empty = [(key, lane.id) for key, lane in self._lanes.items() if not lane.ready]
-        self._many("DELETE FROM lane WHERE id = ?", [(id_,) for _key, id_ in empty])
-        for key, id_ in empty:
-            del self._lanes[key], self._lane_by_id[id_]
-            self._changed_lanes.discard(id_)
 
 
 class SqliteTaskReader(_Connection):
@@ -824,24 +571,7 @@ class SqliteTaskReader(_Connection):
 
     def attempts(self, task_id: str) -> list[Attempt]:
         """Return the attempts of a task, oldest first."""
-        found = self._run(
-            "SELECT task_id, generation, attempt, worker, node_id, started_at, ended_at, outcome, "
-            "error FROM attempt WHERE task_id = ? ORDER BY generation, attempt",
-            (task_id,),
-        )
-        return [
-            Attempt(
-                task_id=row[0],
-                token=Token(row[1], row[2]),
-                worker=row[3],
-                node_id=row[4],
-                started_at=row[5],
-                ended_at=row[6],
-                outcome=None if row[7] is None else Outcome(row[7]),
-                error=codec.unpack_error(row[8]),
-            )
-            for row in found
-        ]
+        return [rows.attempt_from_row(row) for row in self._run(_ATTEMPTS, (task_id,))]
 
     def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Task]:
         """Return tasks that fit, newest first, with ``seq < before_seq`` (a keyset page).
@@ -885,21 +615,7 @@ class SqliteTaskReader(_Connection):
             if task_id is None
             else (_FACTS_OF_TASK, (task_id, after, limit))
         )
-        return [
-            StoredFact(
-                row[0],
-                Fact(
-                    task_id=row[1],
-                    kind=row[2],
-                    at=row[3],
-                    state=TaskState(row[4]),
-                    token=None if row[5] is None else Token(row[5], row[6]),
-                    worker=row[7],
-                    detail=row[8],
-                ),
-            )
-            for row in self._run(sql, values)
-        ]
+        return [rows.fact_from_row(row) for row in self._run(sql, values)]
 
     def last_fact(self) -> int:
         """Return the number of the newest line of history, 0 when there is none."""
@@ -919,20 +635,7 @@ class SqliteTaskReader(_Connection):
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
         """Return audit lines with numbers below ``before``, newest first."""
         found = self._run(_AUDIT, (_SEQ_MAX if before is None else before, limit))
-        return [
-            StoredAudit(
-                row[0],
-                AuditEntry(
-                    at=row[1],
-                    principal=row[2],
-                    action=row[3],
-                    target=row[4],
-                    outcome=row[5],
-                    detail=row[6],
-                ),
-            )
-            for row in found
-        ]
+        return [rows.audit_from_row(row) for row in found]
 
 
 _BY_SEQ = (
@@ -981,13 +684,13 @@ _OPEN_OF_BATCH = (
 _OPEN_OF_IDS = (
     "SELECT count(*) FROM task WHERE id IN (SELECT value FROM json_each(?)) AND +end_no IS NULL"
 )
-_FACT = "SELECT number, task_id, kind, at, state, generation, attempt, worker, detail FROM fact"
+_ATTEMPTS = (
+    f"SELECT {', '.join(rows.ATTEMPT)} FROM attempt WHERE task_id = ? ORDER BY generation, attempt"
+)
+_FACT = f"SELECT {', '.join(rows.FACT)} FROM fact"
 _FACTS = f"{_FACT} WHERE number > ? ORDER BY number LIMIT ?"
 _FACTS_OF_TASK = f"{_FACT} WHERE task_id = ? AND number > ? ORDER BY number LIMIT ?"
-_AUDIT = (
-    "SELECT number, at, principal, action, target, outcome, detail FROM audit "
-    "WHERE number < ? ORDER BY number DESC LIMIT ?"
-)
+_AUDIT = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number < ? ORDER BY number DESC LIMIT ?"
 
 
 def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tuple[str, list[Any]]:

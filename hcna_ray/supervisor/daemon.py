@@ -26,7 +26,7 @@ from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from hcna_ray.config import LOOPBACK, MIB, Settings
+from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.keys import (
     ensure_owner_key,
@@ -96,6 +96,8 @@ _START_S = 60.0
 _PORTS_S = 15.0
 #: Looks at a member's port, one each `ray.check_s`, that must fail before it is replaced.
 _DEAF_CHECKS = 4
+#: Looks at a head whose GCS has closed its port until that counts as an order to stop.
+_CLOSED_CHECKS = 2
 _BOOTSTRAP_S = 180.0
 #: /ready may fail this often in a row before C1 is deployed again: a moderator restarts in 2 s.
 _UNREADY_CHECKS = 2
@@ -148,8 +150,8 @@ class Member:
     own_ports: Sequence[int] = ()
     #: Further ports that must accept connections: `ray start --block` stays when its raylet left.
     also: Sequence[int] = ()
-    #: Host and port that must accept connections before this member may start.
-    after: tuple[str, int] | None = None
+    #: Whether what it needs is there; asked before each start.
+    after: Callable[[], bool] | None = None
     process: ProcessRef | None = None
     restarts: int = 0
     failures: int = 0
@@ -462,17 +464,11 @@ class Supervisor:
 
     def _plan_worker(self) -> Member:
         settings = self.settings
-        head = settings.ray_address
-        after = (LOOPBACK, settings.port("head_node_manager"))
-        if self.membership is not None:
-            head = self.membership.ray_address
-            host, _, port = head.rpartition(":")
-            after = (host, int(port))
         return Member(
             name="worker",
             command=lambda: worker_command(
                 settings,
-                head=head,
+                head=self._head_address(),
                 address=self._own_address(),
                 cpus=len(os.sched_getaffinity(0)),
                 memory=_memory(),
@@ -481,8 +477,21 @@ class Supervisor:
             port=settings.port("worker_node_manager"),
             node=settings.worker.name,
             own_ports=self._ports("worker"),
-            after=after,
+            after=self._head_is_up,
         )
+
+    def _head_address(self) -> str:
+        """Return Ray's address on M1, ``host:port``. M1 may have moved since."""
+        if self.membership is None:
+            return self.settings.ray_address
+        told = self.contact.facts.get("ray_address") if self.contact is not None else None
+        return str(told or self.membership.ray_address)
+
+    def _head_is_up(self) -> bool:
+        if self.membership is None:
+            return accepts(self.settings.port("head_node_manager"))
+        host, _, port = self._head_address().rpartition(":")
+        return accepts(int(port), host=host)
 
     def _own_address(self) -> str:
         """Return this machine's address for the others, as of now."""
@@ -492,7 +501,7 @@ class Supervisor:
             return default_address()
         if self.membership.address is not None:
             return self.membership.address
-        host, _, port = self.membership.ray_address.rpartition(":")
+        host, _, port = self._head_address().rpartition(":")
         return route_source(host, int(port))
 
     def _ports(self, role: str) -> list[int]:
@@ -518,7 +527,7 @@ class Supervisor:
             self._bury(member, now)
         if member.process is not None or now < member.not_before:
             return
-        if member.after is not None and not accepts(member.after[1], host=member.after[0]):
+        if member.after is not None and not member.after():
             # M1 is away. Ask again after a while: its machine may be off for days.
             member.not_before = now + min(2.0, self.settings.ray.check_s)
             return
@@ -581,10 +590,24 @@ class Supervisor:
 
         if member.name == "head":
             if member.last_exit == EXIT_TOLD_TO_STOP:
-                self._say("Ray was told to stop: so does the cluster", "cluster.down")
-                self.cluster_down = True
-                self._stopping.set()
+                self._told_to_stop()
             self._end_what_the_head_held()
+
+    def _is_ending(self, head: Member) -> bool:
+        """Whether the head's GCS has closed its port in good order.
+
+        One that crashed takes its node with it at once; one that runs and listens no more was told
+        to end, and may take its time for it.
+        """
+        assert head.process is not None
+        waited = head.up and head.deaf_checks >= _CLOSED_CHECKS
+        return waited and not accepts(head.port) and is_alive(head.process)
+
+    def _told_to_stop(self) -> None:
+        """Do what `ray stop` and `ray down` mean on M1's machine: the whole cluster ends."""
+        self._say("Ray was told to stop: so does the cluster", "cluster.down")
+        self.cluster_down = True
+        self._stopping.set()
 
     def _end_what_the_head_held(self) -> None:
         """End the worker's node and the deployment of a head that is gone.
@@ -612,8 +635,10 @@ class Supervisor:
                     member.up = True
                     self._say(f"{member.name} is up", "member.up", member=member.name)
                 continue
-            # `ray start --block` stays when its raylet left in good order: ask the raylet's port.
             member.deaf_checks += 1
+            if member.name == "head" and self._is_ending(member):
+                self._told_to_stop()
+                return
             patience = _START_S if not member.up else 0.0
             if member.deaf_checks >= _DEAF_CHECKS and now - member.started_at > patience:
                 self.log.error(

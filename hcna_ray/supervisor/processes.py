@@ -119,7 +119,8 @@ def scan(marker: Marker, *, node: str | None = None) -> list[ProcessRef]:
     below the instance's temporary directory (Ray renames its processes, which overwrites their
     environment as ``/proc`` shows it), or if its parent counts. With ``node`` only what belongs to
     that Ray node (``HCNA_NODE``) and its descendants is returned, and renamed processes only if
-    they are orphans: their node is dead, but they may hold its ports for a while.
+    they are orphans: their node is dead, but they may hold its ports for a while. Processes of
+    containers are not looked at: another instance may live there under the same paths.
     """
     wanted = {f"{name}={value}".encode() for name, value in marker.environment().items()}
     if node is not None:
@@ -134,7 +135,7 @@ def scan(marker: Marker, *, node: str | None = None) -> list[ProcessRef]:
         if stat is None or stat[0] in "ZX":
             continue
         parents[pid] = stat[1]
-        if _owner(pid) != os.getuid():
+        if _owner(pid) != os.getuid() or not _is_of_this_system(pid):
             continue
         left_over = node is None or stat[1] in (1, os.getpid())
         renamed = left_over and _is_renamed_ray_process(pid, marker.temp_dir)
@@ -179,6 +180,14 @@ def _is_renamed_ray_process(pid: int, temp_dir: Path) -> bool:
         except OSError:
             continue
     return False
+
+
+def _is_of_this_system(pid: int) -> bool:
+    """Whether a process counts its like as we do: one in a container may have equal paths."""
+    try:
+        return os.readlink(PROC / str(pid) / "ns/pid") == os.readlink(PROC / "self/ns/pid")
+    except OSError:
+        return False
 
 
 def _owner(pid: int) -> int | None:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
+from hcna_ray.store.postgres import PostgresTaskStore
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
+from tests.support.postgres import PostgresServer, running_server
+
+
+class ReadableStore(TaskStore, Protocol):
+    """A store that opens readers beside itself."""
+
+    def reader(self) -> TaskReader:
+        """Return a reader of its own."""
+        ...
 
 
 class Home:
     """A place where a store lives; a durable one can be closed and opened again."""
 
-    def __init__(self, open_store: Callable[[], MemoryTaskStore | SqliteTaskStore]) -> None:
+    def __init__(self, open_store: Callable[[], ReadableStore]) -> None:
         """Open the store for the first time."""
         self._open_store = open_store
         self._readers: list[TaskReader] = []
         self._store = open_store()
-        self.durable = isinstance(self._store, SqliteTaskStore)
+        self.durable = not isinstance(self._store, MemoryTaskStore)
 
     @property
     def store(self) -> TaskStore:
@@ -29,7 +40,7 @@ class Home:
 
     def reader(self) -> TaskReader:
         """Return a reader of its own, closed with the home."""
-        reader: TaskReader = self._store.reader()
+        reader = self._store.reader()
         self._readers.append(reader)
         return reader
 
@@ -48,13 +59,17 @@ class Home:
         self._store.close()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def home(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Home]:
     """A home of each kind."""
-    if request.param == "memory":
-        home = Home(MemoryTaskStore)
-    else:
-        home = Home(lambda: SqliteTaskStore(tmp_path / "queue.db"))
+    match request.param:
+        case "memory":
+            home = Home(MemoryTaskStore)
+        case "sqlite":
+            home = Home(lambda: SqliteTaskStore(tmp_path / "queue.db"))
+        case _:
+            url = request.getfixturevalue("postgres_url")
+            home = Home(lambda: PostgresTaskStore(url))
     yield home
     home.close()
 
@@ -91,3 +106,26 @@ def sqlite_reader(sqlite_store: SqliteTaskStore) -> Iterator[SqliteTaskReader]:
     reader = sqlite_store.reader()
     yield reader
     reader.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for this session."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: PostgresServer) -> str:
+    """A database with the newest schema and nothing in it, to be copied."""
+    name = postgres.create_database()
+    PostgresTaskStore(postgres.url(name)).close()
+    return name
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer, postgres_template: str) -> Iterator[str]:
+    """A database of the test's own, with the newest schema and nothing in it."""
+    name = postgres.create_database(postgres_template)
+    yield postgres.url(name)
+    postgres.drop_database(name)

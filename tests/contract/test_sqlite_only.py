@@ -19,7 +19,7 @@ import pytest
 
 from hcna_ray.core.errors import SchemaTooNew, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
-from hcna_ray.store import codec, rows, sqlite
+from hcna_ray.store import bookkeeping, codec, rows, sqlite
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore, page_query, require_library
 from tests.support.builders import (
@@ -380,7 +380,7 @@ class TestCache:
     def test_a_small_cache_hides_no_task(
         self, sqlite_store: SqliteTaskStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sqlite, "_KNOWN_MAX", 3)
+        monkeypatch.setattr(bookkeeping, "KNOWN_MAX", 3)
         tasks = [a_task(f"t{i}", seq=i) for i in range(1, 10)]
         put(sqlite_store, *tasks)
         for names in (["t7", "t1", "t8", "t2"], ["t9", "t3"], [task.id for task in tasks]):

@@ -141,6 +141,7 @@ def test_tasks_outlive_down_and_up_and_down_leaves_nothing(
 
     again = instance.up()
 
+    assert again.pop("join_code") != first.pop("join_code")  # Each is good for one machine.
     assert again == first
     assert read_supervisor(instance.settings.run_dir) == supervisor
     with instance.client() as client:

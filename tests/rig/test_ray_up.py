@@ -132,6 +132,7 @@ def test_rays_own_commands(launcher: Launcher) -> None:
         launcher.client.end(tunnel)
 
 
+@pytest.mark.drill
 def test_a_worker_that_is_off_is_named(launcher: Launcher) -> None:
     launcher.computer.rig["w2"].unplug()
     done = launcher.ray("up -y cluster.yaml", check=False)
@@ -141,6 +142,7 @@ def test_a_worker_that_is_off_is_named(launcher: Launcher) -> None:
     assert "W2 (10.77.0.13) cannot be reached over SSH from M1" in done.out
 
 
+@pytest.mark.drill
 def test_a_worker_less(launcher: Launcher) -> None:
     launcher.ray("up -y cluster.yaml")
     launcher.computer.works("W2", 60)

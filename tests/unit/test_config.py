@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from hcna_ray.config import ConfigError, Settings, load_settings, short_name
+from hcna_ray.config import (
+    ConfigError,
+    Settings,
+    load_settings,
+    short_name,
+    without_password,
+)
 
 MODERATOR_FILE = """\
 moderator:
@@ -204,7 +210,9 @@ def test_the_offset_moves_every_port(tmp_path: Path) -> None:
         ("ports: {replica_http_max: 10101}", ["replica_http_max must be at least"]),
         ("limits: {gather_items: 5}", ["gather_items must be at least batch_items (10000)"]),
         ("retry: {backoff_s: 400}", ["max_backoff_s must be at least backoff_s (400)"]),
-        ("store: {url: 'mysql://u:secret@h/d'}", ["store.url = ***"]),
+        ("store: {url: 'mysql://u:secret@h/d'}", ["store.url = ***", "postgresql://"]),
+        ("store: {url: 'postgresql://u:secret@h'}", ["store.url = ***", "must name a database"]),
+        ("store: {url: 'postgresql://u:sec ret@h/d'}", ["percent-encode"]),
     ],
 )
 def test_a_mistake_is_refused_with_what_helps(
@@ -217,6 +225,95 @@ def test_a_mistake_is_refused_with_what_helps(
     for part in [*expected, "hcna.yaml"]:
         assert part in message
     assert "secret" not in message
+
+
+SERVER = "postgresql://hcna:s%40cret@db.example:5433/tasks?sslmode=verify-full"
+
+
+def test_the_store_may_be_a_server(tmp_path: Path) -> None:
+    settings = load(tmp_path, f"store: {{url: '{SERVER}'}}")
+
+    assert settings.store_url == SERVER
+    assert settings.store_path is None
+    assert settings.store_name == "postgresql://hcna@db.example:5433/tasks"
+    for shown in (repr(settings), str(settings), repr(settings.store), str(settings.store)):
+        assert "s%40cret" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "expected"),
+    [
+        ("", {}, "sqlite"),
+        ("", {"DATABASE_URL": "postgresql://a/d"}, "postgresql://a/d"),
+        ("", {"DATABASE_URL": "postgres://a/d"}, "postgres://a/d"),
+        # The file is more particular than a name that many programs read.
+        (
+            "store: {url: 'postgresql://b/d'}",
+            {"DATABASE_URL": "postgresql://a/d"},
+            "postgresql://b/d",
+        ),
+        ("store: {url: 'sqlite:///x'}", {"DATABASE_URL": "postgresql://a/d"}, "sqlite:///x"),
+        (
+            "store: {url: 'postgresql://b/d'}",
+            {"DATABASE_URL": "postgresql://a/d", "HCNA_STORE__URL": "postgresql://c/d"},
+            "postgresql://c/d",
+        ),
+        ("store: {unsafe: true}", {"DATABASE_URL": "postgresql://a/d"}, "postgresql://a/d"),
+        # Somebody else's.
+        ("", {"DATABASE_URL": "mysql://a/d"}, "sqlite"),
+        ("", {"DATABASE_URL": ""}, "sqlite"),
+    ],
+)
+def test_the_store_is_found_in_this_order(
+    tmp_path: Path, text: str, env: dict[str, str], expected: str
+) -> None:
+    (tmp_path / "hcna.yaml").write_text(text)
+
+    settings = load_settings(home=tmp_path, env=env)
+
+    wanted = f"sqlite://{tmp_path / 'queue.db'}" if expected == "sqlite" else expected
+    assert settings.store_url == wanted
+
+
+def test_a_wrong_database_url_is_refused_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must name a database") as caught:
+        load_settings(home=tmp_path, env={"DATABASE_URL": "postgresql://u:secret@h"})
+
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:///a/b", "sqlite:///a/b"),
+        ("postgresql://u:p@h:1/d", "postgresql://u@h:1/d"),
+        ("postgresql://u:p/q@r@h/d?password=x", "postgresql://u@h/d"),
+        ("postgresql:///d?user=u&password=x", "postgresql:///d"),
+        ("postgresql://h1,h2/d", "postgresql://h1,h2/d"),
+    ],
+)
+def test_a_store_is_shown_without_its_password(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        (SERVER, False),
+        ("postgresql://u@db.example/d", True),
+        ("postgresql://u@db.example/d?sslmode=prefer", True),
+        ("postgresql://u@127.0.0.1/d", False),
+        ("postgresql://u@localhost:5433/d", False),
+        ("postgresql:///d?host=/run/postgresql", False),
+    ],
+)
+def test_a_server_reached_in_clear_is_warned_of(tmp_path: Path, url: str, warned: bool) -> None:
+    settings = load(tmp_path, f"store: {{url: '{url}'}}")
+
+    found = [warning for warning in settings.warnings() if "sslmode" in warning]
+
+    assert bool(found) is warned
+    assert not [warning for warning in found if "s%40cret" in warning]
 
 
 @pytest.mark.parametrize(

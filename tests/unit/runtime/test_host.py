@@ -946,8 +946,9 @@ def test_a_file_is_held_until_the_attempt_that_was_given_it_is_over(
         puppet.start(an_offer("t1"))
         puppet.say(channel.GET, text="f" * 64)
         async with asyncio.timeout(5.0):
-            while not locked(file):  # noqa: ASYNC110
+            while not puppet.told or puppet.told[-1].kind != channel.FILE:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+        assert locked(file)
 
         if ends == "idle":
             puppet.say(channel.IDLE)

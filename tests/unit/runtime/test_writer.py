@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import pytest
 
 from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld, StoreUnavailable
-from hcna_ray.core.models import Fact, TaskState
+from hcna_ray.core.models import Fact, Task, TaskState
 from hcna_ray.runtime.messages import Accepted, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
-from hcna_ray.runtime.requests import Pending, Query, Request
+from hcna_ray.runtime.requests import Cancel, Pending, Query, Request
 from hcna_ray.runtime.writer import EXIT_BUG, EXIT_FSYNC, WriterThread
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
@@ -207,3 +208,77 @@ def test_a_refused_commit_is_answered_to_all_and_the_next_one_works() -> None:
     assert list(store.get(["t0", "t1", "t2"])) == ["t0"]
     assert office.exits == []
     office.writer.close()
+
+
+class FarStore(MemoryTaskStore):
+    """A store on a server that is away while a test says so: it can neither be written nor read."""
+
+    away = False
+
+    def _reach(self) -> None:
+        if self.away:
+            raise StoreUnavailable("connection refused")
+
+    def transaction(self) -> AbstractContextManager[None]:
+        self._reach()
+        return super().transaction()
+
+    def leased(self) -> list[Task]:
+        self._reach()
+        return super().leased()
+
+    def next_wake(self) -> float | None:
+        self._reach()
+        return super().next_wake()
+
+    def get(self, ids: Iterable[str]) -> dict[str, Task]:
+        self._reach()
+        return super().get(ids)
+
+
+def test_a_store_that_is_away_is_refused_until_it_is_back_and_the_process_stays() -> None:
+    store = FarStore()
+    moderator = Moderator(
+        store, Policy(), clock=PaperClock(), jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+    )
+    office = Office(SlowModerator(), build=lambda: moderator)
+    office.writer.start()
+    office.ask(SubmitBatch(specs=(a_spec("t0"),)))
+    office.wait_for_answers(1)
+
+    store.away = True
+    for number in range(1, 4):
+        office.ask(SubmitBatch(specs=(a_spec(f"t{number}"),)))
+        office.ask(Cancel(task_id="t0", reason="", principal="p"))
+        office.wait_for_answers(2)
+    assert [type(answer) for answer in office.answers[1:]] == [StoreUnavailable] * 6
+    assert moderator.sleep_s() > 0
+    store.away = False
+    office.ask(SubmitBatch(specs=(a_spec("t9"),)))
+    office.wait_for_answers(1)
+
+    assert office.answers[-1] == [Accepted("t9", TaskState.QUEUED)]
+    assert {name: task.state for name, task in store.get(["t0", "t1", "t9"]).items()} == {
+        "t0": TaskState.QUEUED,
+        "t9": TaskState.QUEUED,
+    }
+    assert office.exits == []
+    office.writer.close()
+
+
+def test_half_a_request_that_met_trouble_is_not_committed() -> None:
+    class Half(MemoryTaskStore):
+        """Cannot be asked for lines of tasks."""
+
+        def ordering_line(self, key: str, limit: int) -> list[Task]:
+            raise StoreUnavailable("connection reset")
+
+    store = Half()
+    moderator = Moderator(
+        store, Policy(), clock=PaperClock(), jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+    )
+    specs = (a_spec("t1"), a_spec("t2", ordering_key="o"))
+    outbound = moderator.apply([Pending(SubmitBatch(specs=specs), lambda answer: None, 0.0)])
+
+    assert [type(answer) for _pending, answer in outbound.answers] == [StoreUnavailable]
+    assert store.get(["t1", "t2"]) == {}

@@ -1,10 +1,10 @@
-"""Whatever is done to both stores, both tell the same afterwards, also after a rollback."""
+"""Whatever is done to two kinds of store, both tell the same afterwards, also after a rollback."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,9 +19,10 @@ from hypothesis.stateful import (
 
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import FailureKind, Hold, Outcome, TaskFilter, TaskState, Token
-from hcna_ray.store import sqlite
+from hcna_ray.store import bookkeeping
 from hcna_ray.store.base import Counter, KeyClaim, TaskReader, TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
+from hcna_ray.store.postgres import PostgresTaskStore
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.support.builders import (
     T0,
@@ -33,6 +34,10 @@ from tests.support.builders import (
     an_audit_entry,
     an_error,
 )
+from tests.support.postgres import PostgresServer
+
+if TYPE_CHECKING:
+    from tests.contract.conftest import ReadableStore
 
 NAMES = [f"t{i}" for i in range(6)]
 names = st.sampled_from(NAMES)
@@ -111,16 +116,25 @@ class Twins(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name) / "queue.db"
         self.memory = MemoryTaskStore()
-        self.sqlite = SqliteTaskStore(self.path)
-        self.readers: list[TaskReader] = [self.memory.reader(), self.sqlite.reader()]
+        self.create()
+        self.durable = self.open()
+        self.readers: list[TaskReader] = [self.memory.reader(), self.durable.reader()]
         self.seq = 0
+
+    def create(self) -> None:
+        """Make room for a new durable store."""
+
+    def open(self) -> ReadableStore:
+        """Open the durable store."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Delete the durable store, which is closed."""
 
     @property
     def stores(self) -> list[TaskStore]:
-        return [self.memory, self.sqlite]
+        return [self.memory, self.durable]
 
     @initialize(tasks=st.lists(st.tuples(specs, changes), min_size=4, max_size=4))
     def begin(self, tasks: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
@@ -211,9 +225,9 @@ class Twins(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.readers[1].close()
-        self.sqlite.close()
-        self.sqlite = SqliteTaskStore(self.path)
-        self.readers[1] = self.sqlite.reader()
+        self.durable.close()
+        self.durable = self.open()
+        self.readers[1] = self.durable.reader()
 
     @rule(where=filters, before=st.none() | st.integers(1, 40), limit=st.integers(1, 5))
     def list_tasks(self, where: TaskFilter, before: int | None, limit: int) -> None:
@@ -238,14 +252,43 @@ class Twins(RuleBasedStateMachine):
 
     @invariant()
     def they_agree(self) -> None:
-        assert inside(self.memory) == inside(self.sqlite)
+        assert inside(self.memory) == inside(self.durable)
         assert view(self.readers[0]) == view(self.readers[1])
 
     def teardown(self) -> None:
         for reader in self.readers:
             reader.close()
-        self.sqlite.close()
+        self.durable.close()
+        self.remove()
+
+
+class SqliteTwins(Twins):
+    """Memory and SQLite."""
+
+    def create(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+
+    def open(self) -> ReadableStore:
+        return SqliteTaskStore(Path(self.folder.name) / "queue.db")
+
+    def remove(self) -> None:
         self.folder.cleanup()
+
+
+class PostgresTwins(Twins):
+    """Memory and PostgreSQL."""
+
+    server: PostgresServer
+    template: str
+
+    def create(self) -> None:
+        self.name = self.server.create_database(self.template)
+
+    def open(self) -> ReadableStore:
+        return PostgresTaskStore(self.server.url(self.name))
+
+    def remove(self) -> None:
+        self.server.drop_database(self.name)
 
 
 def inside(store: TaskStore) -> list[object]:
@@ -289,13 +332,25 @@ def view(reader: TaskReader) -> list[object]:
     ]
 
 
-def test_memory_and_sqlite_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[SqliteTwins, PostgresTwins])
+def twins(request: pytest.FixtureRequest) -> type[Twins]:
+    """Each pair of stores."""
+    if request.param is PostgresTwins:
+        PostgresTwins.server = request.getfixturevalue("postgres")
+        PostgresTwins.template = request.getfixturevalue("postgres_template")
+    pair: type[Twins] = request.param
+    return pair
+
+
+def test_memory_and_the_durable_store_agree(
+    twins: type[Twins], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So few that the cache of decoded tasks is always full.
-    monkeypatch.setattr(sqlite, "_KNOWN_MAX", 2)
+    monkeypatch.setattr(bookkeeping, "KNOWN_MAX", 2)
     run_state_machine_as_test(
-        Twins,
+        twins,
         settings=settings(
-            max_examples=70,
+            max_examples=70 if twins is SqliteTwins else 30,
             stateful_step_count=15,
             deadline=None,
             database=None,

@@ -1,0 +1,109 @@
+"""``store``: what keeps the tasks, and moving it to a PostgreSQL server.
+
+These commands work on the store itself, not through C1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from hcna_ray.cli.groups import DefaultGroup
+from hcna_ray.cli.terminal import AsJson, CommandFailed, UsageProblem, paper, print_json, talk
+
+store_app = typer.Typer(
+    cls=DefaultGroup.of("info", when_empty=True),
+    help="Look at the task store, or move it to PostgreSQL.",
+    rich_markup_mode=None,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.add_typer(store_app, name="store")
+
+
+@store_app.command()
+def info(as_json: AsJson = False) -> None:
+    """Show which store the settings name, its size, schema and tasks."""
+    from hcna_ray.config import load_settings
+    from hcna_ray.store.info import describe_store
+
+    found = describe_store(load_settings())
+    if as_json:
+        print_json(asdict(found))
+        return
+    out = paper()
+    out.print(f"{escape(found.store)}  {found.engine}")
+    out.print(
+        f"{found.bytes / 2**20:.1f} MiB, schema {found.schema}, generation {found.generation}, "
+        f"{found.facts} facts, {found.workers} workers"
+    )
+    states = ", ".join(f"{count} {state}" for state, count in sorted(found.tasks.items()))
+    out.print(f"tasks: {states or 'none'}")
+    if found.writer:
+        out.print(f"last opened for writing by {escape(found.writer)}")
+
+
+@store_app.command()
+def migrate(
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="postgresql://user@host/database, without a password. Default DATABASE_URL.",
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="SQLite file; default the one in HCNA_HOME."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the SQLite store into an empty PostgreSQL database: all of it, compared, or nothing.
+
+    Stop the cluster first (hcna down). A password comes from DATABASE_URL, PGPASSWORD or
+    ~/.pgpass: on a command line everybody on this machine could read it.
+    """
+    import os
+
+    from hcna_ray.config import POSTGRES_SCHEMES, load_settings, without_password
+    from hcna_ray.store.migrate import CopiedTable, copy_store
+    from hcna_ray.store.postgres_session import secrets_of
+
+    if to is not None and secrets_of(to):
+        raise UsageProblem(
+            "the password in --to can be seen by everybody on this machine; change it, then put "
+            "the URL into DATABASE_URL, or the password alone into PGPASSWORD or ~/.pgpass",
+            "hcna store migrate --help",
+        )
+    url = to or os.environ.get("DATABASE_URL", "")
+    if not url.startswith(POSTGRES_SCHEMES):
+        raise UsageProblem(
+            "there is no target: --to or DATABASE_URL must be postgresql://user@host/database",
+            "hcna store migrate --help",
+        )
+    settings = load_settings()
+    file = source or settings.store_path or settings.home / "queue.db"
+    console = talk()
+
+    def on_table(table: CopiedTable) -> None:
+        console.print(f"[dim]{table.name}: {table.rows} rows, {table.sha256[:16]}[/dim]")
+
+    if not file.is_file():
+        raise CommandFailed(f"there is no SQLite store at {file}", "hcna store migrate --from FILE")
+    copied = copy_store(file, url, unsafe=settings.store.unsafe, on_table=on_table)
+    shown = without_password(url)
+    if as_json:
+        print_json({"from": str(file), "to": shown, "tables": [asdict(table) for table in copied]})
+        return
+    total = sum(table.rows for table in copied)
+    paper().print(f"{total} rows in {len(copied)} tables copied and compared: {escape(shown)}")
+    console.print(
+        f"Next: set store.url to it (or DATABASE_URL) and hcna up. Keep {escape(str(file))} as a "
+        "backup, and never start on it again: both would hand out the same tasks"
+    )

@@ -1,0 +1,346 @@
+"""What the one writer of an SQL store keeps in memory, so that a batch reads and writes little.
+
+Sequences, lanes and sizes are read when the store is opened and written with the transaction that
+changed them; tasks that will soon be asked for again stay decoded. All of it may be forgotten at
+any moment and read again, and is after a rollback. How the tables are reached is each store's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter as Tally
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hcna_ray.core.errors import VersionConflict
+from hcna_ray.core.models import LaneKey, Task
+from hcna_ray.store import codec, rows
+from hcna_ray.store.base import Counter, QueueSize
+from hcna_ray.store.rows import Row
+
+#: The writer keeps this many live tasks decoded, each of at most `_SMALL` bytes: what is accepted
+#: now is granted soon, and what is granted ends soon.
+KNOWN_MAX = 8192
+_SMALL = 4096
+
+
+@dataclass(slots=True)
+class Lane:
+    """Tasks that are alike to the scheduler: their number in the store, and how many are ready."""
+
+    id: int
+    #: Tasks in the dispatch index.
+    ready: int
+
+
+class Known(NamedTuple):
+    """A task as the open transaction sees it, with its index values as they are stored."""
+
+    task: Task
+    indexed: Row
+
+
+class Change(NamedTuple):
+    """A task to be written in the place of its former version."""
+
+    task: Task
+    #: Index values as they are stored.
+    was: Row
+    #: Index values that it has now.
+    now: Row
+
+
+class Bookkeeper(ABC):
+    """The half of a `TaskStore` that is the same whichever database keeps the tables."""
+
+    def __init__(self) -> None:
+        self._writing = False
+        self._take_in((), ())
+
+    # -- what each database does in its own way ---------------------------------------------------
+
+    @abstractmethod
+    def _insert_tasks(self, values: Sequence[Row]) -> set[int]:
+        """Insert rows of `rows.SPEC`, `rows.PLAIN` and `rows.INDEXED`; return the new sequences."""
+
+    @abstractmethod
+    def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
+        """Insert ``(seq, body)``."""
+
+    @abstractmethod
+    def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
+        """Give inserted tasks their end numbers: ``(end_no, seq)``."""
+
+    @abstractmethod
+    def _update_tasks(self, changes: Sequence[Change]) -> None:
+        """Write each change over the version before it, and make sure that all were written."""
+
+    @abstractmethod
+    def _insert_lane(self, key: LaneKey) -> int:
+        """Insert a lane and return its number."""
+
+    @abstractmethod
+    def _rows_by_id(self, ids: Sequence[str]) -> Sequence[Row]:
+        """Return rows of `rows.COLUMNS`."""
+
+    @abstractmethod
+    def _rows_by_seq(self, seqs: Sequence[int]) -> Sequence[Row]:
+        """Return rows of `rows.COLUMNS`."""
+
+    def _refresh(self) -> None:
+        """Read what is kept in memory again if it is not known to be true."""
+        return
+
+    # -- what is in memory ------------------------------------------------------------------------
+
+    def _take_in(
+        self, numbers: Iterable[tuple[str, int]], lanes: Iterable[tuple[int, str, str, str, int]]
+    ) -> None:
+        """Start from these rows of the tables, and forget what an unfinished transaction added."""
+        self._numbers: dict[str, int] = dict(numbers)
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._lane_by_id: dict[int, Lane] = {}
+        for id_, queue, task_type, needs, ready in lanes:
+            key = LaneKey(queue, task_type, codec.needs_from_json(needs))
+            self._lanes[key] = self._lane_by_id[id_] = Lane(id_, ready)
+        self._known: OrderedDict[int, Known] = OrderedDict()
+        self._seq_of: dict[str, int] = {}
+        self._changed_numbers: set[str] = set()
+        self._changed_lanes: set[int] = set()
+        self._depth: Tally[tuple[str, str]] = Tally()
+        self._counts: Tally[Counter] = Tally()
+
+    def _take_changes(
+        self,
+    ) -> tuple[
+        list[tuple[int, str]],
+        list[tuple[int, int]],
+        list[tuple[str, str, int]],
+        list[tuple[str, str, str, int]],
+    ]:
+        """Return what has to be written before the commit, and count it as written.
+
+        Returns:
+            ``(value, name)`` of numbers, ``(ready, id)`` of lanes, and what to add to the rows of
+            ``depth`` and ``counter``.
+        """
+        numbers = [(self._numbers[name], name) for name in sorted(self._changed_numbers)]
+        changed = [self._lane_by_id[id_] for id_ in sorted(self._changed_lanes)]
+        lanes = [(lane.ready, lane.id) for lane in changed]
+        depth = [(*place, delta) for place, delta in sorted(self._depth.items()) if delta]
+        counts = [(*counter, delta) for counter, delta in sorted(self._counts.items())]
+        self._changed_numbers.clear()
+        self._changed_lanes.clear()
+        self._depth.clear()
+        self._counts.clear()
+        return numbers, lanes, depth, counts
+
+    def _must_write(self) -> None:
+        if not self._writing:
+            raise RuntimeError("a store is written inside a transaction only")
+
+    def _next(self, sequence: str) -> int:
+        self._add(sequence, 1)
+        return self._numbers[sequence]
+
+    def _add(self, number: str, delta: int) -> None:
+        self._numbers[number] += delta
+        self._changed_numbers.add(number)
+
+    # -- identity, sizes, counters ----------------------------------------------------------------
+
+    def generation(self) -> int:
+        """Return the first half of every fencing token."""
+        self._refresh()
+        return self._numbers["generation"]
+
+    def raise_generation(self) -> int:
+        """Raise the generation by one and return it."""
+        self._must_write()
+        return self._next("generation")
+
+    def last_seq(self) -> int:
+        """Return the highest accept sequence ever used, 0 when none."""
+        self._refresh()
+        return self._numbers["last_seq"]
+
+    def size(self) -> QueueSize:
+        """Return count and bytes of all tasks that have not ended."""
+        self._refresh()
+        return QueueSize(tasks=self._numbers["open_tasks"], bytes=self._numbers["open_bytes"])
+
+    def ready_lanes(self) -> dict[LaneKey, int]:
+        """Return how many tasks stand in the dispatch index, by lane. Empty lanes are left out."""
+        self._refresh()
+        return {key: lane.ready for key, lane in self._lanes.items() if lane.ready}
+
+    def bump(self, deltas: Mapping[Counter, int]) -> None:
+        """Add to counters."""
+        self._must_write()
+        self._counts.update(deltas)
+
+    # -- tasks ------------------------------------------------------------------------------------
+
+    def insert(self, tasks: Sequence[Task]) -> set[str]:
+        """Add new tasks and return the ids really added.
+
+        Raises:
+            ValueError: an accept sequence belongs to another task.
+        """
+        self._must_write()
+        indexed = [
+            rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
+            for task in tasks
+        ]
+        values = [
+            (*rows.spec_values(task), *rows.plain_values(task), *placed)
+            for task, placed in zip(tasks, indexed, strict=True)
+        ]
+        fresh = self._insert_tasks(values)
+        added: set[str] = set()
+        ended: list[int] = []
+        specs: list[tuple[int, bytes]] = []
+        for task, placed in zip(tasks, indexed, strict=True):
+            if task.seq not in fresh or task.id in added:
+                continue
+            added.add(task.id)
+            specs.append((task.seq, codec.pack_spec(task.spec)))
+            self._depth[task.spec.queue, task.state.value] += 1
+            self._add_ready(placed[rows.READY_LANE], 1)
+            if task.terminal:
+                ended.append(task.seq)
+            else:
+                self._add("open_tasks", 1)
+                self._add("open_bytes", task.spec.bytes_stored)
+                self._remember(task, placed)
+        self._insert_specs(specs)
+        self._number_ends([(self._next("last_end"), seq) for seq in sorted(ended)])
+        if fresh and max(fresh) > self._numbers["last_seq"]:
+            self._add("last_seq", max(fresh) - self._numbers["last_seq"])
+        return added
+
+    def get(self, ids: Iterable[str]) -> dict[str, Task]:
+        """Return the tasks that exist among ``ids``."""
+        found: dict[str, Task] = {}
+        unknown: list[str] = []
+        for id_ in ids:
+            seq = self._seq_of.get(id_)
+            if seq is None:
+                unknown.append(id_)
+            else:
+                found[id_] = self._known[seq].task
+        if unknown:
+            for row in self._rows_by_id(unknown):
+                known = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
+                found[known.task.id] = known.task
+        return found
+
+    def save(self, tasks: Sequence[Task]) -> None:
+        """Replace stored tasks; each must carry the stored version plus one, and appear once.
+
+        Nothing is written unless all may be.
+
+        Raises:
+            VersionConflict: a stored task is at another version, or there is none.
+        """
+        self._must_write()
+        stored = self._by_seq([task.seq for task in tasks])
+        before: list[Row] = []
+        for task in tasks:
+            old = stored.pop(task.seq, None)
+            if old is None or (old.task.id, old.task.version) != (task.id, task.version - 1):
+                raise VersionConflict(task.id, task.version - 1)
+            before.append(old.indexed)
+        changes: list[Change] = []
+        for task, was in zip(tasks, before, strict=True):
+            now = self._moved(task, was)
+            changes.append(Change(task, was, now))
+            self._remember(task, now)
+        self._update_tasks(changes)
+
+    def _moved(self, task: Task, was: Row) -> Row:
+        """Count a task out of where it stood and into where it stands; return its index values."""
+        end_no: int | None = was[rows.END_NO]
+        ended_before = end_no is not None
+        if not task.terminal:
+            end_no = None
+        elif end_no is None:
+            end_no = self._next("last_end")
+        if ended_before != (end_no is not None):
+            self._add("open_tasks", 1 if ended_before else -1)
+            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
+        now = rows.indexed_values(
+            task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
+        )
+        if now[rows.STATE] != was[rows.STATE]:
+            self._depth[task.spec.queue, was[rows.STATE]] -= 1
+            self._depth[task.spec.queue, now[rows.STATE]] += 1
+        if now[rows.READY_LANE] != was[rows.READY_LANE]:
+            self._add_ready(was[rows.READY_LANE], -1)
+            self._add_ready(now[rows.READY_LANE], 1)
+        return now
+
+    def _lane_of(self, task: Task) -> int | None:
+        """Return the lane's number if the task is ready, creating the lane if it is new."""
+        if not task.ready:
+            return None
+        key = LaneKey(task.spec.queue, task.spec.task_type, task.needs)
+        lane = self._lanes.get(key)
+        if lane is None:
+            id_ = self._insert_lane(key)
+            lane = self._lanes[key] = self._lane_by_id[id_] = Lane(id_, 0)
+        return lane.id
+
+    def _add_ready(self, lane_id: int | None, delta: int) -> None:
+        if lane_id is not None:
+            self._lane_by_id[lane_id].ready += delta
+            self._changed_lanes.add(lane_id)
+
+    def _drop_empty_lanes(self) -> list[int]:
+        """Forget lanes without a ready task: no row names them, and needs are of many kinds.
+
+        Returns:
+            Their numbers, to be deleted from the table.
+        """
+        empty = [(key, lane.id) for key, lane in self._lanes.items() if not lane.ready]
+        for key, id_ in empty:
+            del self._lanes[key], self._lane_by_id[id_]
+            self._changed_lanes.discard(id_)
+        return [id_ for _key, id_ in empty]
+
+    # -- the cache --------------------------------------------------------------------------------
+
+    def _remember(self, task: Task, indexed: Row) -> Known:
+        """Keep what the open transaction sees of a task that may be asked for again soon."""
+        known = Known(task, indexed)
+        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        if keep:
+            self._known[task.seq] = known
+            self._seq_of[task.id] = task.seq
+            if len(self._known) > KNOWN_MAX:
+                _seq, oldest = self._known.popitem(last=False)
+                del self._seq_of[oldest.task.id]
+        else:
+            self._forget(task.seq)
+        return known
+
+    def _forget(self, seq: int) -> None:
+        known = self._known.pop(seq, None)
+        if known is not None:
+            del self._seq_of[known.task.id]
+
+    def _by_seq(self, seqs: Sequence[int]) -> dict[int, Known]:
+        """Return what stands at these accept sequences, in the order asked for."""
+        # Taken before anything is read: what is read may push these out.
+        found = {seq: self._known[seq] for seq in seqs if seq in self._known}
+        unknown = [seq for seq in seqs if seq not in found]
+        if unknown:
+            for row in self._rows_by_seq(unknown):
+                found[row[0]] = self._remember(rows.task_from_row(row), rows.indexed_of_row(row))
+        return {seq: found[seq] for seq in seqs if seq in found}
+
+    def _tasks_at(self, seqs: Iterable[Row]) -> list[Task]:
+        """Return the tasks whose accept sequences are the first column of ``seqs``, in order."""
+        return [known.task for known in self._by_seq([row[0] for row in seqs]).values()]

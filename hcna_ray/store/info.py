@@ -1,0 +1,90 @@
+"""What can be said of the store that the settings name, without changing it."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from dataclasses import dataclass
+
+import apsw
+
+from hcna_ray.config import Settings
+from hcna_ray.store.factory import open_reader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreInfo:
+    """One store, as ``hcna store info`` shows it."""
+
+    #: Its URL without the password.
+    store: str
+    #: ``SQLite 3.54.1`` or ``PostgreSQL 15.18``.
+    engine: str
+    bytes: int
+    schema: int
+    generation: int
+    #: Tasks by state.
+    tasks: dict[str, int]
+    facts: int
+    workers: int
+    #: Who was the last to open it for writing; PostgreSQL only.
+    writer: str | None
+
+
+def describe_store(settings: Settings) -> StoreInfo:
+    """Look at the store.
+
+    Raises:
+        StoreUnavailable: there is none yet, or it cannot be reached.
+    """
+    reader = open_reader(settings)
+    try:
+        tasks: Tally[str] = Tally()
+        for (_queue, state), count in reader.depth().items():
+            tasks[state.value] += count
+        facts, workers = reader.last_fact(), len(reader.workers())
+    finally:
+        reader.close()
+    look = _look_at_postgres if settings.store_path is None else _look_at_sqlite
+    engine, size, schema, generation, writer = look(settings)
+    return StoreInfo(
+        store=settings.store_name,
+        engine=engine,
+        bytes=size,
+        schema=schema,
+        generation=generation,
+        tasks=dict(tasks),
+        facts=facts,
+        workers=workers,
+        writer=writer,
+    )
+
+
+_SCHEMA = "SELECT max(number) FROM schema_migration"
+_GENERATION = "SELECT value FROM number WHERE name = 'generation'"
+
+
+def _look_at_sqlite(settings: Settings) -> tuple[str, int, int, int, str | None]:
+    path = settings.store_path
+    assert path is not None
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        schema, generation = db.execute(_SCHEMA).get, db.execute(_GENERATION).get
+    finally:
+        db.close()
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.is_file())
+    return f"SQLite {apsw.sqlite_lib_version()}", size, int(schema), int(generation), None
+
+
+def _look_at_postgres(settings: Settings) -> tuple[str, int, int, int, str | None]:
+    from hcna_ray.store.postgres_session import Manners, Session
+
+    session = Session(settings.store_url, Manners(name="hcna store info", read_only=True))
+    try:
+        ((version, size, schema, generation, holder),) = session.run(
+            "SELECT current_setting('server_version'), pg_database_size(current_database()), "
+            f"({_SCHEMA}), ({_GENERATION}), (SELECT holder FROM leader)"
+        )
+    finally:
+        session.close()
+    number = str(version).partition(" ")[0]
+    return f"PostgreSQL {number}", int(size), int(schema), int(generation), str(holder) or None
