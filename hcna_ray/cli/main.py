@@ -12,7 +12,17 @@ import sys
 
 import typer
 
-from hcna_ray.cli import cluster, demo, machines, measure, service, store, tasks, workers
+from hcna_ray.cli import (
+    backup,
+    cluster,
+    demo,
+    machines,
+    measure,
+    service,
+    store,
+    tasks,
+    workers,
+)
 from hcna_ray.cli.terminal import CommandFailed, ExitCode
 from hcna_ray.client import (
     ApiError,
@@ -40,6 +50,7 @@ workers.register(app)
 demo.register(app)
 measure.register(app)
 service.register(app)
+backup.register(app)
 store.register(app)
 
 _INTERRUPTED = 130

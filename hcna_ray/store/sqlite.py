@@ -48,6 +48,9 @@ WAL_BYTES_MAX = 64 * 1024 * 1024
 
 _PAGE_BYTES = 4096
 _BUSY_MS = 5000
+#: Longest that a commit waits for readers of old pages before the log simply grows on. A backup is
+#: such a reader for seconds, and leases are renewed by commits.
+_READERS_MS = 250
 _SEQ_MAX = 2**63 - 1
 _FSYNC_FAILED = frozenset({apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC})
 _REFUSED = (
@@ -272,6 +275,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         wait = self._wal_pages >= 6 * self._wal_step
         mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
         self._checkpoint_at = self._wal_pages + self._wal_step
+        self._db.set_busy_timeout(_READERS_MS)
         try:
             self._db.wal_checkpoint(mode=mode)
         except apsw.Error as error:
@@ -279,6 +283,8 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             if not isinstance(failure, StoreUnavailable):
                 self._broken = True
                 raise failure from error
+        finally:
+            self._db.set_busy_timeout(_BUSY_MS)
 
     # -- tasks ----------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ from hcna_ray.supervisor.state import (
     RunLock,
     goodbye_done,
     goodbye_order,
+    pending_restore,
     read_order,
     read_state,
     recorded_process,
@@ -377,6 +378,8 @@ class Supervisor:
 
     def _prepare(self) -> None:
         settings = self.settings
+        if (cut_off := pending_restore(settings.run_dir)) is not None:
+            raise HcnaError(cut_off)
         become_subreaper()
         _raise_file_limit()
         me = identify(os.getpid())

@@ -54,6 +54,7 @@ _DROPPED = (
     "RAY_NAMESPACE",
     "RAY_RUNTIME_ENV_HOOK",
     "HCNA_API_KEY",
+    "HCNA_BACKUP_PASSPHRASE",
     "HCNA_URL",
     # `ray up` puts these before the start command of the head. The autoscaler starts no node here,
     # and a setting that one node has and the others have not divides a cluster.

@@ -7,6 +7,7 @@
 ``settings.yaml``     the settings in force, for every process of the instance
 ``ray.env``           what a shell needs for Ray's own commands and drivers: ``. run/ray.env``
 ``order``             what `down` wants of the daemon beyond its own end: ``cluster_down``
+``restore.pending``   there while a restore puts files in place: nothing may be started
 ``goodbye``           asks the worker's agent to hand its work back; ``goodbye.done`` is the answer
 """
 
@@ -207,6 +208,21 @@ def read_order(run_dir: Path) -> str | None:
         return (run_dir / "order").read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
+
+
+def restore_mark(run_dir: Path) -> Path:
+    """Return the file that is there while a restore puts files in place."""
+    return run_dir / "restore.pending"
+
+
+def pending_restore(run_dir: Path) -> str | None:
+    """Return why this home must not be started, a restore that was cut off; None if it may."""
+    if not restore_mark(run_dir).exists():
+        return None
+    return (
+        f"a restore of {run_dir.parent} was cut off, so its store may be missing: "
+        "run the same hcna restore again, with --force"
+    )
 
 
 def goodbye_order(run_dir: Path) -> Path:
