@@ -210,11 +210,19 @@ async def test_a_new_agent_ends_what_the_old_one_left_running_and_tells_of_it(
     assert process_birth(old) is not None
 
     shop.start_agent("b")
-    await shop.until(lambda: shop.desk.task("t1").losses == 1)
-
+    await shop.until(lambda: shop.desk.task("t1").losses >= 1)
     assert process_birth(old) is None
-    await shop.until(lambda: len(shop.starts()) == 2)
-    await shop.until(lambda: outcomes(shop, "t1") == [Outcome.LOST, None])
+
+    # The slot that the old agent left may have been quick enough to take the task once more.
+    def runs_under_the_new_one() -> bool:
+        lease = shop.desk.task("t1").lease
+        return lease is not None and lease.incarnation == "b" and lease.started_at is not None
+
+    await shop.until(runs_under_the_new_one)
+    *lost, running = outcomes(shop, "t1")
+    assert set(lost) == {Outcome.LOST}
+    assert running is None
+    assert len(shop.starts()) > len(lost)  # Of a start that it could not report nobody knows.
 
 
 async def test_a_heavy_attempt_runs_in_a_process_of_its_own(shop: Workshop) -> None:
