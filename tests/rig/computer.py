@@ -24,9 +24,14 @@ T = TypeVar("T")
 _CODE = re.compile(r"HCNA-[0-9A-Z-]{40,}")
 
 
+#: What the tests measured, for the end of the session.
+FIGURES: list[str] = []
+
+
 def measured(text: str) -> None:
-    """Print a figure; the test runner repeats such lines under its table."""
-    print(f"measured: rig: {text}", flush=True)  # noqa: T201
+    """Print a figure, now and at the end; the test runner repeats those lines under its table."""
+    FIGURES.append(f"measured: {text}")
+    print(FIGURES[-1], flush=True)  # noqa: T201
 
 
 def eventually(
