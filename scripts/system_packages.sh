@@ -6,7 +6,7 @@ set -euo pipefail
 # command:package. From sshd on: what separate hosts on one machine are made of (tests/support/rig).
 wanted=(
   curl:curl git:git ss:iproute2 sshd:openssh-server rsync:rsync nft:nftables iptables:iptables
-  ps:procps sudo:sudo faketime:faketime initdb:postgresql
+  ps:procps sudo:sudo faketime:faketime initdb:postgresql systemd-analyze:systemd
 )
 # Some of them lie where only root's PATH looks, or nobody's.
 PATH=$PATH:/usr/sbin:/sbin

@@ -98,7 +98,7 @@ def _launched(
     from hcna_ray.supervisor import launcher
 
     config = launcher.read_config(path)
-    settings = launcher.settings_for(settings, config)
+    settings = launcher.with_address(settings, config.head_ip)
 
     def bring() -> None:
         launcher.bring_workers(settings, config, now=time.time(), on_step=on_step)

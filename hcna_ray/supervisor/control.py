@@ -22,7 +22,7 @@ from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import outward_addresses
 from hcna_ray.supervisor.daemon import EXIT_ALREADY_RUNNING
 from hcna_ray.supervisor.invites import create_invite
-from hcna_ray.supervisor.launcher import head_address
+from hcna_ray.supervisor.launcher import head_address, with_address
 from hcna_ray.supervisor.membership import read_membership
 from hcna_ray.supervisor.ports import marker_of, process_environment, taken_ports
 from hcna_ray.supervisor.processes import describe, reap, scan, send, stop, wait_gone
@@ -103,8 +103,7 @@ def machine_settings(settings: Settings) -> Settings:
     launched = head_address(settings)
     if launched is None or settings.ray.node_address is not None:
         return settings
-    ray = settings.ray.model_copy(update={"node_address": launched})
-    return settings.model_copy(update={"ray": ray})
+    return with_address(settings, launched)
 
 
 def without_worker(settings: Settings) -> Settings:

@@ -41,6 +41,7 @@ from hcna_ray.supervisor.edge import edge_command, edge_config
 from hcna_ray.supervisor.gate import Gate
 from hcna_ray.supervisor.gate_client import Contact
 from hcna_ray.supervisor.janitor import Janitor
+from hcna_ray.supervisor.keeper import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.membership import Membership, read_members, read_membership
 from hcna_ray.supervisor.ports import (
     FILES_MAX,
@@ -63,7 +64,6 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
-from hcna_ray.supervisor.ray_start import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
     RunLock,
@@ -410,11 +410,10 @@ class Supervisor:
             make_private_dir(directory)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         write_settings(settings)
+        write_ray_env(settings, self._head_address())
         if self.membership is None:
-            write_ray_env(settings, settings.ray_address)
             self._prepare_head()
         else:
-            write_ray_env(settings, self.membership.ray_address)
             self.contact = Contact(settings, self.membership, self.log)
             self.contact.start()
         for warning in settings.warnings():

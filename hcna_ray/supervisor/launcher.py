@@ -112,9 +112,9 @@ def head_address(settings: Settings) -> str | None:
     return str(head_ip) if head_ip else None
 
 
-def settings_for(settings: Settings, config: LauncherConfig) -> Settings:
-    """Return M1's settings under the launcher's: its address, and no worker beside others."""
-    ray = settings.ray.model_copy(update={"node_address": config.head_ip})
+def with_address(settings: Settings, address: str) -> Settings:
+    """Return M1's settings with the address that the launcher knows it by."""
+    ray = settings.ray.model_copy(update={"node_address": address})
     return settings.model_copy(update={"ray": ray})
 
 

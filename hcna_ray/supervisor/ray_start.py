@@ -22,9 +22,6 @@ from importlib import import_module
 from typing import Any
 
 from hcna_ray.supervisor import keeper
-from hcna_ray.supervisor.keeper import EXIT_RAYLET_LEFT, EXIT_TOLD_TO_STOP
-
-__all__ = ["EXIT_RAYLET_LEFT", "EXIT_TOLD_TO_STOP", "main"]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from hcna_ray.supervisor.launcher import (
     plan_names,
     read_config,
     remember,
-    settings_for,
+    with_address,
 )
 from hcna_ray.supervisor.membership import Member
 
@@ -114,4 +114,4 @@ def test_those_no_longer_listed_are_told_once(settings: Settings) -> None:
 
 
 def test_m1_has_the_address_that_the_launcher_knows(settings: Settings) -> None:
-    assert settings_for(settings, config()).ray.node_address == "10.0.0.1"
+    assert with_address(settings, "10.0.0.1").ray.node_address == "10.0.0.1"
