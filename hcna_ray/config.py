@@ -344,6 +344,13 @@ class LeaseSettings(_Section):
         le=600,
         description="After SIGTERM until SIGKILL, and after the end of a lease until the next one.",
     )
+    start_s: float = Field(
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="An attempt handed to a slot begins within this, or is handed out anew; one "
+        "with a process of its own has four times as long. Doubled at each try.",
+    )
     gone_after_s: float = Field(
         default=86400.0,
         gt=0,

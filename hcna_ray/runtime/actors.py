@@ -462,6 +462,8 @@ class _RayProcesses:
 
     def __init__(self, worker: str, home: str, incarnation: str) -> None:
         self._worker, self._home, self._incarnation = worker, home, incarnation
+        #: Heavy attempts that have not ended, by the name of their process.
+        self._heavy: dict[str, Any] = {}
         self._here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -485,7 +487,7 @@ class _RayProcesses:
             if key not in ("cpu", "mem_gb", "gpu", self._worker) and amount
         }
         task: Any = ray.remote(max_calls=1)(run_heavy)
-        ref: Awaitable[None] = task.options(
+        ref: Any = task.options(
             max_retries=0,
             name=f"{offer.task_type}:{offer.task_id}",
             scheduling_strategy=self._here,
@@ -494,7 +496,19 @@ class _RayProcesses:
             num_gpus=amounts.get("gpu", 0.0),
             resources={**custom, self._worker: max(PIN, amounts.get(self._worker, 0.0))},
         ).remote(self._worker, self._home, self._incarnation, offer, name)
-        return ref
+        self._heavy[name] = ref
+        return self._ended(name, ref)
+
+    async def _ended(self, name: str, ref: Any) -> None:
+        try:
+            await ref
+        finally:
+            self._heavy.pop(name, None)
+
+    def withdraw(self, name: str) -> None:
+        ref = self._heavy.get(name)
+        if ref is not None:  # Takes back what waits; what runs by now is refused by `attach`.
+            ray.cancel(ref, force=False)
 
 
 class ArtifactsActor(_Face):

@@ -32,6 +32,7 @@ from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_b
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
     DRAINED,
+    UNSTARTED,
     Offer,
     Report,
     ReportKind,
@@ -347,6 +348,8 @@ class Runner:
         for order in self._journal.read_stops():
             if current is None or order.task_id != current.offer.task_id:
                 continue
+            if order.reason == UNSTARTED:
+                continue  # It has begun, so that order is void.
             if (order.generation, order.attempt) != tuple(current.offer.token):
                 continue
             self.must_end = True
@@ -487,7 +490,7 @@ class Runner:
             return True
         for order in self._journal.read_stops():
             named = (order.task_id, order.generation, order.attempt)
-            if named == (current.offer.task_id, *token):
+            if named == (current.offer.task_id, *token) and order.reason != UNSTARTED:
                 # The file is here before the signal: a handler that asks must not seem to have
                 # stopped without a reason.
                 current.stopping = order.reason

@@ -329,6 +329,9 @@ class Workshop:
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         return self._start(name, -1, offer)
 
+    def withdraw(self, name: str) -> None:
+        self.hosts[name].crash()
+
     def _start(self, name: str, slot: int, offer: Offer | None) -> Awaitable[None]:
         host = self.hosts[name] = _Host(self, name, slot, offer)
         return asyncio.shield(host.task)
