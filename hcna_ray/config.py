@@ -442,6 +442,18 @@ class LimitSettings(_Section):
         le=3650 * 86400,
         description="A worker's copy that nobody used for this long goes.",
     )
+    output_bytes: int = Field(
+        default=10 * MIB,
+        ge=4 * KIB,
+        le=GIB,
+        description="What one attempt may print; the rest is cut off, and the cut is marked.",
+    )
+    outputs_bytes: int = Field(
+        default=GIB,
+        ge=MIB,
+        le=4096 * GIB,
+        description="What a worker keeps of that in all; the oldest goes first, and after 7 days.",
+    )
     queue_tasks_max: int = Field(
         default=2_000_000, ge=1, le=100_000_000, description="Tasks that have not ended yet."
     )

@@ -34,7 +34,7 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
-from hcna_ray.runtime.attempts import node_id_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
@@ -49,6 +49,7 @@ from hcna_ray.runtime.messages import (
     SubmitBatch,
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.output import OutputSettings, prune_outputs
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.ray_link import (
     ARTIFACTS,
@@ -366,12 +367,21 @@ class NodeAgent(_Face):
         while True:
             try:
                 await asyncio.to_thread(prune_cache, self._settings)
+                await asyncio.to_thread(prune_outputs, self._outputs(), time.time())
             except OSError as error:
                 log.warning(
-                    "the artifact cache cannot be pruned",
+                    "caches and outputs cannot be pruned",
                     extra={"action": "agent.prune_failed", "error": str(error)},
                 )
             await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _outputs(self) -> OutputSettings:
+        limits = self._settings.limits
+        return OutputSettings(
+            folder=outputs_of(self._settings, self._worker),
+            bytes_max=limits.output_bytes,
+            total_bytes_max=limits.outputs_bytes,
+        )
 
     async def _run(self) -> None:
         host, port = self._settings.worker_host, self._settings.worker_port

@@ -38,6 +38,7 @@ from hcna_ray.runtime.messages import (
     Report,
     ReportKind,
 )
+from hcna_ray.runtime.output import OutputTap
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Runner:
         link: ReportLink,
         artifacts: ArtifactLink,
         clock: Clock,
+        output: OutputTap | None = None,
     ) -> None:
         """Open the journal. `serving` must be entered before `run`.
 
@@ -141,8 +143,10 @@ class Runner:
             link: To the moderator.
             artifacts: To the artifact store.
             clock: Wall clock and CLOCK_BOOTTIME.
+            output: Keeps what handlers print; without it that goes where this process' goes.
         """
         self._settings, self._registry, self._link = settings, registry, link
+        self._output = output
         self._artifacts, self._clock = artifacts, clock
         self._journal = JournalWriter(files)
         self._born = process_birth(os.getpid()) or 0
@@ -278,6 +282,8 @@ class Runner:
         current = self._shared.current
         assert current is not None
         token = Token(*offer.token)
+        if self._output is not None:
+            self._output.begin(offer.task_id, token)
         try:
             outcome = self._handle(offer, token, current)
         except (TaskCancelled, TaskTimedOut) as stopped:
@@ -289,6 +295,8 @@ class Runner:
             failure = TaskError(kind=FailureKind.ERROR, message=text[:500])
             outcome = HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         current.interruptible = False
+        if self._output is not None:
+            self._output.end()
         failpoints.hit("runner.handler.ended")
         if outcome.outcome is Outcome.TIMED_OUT:
             self.must_end = True  # Nobody knows what the handler left half done.

@@ -241,7 +241,7 @@ class World:
         self.ghosts: list[Run] = []
         self.backup: tuple[Durable, dict[str, Ledger]] | None = None
         self.facts_at_crash = self.facts_at_backup = self.facts_when_nothing_fitted = 0
-        self.resent = self.given_back = 0
+        self.resent = 0
         self._ids = 0
 
     # -- judging ---------------------------------------------------------------------------------
@@ -689,9 +689,8 @@ class World:
     def give_back(self, worker: Machine, index: int) -> None:
         """Return a granted attempt without starting it."""
         run = worker.granted.pop(index)
-        self.given_back += 1
         # Now and then it is one time too many.
-        give_up = self.given_back % 8 == 0
+        give_up = run.token.attempt % 3 == 0
         event = LeaseReturned(
             at=self.clock, token=run.token, reason="slot is busy", give_up=give_up
         )

@@ -18,7 +18,7 @@ from hcna_ray.runtime.messages import (
     ReportKind,
     Stop,
 )
-from hcna_ray.runtime.starts import ANSWER_S, HEAVY_PATIENCE, UNSTARTED_MAX, StartWatch
+from hcna_ray.runtime.starts import HEAVY_PATIENCE, UNSTARTED_MAX, StartWatch
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
 
 START_S = 15.0
