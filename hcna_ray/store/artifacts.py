@@ -3,8 +3,8 @@
     artifacts/ab/ab12...         complete, never changed again
     artifacts/parts/ab12....4096.part   an upload of 4096 bytes; its length is what has arrived
 
-A part is flushed to the disk before it is acknowledged. An upload becomes an artifact by a rename,
-after its digest was checked, so a name never stands for wrong or half bytes. Several threads and
+A part is flushed to the disk before it is acknowledged, and so is its name. An upload becomes an
+artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes. Several threads and
 processes may use one directory: an upload is locked while a part is added.
 
 Everything here blocks; callers run it on a thread.
@@ -27,7 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hcna_ray.core.errors import Conflict, DiskFull, HcnaError, Invalid, NotFound, Overloaded
+from hcna_ray.core.errors import (
+    Conflict,
+    DiskFull,
+    HcnaError,
+    Invalid,
+    NotFound,
+    Overloaded,
+    StoreUnavailable,
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.part\Z")
@@ -119,6 +127,8 @@ class ArtifactStore:
         self._digests: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
         self._lock = threading.Lock()
         self._parts.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (root.parent, root):  # Else they may be gone after a loss of power.
+            _sync_directory(folder)
         self.sweep()
 
     def path(self, sha256: str) -> Path:
@@ -164,7 +174,9 @@ class ArtifactStore:
         if sha256 is not None and found != _digest_name(sha256):
             raise _mismatch(sha256, found)
         target = self._target(found)
-        if not target.is_file():
+        if target.is_file():
+            self._settle(target)
+        else:
             self._check_space(len(data))
             with self._temporary() as (stream, temporary):
                 _write(stream, data)
@@ -188,7 +200,9 @@ class ArtifactStore:
             _write(stream, b"")
             found = digest.hexdigest()
             target = self._target(found)
-            if not target.is_file():
+            if target.is_file():
+                self._settle(target)
+            else:
                 self._publish(temporary, target)
         return Artifact(sha256=found, size=copied)
 
@@ -232,6 +246,7 @@ class ArtifactStore:
             raise Invalid("invalid_request", "the part is empty or does not lie inside the whole")
         target = self._target(name)
         if target.is_file():
+            self._settle(target)
             return Artifact(sha256=name, size=target.stat().st_size)
         part = self._part(name, size)
         if not part.exists():
@@ -242,15 +257,18 @@ class ArtifactStore:
         with _opened_for_append(part, target) as (descriptor, received):
             if target.is_file():  # Somebody else completed it while we waited for the lock.
                 part.unlink(missing_ok=True)
+                self._settle(target)
                 return Artifact(sha256=name, size=size)
             if received == size and offset == size - len(data):
                 received = offset  # All there but never checked: take the last part again.
                 os.ftruncate(descriptor, received)
             if offset != received:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
-            _write_at(descriptor, data, offset)
+            _write_at(descriptor, part, data, offset)
             self._update(name, offset, data)
             if offset + len(data) < size:
+                with _disk_errors():
+                    _sync_directory(self._parts)  # The upload has a name since its first part.
                 return Upload(sha256=name, size=size, received=offset + len(data))
             return self._commit(name, size, part, target)
 
@@ -311,22 +329,32 @@ class ArtifactStore:
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:
-        descriptor, name = tempfile.mkstemp(dir=self._parts, prefix=".whole-")
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                yield stream, temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _disk_errors():  # Closing may write as well.
+            descriptor, name = tempfile.mkstemp(dir=self._parts, prefix=".whole-")
+            temporary = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb") as stream:
+                    yield stream, temporary
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _publish(self, source: Path, target: Path) -> None:
         """Rename a complete, flushed file to its name, durably."""
         with _disk_errors():
             target.parent.mkdir(mode=0o700, exist_ok=True)
             source.chmod(0o400)
+            _sync_directory(self._root)  # Before anything moves into a folder made just now.
             source.rename(target)
             _sync_directory(target.parent)
+
+    def _settle(self, target: Path) -> None:
+        """Make sure that the name of an artifact that was here before outlives a loss of power.
+
+        Whoever renamed it may have died right after that.
+        """
+        with _disk_errors():
             _sync_directory(self._root)
+            _sync_directory(target.parent)
 
     def _update(self, name: str, offset: int, data: bytes) -> None:
         with self._lock:
@@ -387,7 +415,7 @@ def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
             os.close(descriptor)
 
 
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+def _write_at(descriptor: int, part: Path, data: bytes, offset: int) -> None:
     """Write a part and flush it; on failure the upload stands where it stood."""
     try:
         with _disk_errors():
@@ -396,8 +424,13 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
                 written = os.pwrite(descriptor, view, at)
                 view, at = view[written:], at + written
             os.fsync(descriptor)
-    except DiskFull:
-        os.ftruncate(descriptor, offset)
+    except (DiskFull, StoreUnavailable):
+        # What a failed fsync was about is nowhere, though it can be read: it must not count as
+        # received.
+        try:
+            os.ftruncate(descriptor, offset)
+        except OSError:
+            part.unlink(missing_ok=True)
         raise
 
 
@@ -419,10 +452,13 @@ def _sync_directory(path: Path) -> None:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """Turn "no space" and "over quota" into `DiskFull`."""
+    """Turn "no space" and "over quota" into `DiskFull`, a failing disk into `StoreUnavailable`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull("the disk of the artifacts is full", DISK_RETRY_S) from error
+        if error.errno in (errno.EIO, errno.EROFS):
+            text = f"the disk of the artifacts fails: {os.strerror(error.errno)}"
+            raise StoreUnavailable(text, DISK_RETRY_S) from error
         raise

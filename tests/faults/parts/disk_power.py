@@ -273,7 +273,7 @@ class DiskPower:
             plan = [("full", 8, 300, 400), ("normal", 4, 250, 400), ("failed-sync", 6, 100, 240)]
         return [
             Case(
-                name=f"{kind}.{number:02}",
+                name=f"{size}-{kind}.{number:02}",
                 seed=seed + number,
                 options={"kind": kind, "images": images, "commits": commits},
             )
