@@ -4,8 +4,8 @@
     artifacts/parts/ab12....4096.part   an upload of 4096 bytes; its length is what has arrived
 
 A part is flushed to the disk before it is acknowledged, and so is its name. An upload becomes an
-artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes. Several threads and
-processes may use one directory: an upload is locked while a part is added.
+artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes.
+Several threads and processes may use one directory: an upload is locked while a part is added.
 
 Everything here blocks; callers run it on a thread.
 """
@@ -87,6 +87,20 @@ class Upload:
     received: int
 
 
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn "no space" and "over quota" into `DiskFull`, a failing disk into `StoreUnavailable`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the disk of the artifacts is full", DISK_RETRY_S) from error
+        if error.errno in (errno.EIO, errno.EROFS):
+            text = f"the disk of the artifacts fails: {os.strerror(error.errno)}"
+            raise StoreUnavailable(text, DISK_RETRY_S) from error
+        raise
+
+
 class ArtifactStore:
     """Files below one directory. Invariant: a file under its digest holds exactly these bytes."""
 
@@ -142,20 +156,24 @@ class ArtifactStore:
             raise NotFound("artifact", sha256[:64])
         return path
 
+    @_disk_errors()
     def find(self, sha256: str) -> Artifact:
         """Return a complete artifact. Raises `NotFound`."""
         return Artifact(sha256=sha256.lower(), size=self.path(sha256).stat().st_size)
 
+    @_disk_errors()
     def open(self, sha256: str) -> BinaryIO:
         """Open a complete artifact for reading. Raises `NotFound`."""
         return self.path(sha256).open("rb")
 
+    @_disk_errors()
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         """Return up to ``length`` bytes from ``offset``. Raises `NotFound`."""
         with self.open(sha256) as stream:
             stream.seek(offset)
             return stream.read(length)
 
+    @_disk_errors()
     def put(self, data: bytes, sha256: str | None = None) -> Artifact:
         """Store a whole artifact.
 
@@ -167,6 +185,7 @@ class ArtifactStore:
             ArtifactTooLarge: it must be sent in parts.
             Invalid: ``digest_mismatch``.
             DiskFull: too little space.
+            StoreUnavailable: the disk fails.
         """
         if len(data) > self._part_bytes_max:
             raise ArtifactTooLarge("the artifact", len(data), self._part_bytes_max)
@@ -183,6 +202,7 @@ class ArtifactStore:
                 self._publish(temporary, target)
         return Artifact(sha256=found, size=len(data))
 
+    @_disk_errors()
     def put_file(self, source: Path) -> Artifact:
         """Store a copy of a local file of any allowed size. Raises as `put` does."""
         size = source.stat().st_size
@@ -206,6 +226,7 @@ class ArtifactStore:
                 self._publish(temporary, target)
         return Artifact(sha256=found, size=copied)
 
+    @_disk_errors()
     def progress(self, sha256: str, size: int) -> Artifact | Upload:
         """Return how much of an upload is here; nothing is begun by asking.
 
@@ -223,6 +244,7 @@ class ArtifactStore:
         # All there but never checked (a crash in between): the last byte is asked for again.
         return Upload(sha256=name, size=size, received=min(received, max(0, size - 1)))
 
+    @_disk_errors()
     def append(self, sha256: str, *, offset: int, size: int, data: bytes) -> Artifact | Upload:
         """Add one part to an upload; the last one makes it an artifact.
 
@@ -238,6 +260,7 @@ class ArtifactStore:
             Invalid: ``digest_mismatch``; the upload is thrown away and starts anew.
             Overloaded: too many uploads are open.
             DiskFull: too little space.
+            StoreUnavailable: the disk fails.
         """
         name = self._check_upload(sha256, size)
         if len(data) > self._part_bytes_max:
@@ -267,8 +290,7 @@ class ArtifactStore:
             _write_at(descriptor, part, data, offset)
             self._update(name, offset, data)
             if offset + len(data) < size:
-                with _disk_errors():
-                    _sync_directory(self._parts)  # The upload has a name since its first part.
+                _sync_directory(self._parts)  # The upload has a name since its first part.
                 return Upload(sha256=name, size=size, received=offset + len(data))
             return self._commit(name, size, part, target)
 
@@ -329,32 +351,29 @@ class ArtifactStore:
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[BinaryIO, Path]]:
-        with _disk_errors():  # Closing may write as well.
-            descriptor, name = tempfile.mkstemp(dir=self._parts, prefix=".whole-")
-            temporary = Path(name)
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    yield stream, temporary
-            finally:
-                temporary.unlink(missing_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self._parts, prefix=".whole-")
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream, temporary
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _publish(self, source: Path, target: Path) -> None:
         """Rename a complete, flushed file to its name, durably."""
-        with _disk_errors():
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            source.chmod(0o400)
-            _sync_directory(self._root)  # Before anything moves into a folder made just now.
-            source.rename(target)
-            _sync_directory(target.parent)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        source.chmod(0o400)
+        _sync_directory(self._root)  # Before anything moves into a folder made just now.
+        source.rename(target)
+        _sync_directory(target.parent)
 
     def _settle(self, target: Path) -> None:
         """Make sure that the name of an artifact that was here before outlives a loss of power.
 
         Whoever renamed it may have died right after that.
         """
-        with _disk_errors():
-            _sync_directory(self._root)
-            _sync_directory(target.parent)
+        _sync_directory(self._root)
+        _sync_directory(target.parent)
 
     def _update(self, name: str, offset: int, data: bytes) -> None:
         with self._lock:
@@ -402,8 +421,7 @@ def _digest_of(path: Path) -> str:
 def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
     """Open and lock an upload; give its descriptor and how much of it is there."""
     while True:
-        with _disk_errors():
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             held = os.fstat(descriptor)
@@ -418,13 +436,12 @@ def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
 def _write_at(descriptor: int, part: Path, data: bytes, offset: int) -> None:
     """Write a part and flush it; on failure the upload stands where it stood."""
     try:
-        with _disk_errors():
-            view, at = memoryview(data), offset
-            while view:
-                written = os.pwrite(descriptor, view, at)
-                view, at = view[written:], at + written
-            os.fsync(descriptor)
-    except (DiskFull, StoreUnavailable):
+        view, at = memoryview(data), offset
+        while view:
+            written = os.pwrite(descriptor, view, at)
+            view, at = view[written:], at + written
+        os.fsync(descriptor)
+    except OSError:
         # What a failed fsync was about is nowhere, though it can be read: it must not count as
         # received.
         try:
@@ -435,11 +452,10 @@ def _write_at(descriptor: int, part: Path, data: bytes, offset: int) -> None:
 
 
 def _write(stream: BinaryIO, data: bytes, *, flush: bool = True) -> None:
-    with _disk_errors():
-        stream.write(data)
-        if flush:
-            stream.flush()
-            os.fsync(stream.fileno())
+    stream.write(data)
+    if flush:
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _sync_directory(path: Path) -> None:
@@ -448,17 +464,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn "no space" and "over quota" into `DiskFull`, a failing disk into `StoreUnavailable`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the disk of the artifacts is full", DISK_RETRY_S) from error
-        if error.errno in (errno.EIO, errno.EROFS):
-            text = f"the disk of the artifacts fails: {os.strerror(error.errno)}"
-            raise StoreUnavailable(text, DISK_RETRY_S) from error
-        raise

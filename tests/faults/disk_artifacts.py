@@ -111,9 +111,7 @@ def stored(calls: Sequence[Call]) -> list[Stored]:
     told: dict[tuple[int, str], bytearray] = defaultdict(bytearray)
     found = []
     for call in calls:
-        if call.name not in ("sendto", "write") or (call.result is not None and call.result < 0):
-            continue
-        if call.name == "write" and not call.descriptor()[1].startswith("socket:"):
+        if call.name != "sendto" or (call.result is not None and call.result < 0):
             continue
         channel = (call.session, call.arguments[0])
         told[channel] += call.data()[: call.result]

@@ -137,9 +137,7 @@ class Disk:
         named = draw.choices(("none", "prefix", "any", "all"), (3, 3, 3, 1))[0]
         sector = draw.choice(SECTORS)
         names = self._names_after(named, draw)
-        files = {
-            name: _content(inode, fate, sector, draw) for name, inode in self._files(names)
-        }
+        files = {name: _content(inode, fate, sector, draw) for name, inode in self._files(names)}
         self._write(out, files)
         return f"{fate}, torn at {sector}, names: {named}"
 

@@ -66,7 +66,7 @@ class Promise:
     holds: Callable[[Found], bool]
 
 
-# -- what was told -----------------------------------------------------------------------------------
+# -- what was told --------------------------------------------------------------------------------
 
 
 def conversation(calls: Sequence[Call]) -> list[tuple[int, Any, Any]]:
@@ -190,7 +190,7 @@ def _reported(tick: int, task_id: str, token: Token, kind: str) -> Promise:
     return Promise(tick, "report", f"{kind} of {task_id}#{token} was confirmed", holds)
 
 
-# -- what is there -----------------------------------------------------------------------------------
+# -- what is there --------------------------------------------------------------------------------
 
 
 def recover(folder: Path, *, work: bool) -> Found:

@@ -77,7 +77,7 @@ class Stack:
         self._nonces = 0
         self._started_at = time.time()
 
-    # -- the moderator -------------------------------------------------------------------------------
+    # -- the moderator ----------------------------------------------------------------------------
 
     def start_process(self) -> None:
         """Start the moderator's process; does not wait for it."""
@@ -123,7 +123,7 @@ class Stack:
                 self.process.kill()
             self.process.wait()
 
-    # -- around it -------------------------------------------------------------------------------------
+    # -- around it --------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -236,7 +236,7 @@ class Stack:
                 return
             await asyncio.sleep(0.1)
 
-    # -- what it shows -----------------------------------------------------------------------------------
+    # -- what it shows ----------------------------------------------------------------------------
 
     def judge(self) -> list[str]:
         """Write the evidence down and let the checker judge it."""
@@ -273,7 +273,7 @@ class Stack:
         return found
 
 
-# -- the disk that fails -------------------------------------------------------------------------------
+# -- the disk that fails --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -325,18 +325,22 @@ class Injection:
 
     def struck(self) -> int:
         """Return how often a call was made to fail so far."""
-        try:
-            return self.log.read_text(errors="replace").count("(INJECTED)") + self.log.read_text(
-                errors="replace"
-            ).count("(DELAYED)")
-        except OSError:
-            return 0
+        return struck_in(self.log)
 
     def detach(self) -> None:
         """Let the process alone again."""
         if self._strace.poll() is None:
             self._strace.send_signal(signal.SIGINT)
         self._strace.wait(timeout=30)
+
+
+def struck_in(log: Path) -> int:
+    """Return how often strace made a call fail, or late, by its log."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        return 0
+    return text.count("(INJECTED)") + text.count("(DELAYED)")
 
 
 async def until(condition: Any, within_s: float) -> bool:

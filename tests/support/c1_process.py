@@ -17,7 +17,10 @@ from tests.support.moderator_process import SocketLink
 def main(home: Path, store: Path, moderator: Path, socket: Path) -> None:
     """Serve until the process is ended."""
     app = application(home, store, SocketLink(moderator))
-    uvicorn.run(app, uds=str(socket), lifespan="on", log_level="warning", access_log=False)
+    # asyncio's own loop sends with calls of their own, so that a write is one to a file.
+    uvicorn.run(
+        app, uds=str(socket), loop="asyncio", lifespan="on", log_level="warning", access_log=False
+    )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hcna_ray.runtime.writer import EXIT_FSYNC
-from tests.faults.disk_stack import Fault, Injection, Stack, until
+from tests.faults.disk_stack import Fault, Injection, Stack, struck_in, until
 from tests.faults.programme import Case, Outcome, RunCase, Size
 
 #: Calls of a running store, and the errors that each can have.
@@ -78,9 +80,7 @@ class DiskErrors:
             points_ = _points(calls, numbers)
             for number, start in enumerate(range(0, len(points_), each)):
                 options = {"kind": kind, "points": points_[start : start + each]}
-                cases.append(
-                    Case(name=f"{kind}.{number:02}", seed=seed + number, options=options)
-                )
+                cases.append(Case(name=f"{kind}.{number:02}", seed=seed + number, options=options))
         return cases
 
     @contextmanager
@@ -110,7 +110,10 @@ async def _run(case: Case, folder: Path) -> Outcome:
 
 
 def _paths(stack: Stack) -> list[Path]:
-    return [stack.data, *(stack.data / f"queue.db{end}" for end in ("", "-wal", "-shm", "-journal"))]
+    return [
+        stack.data,
+        *(stack.data / f"queue.db{end}" for end in ("", "-wal", "-shm", "-journal")),
+    ]
 
 
 async def _strike_running(stack: Stack, fault: Fault, log: Path, outcome: Outcome) -> None:
@@ -129,9 +132,6 @@ async def _strike_running(stack: Stack, fault: Fault, log: Path, outcome: Outcom
 
 async def _strike_start(stack: Stack, fault: Fault, log: Path, outcome: Outcome) -> None:
     """Let the moderator's process die and fail at its next start."""
-    import os
-    import signal
-
     stack.prefix = [*fault.options(_paths(stack), log), "--"]
     before = stack.process
     os.kill(stack.moderator_pid(), signal.SIGKILL)
@@ -144,7 +144,7 @@ async def _strike_start(stack: Stack, fault: Fault, log: Path, outcome: Outcome)
 
     await until(over, 20.0)
     await asyncio.sleep(HELD_S)
-    struck = log.read_text(errors="replace").count("(INJECTED)") if log.exists() else 0
+    struck = struck_in(log)
     if started is stack.process:  # It serves, whatever failed: the next one finds a good disk.
         os.kill(stack.moderator_pid(), signal.SIGKILL)
         await until(lambda: stack.process is not started, STRUCK_S)

@@ -22,7 +22,7 @@ from hcna_ray.store.backup import snapshot
 from hcna_ray.store.sqlite import WAL_BYTES_MAX
 from tests.faults.disk_model import PAGE
 from tests.faults.disk_promises import Found, Promise, promises, recover
-from tests.faults.disk_recording import Call, Player, Recorded, Recorder
+from tests.faults.disk_recording import Player, Recorded, Recorder
 from tests.faults.disk_traffic import PaperWorker, Submitter
 from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
 from tests.support.moderator_process import SocketLink

@@ -112,7 +112,9 @@ def _run(case: Case, evidence: Path, scratch: Path) -> Outcome:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         how = player.disk.after_power_loss(folder, draw)
-        if wrong := _judge(folder / "artifacts", [one for one in recording.told if one.tick < tick]):
+        if wrong := _judge(
+            folder / "artifacts", [one for one in recording.told if one.tick < tick]
+        ):
             bad.append(f"power lost at tick {tick} ({how}): {wrong}")
     whole = sum(one.received == one.size for one in recording.told)
     outcome = Outcome(
