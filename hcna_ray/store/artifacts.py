@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import (
     Conflict,
     DiskFull,
@@ -288,6 +289,7 @@ class ArtifactStore:
             if offset != received:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
             _write_at(descriptor, part, data, offset)
+            failpoints.hit("artifact.part.flushed")
             self._update(name, offset, data)
             if offset + len(data) < size:
                 _sync_directory(self._parts)  # The upload has a name since its first part.
@@ -364,7 +366,9 @@ class ArtifactStore:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         source.chmod(0o400)
         _sync_directory(self._root)  # Before anything moves into a folder made just now.
+        failpoints.hit("artifact.rename.before")
         source.rename(target)
+        failpoints.hit("artifact.rename.after")
         _sync_directory(target.parent)
 
     def _settle(self, target: Path) -> None:
@@ -393,6 +397,7 @@ class ArtifactStore:
             part.unlink(missing_ok=True)
             raise _mismatch(name, found)
         self._publish(part, target)
+        failpoints.hit("artifact.upload.complete")
         return Artifact(sha256=name, size=size)
 
 
