@@ -60,6 +60,7 @@ class Stack:
     data: Path
     policy: dict[str, Any] = field(default_factory=lambda: dict(POLICY))
     wal_bytes_max: int = 256 * 1024
+    clients: int = 3
     exits: list[int] = field(default_factory=list)
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
     #: Seconds that each answered submit took.
@@ -141,14 +142,16 @@ class Stack:
             for link in links:
                 stack.push_async_callback(link.close)
             draw = random.Random(self.seed)
-            self.worker = PaperWorker("W1", links[0], draw)
+            self.worker = PaperWorker(
+                "W1", links[0], draw, heartbeat_s=float(self.policy["heartbeat_s"])
+            )
             working = asyncio.create_task(self.worker.run())
             home = self.folder / "home"
             home.mkdir(exist_ok=True)
             self.http = await stack.enter_async_context(composite(home, self.store, links[1]))
             self.probe = self._caller("probe")
             supervising = asyncio.create_task(self.supervise())
-            clients = [asyncio.create_task(self._client(number)) for number in range(3)]
+            clients = [asyncio.create_task(self._client(number)) for number in range(self.clients)]
             self._clients_stop = False
             try:
                 yield
