@@ -44,6 +44,7 @@ from hcna_ray.runtime.messages import (
     WorkerInfo,
 )
 from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.renewals import Renewals
 from hcna_ray.runtime.reports import ReportDesk
 from hcna_ray.runtime.requests import (
     ForgetWorker,
@@ -89,6 +90,10 @@ class Workforce:
             ttl_s=policy.lease_ttl_s + policy.lease_grace_s,
             gone_s=policy.gone_after_s,
         )
+        #: Sessions that are renewed while the store keeps everything else waiting.
+        self.renewals = Renewals(
+            store.unconfirmed_s, memory_s=policy.lease_ttl_s - policy.self_stop_s
+        )
         #: Calls that wait for work, by (worker, slot).
         self._parked: dict[Place, Pending] = {}
         #: The last answer to each slot, for a repeated exchange.
@@ -106,11 +111,31 @@ class Workforce:
         """Follow the store: whom to wait for, and what must be stopped."""
         self._generation = self._store.generation()
         self.sessions.restore(self._store.workers(), now, elapsed)
+        self.take_renewals(elapsed)
         self._stops.clear()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
                 self._order(task.lease.worker, stop)
+
+    def take_renewals(self, elapsed: float) -> None:
+        """Count what was renewed from memory, and say which sessions may be from now on.
+
+        Those that this instant finds overdue may not: their leases are about to be taken back.
+        """
+        for renewal in self.renewals.take():
+            session = self.sessions.find(renewal.beat.worker)
+            if session is None or session.closed:
+                continue
+            if session.record.incarnation == renewal.beat.incarnation:
+                session.heard = max(session.heard, renewal.at)
+                session.renewed = max(session.renewed, renewal.at - renewal.beat.unanswered_s)
+        overdue = {session.record.name for session in self.sessions.overdue(elapsed)}
+        self.renewals.allow(
+            session
+            for session in self.sessions
+            if not session.closed and session.record.name not in overdue
+        )
 
     def stop(self, command: StopAttempt) -> None:
         """Pass an order on with the next answer to whoever holds the attempt."""
@@ -135,6 +160,7 @@ class Workforce:
         """
         known = self.sessions.find(hello.worker)
         fresh = known is None or known.record.incarnation != hello.incarnation
+        self.renewals.withdraw(hello.worker)
         if known is not None:
             self._check_claim(turn, known, hello)
         # What the old incarnation's journals held counts before its leases are closed.
@@ -282,6 +308,7 @@ class Workforce:
             raise StaleWorker(bye.worker, bye.incarnation, session.record.incarnation)
         ack = self._reports.apply(turn, bye.reports, session.skew)
         name = session.record.name
+        self.renewals.withdraw(name)
         if session.record.left_at is not None:
             return ack  # Told twice.
         taken = self._close_leases(
@@ -312,6 +339,7 @@ class Workforce:
         if state not in AWAY and not request.force:
             raise WorkerOnline(name, state.value)
         info = self.info(session, turn.elapsed)
+        self.renewals.withdraw(name)
         # Nobody waits for it any more, whatever a task's on_disconnect says.
         self._close_leases(turn, name, f"{name} was forgotten", worker_gone=False, counted=False)
         self._drop_parked(turn, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
@@ -132,6 +134,8 @@ class PostgresTaskStore(Bookkeeper):
         self._manners = manners or Manners(name="hcna moderator", unsafe=unsafe)
         self._open_wait_s, self._takeover_s, self._doubt_s = open_wait_s, takeover_s, doubt_s
         self._session: Session | None = None
+        #: The last session that was the writer's, closed or not.
+        self._leading: Session | None = None
         self._pid = 0
         self._epoch = 0
         #: The own epoch, and those taken in a commit whose answer never came.
@@ -161,6 +165,15 @@ class PostgresTaskStore(Bookkeeper):
         """Hang up, which lets another writer in. Harmless twice."""
         self._closed = True
         self._hang_up()
+
+    def unconfirmed_s(self) -> float:
+        """Return how long ago it was last certain that nobody else writes here.
+
+        The lock goes with the session, so a request that it answered was sent while nobody else had
+        the epoch: whoever has taken it since did so later.
+        """
+        leading = self._leading
+        return math.inf if leading is None else boottime() - leading.answered_at
 
     @property
     def session(self) -> Session:
@@ -200,7 +213,8 @@ class PostgresTaskStore(Bookkeeper):
             raise
         ((self._epoch, self._commits),) = found
         self._epochs = {self._epoch}
-        self._session, self._pid = session, session.pid
+        self._session = self._leading = session
+        self._pid = session.pid
 
     def _check_epoch(self, session: Session) -> None:
         ((epoch,),) = session.run("SELECT epoch FROM leader")

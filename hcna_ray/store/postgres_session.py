@@ -20,6 +20,7 @@ from psycopg.abc import Buffer, PQGen
 from psycopg.types.numeric import FloatBinaryDumper, Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper
 
+from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.store.rows import Row
 
@@ -130,6 +131,8 @@ class Session:
         """
         self._secrets = secrets_of(url)
         self._warnings: list[str] = []
+        #: When the last request that was answered was sent, on the clock of `boottime`.
+        self.answered_at = boottime()
         try:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.Error:
@@ -241,6 +244,7 @@ class Session:
             ValueError: a constraint was violated.
             AssertionError: a statement touched more or fewer rows than expected.
         """
+        asked = boottime()
         try:
             if len(statements) == 1:
                 cursors = [self._execute(statements[0])]
@@ -252,6 +256,7 @@ class Session:
                     raise AssertionError(
                         f"{cursor.rowcount} rows instead of {statement.expect}: {statement.sql}"
                     )
+            self.answered_at = asked
             return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
         except psycopg.Error as error:
             raise self._translated(error) from error
@@ -267,10 +272,12 @@ class Session:
             StoreUnavailable: it is rolled back.
         """
         self._warnings.clear()
+        asked = boottime()
         try:
             told = self._db.execute(b"COMMIT", prepare=False).statusmessage
         except psycopg.Error as error:
             raise self._translated(error) from error
+        self.answered_at = asked
         if told != "COMMIT":
             raise StoreUnavailable("the server rolled the transaction back", 1)
         if self._warnings:

@@ -195,6 +195,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return a reader with a connection of its own."""
         return SqliteTaskReader(self.path)
 
+    def unconfirmed_s(self) -> float:
+        """Return 0: whoever else might write the file is started when this process has ended."""
+        return 0.0
+
     # -- transactions ---------------------------------------------------------------------------
 
     @contextmanager
