@@ -1,8 +1,9 @@
 """Failpoints: named moments at which a test may have this very process fail.
 
-``hit("store.commit.before")`` does nothing unless a test switched failpoints on, with the variables
-``HCNA_TEST=1`` and ``HCNA_FAILPOINTS=<directory>``. Then a file of the point's name in the directory
-arms it; so a running cluster is armed by writing a file. The file's text is what is to happen:
+``hit("store.commit.before")`` does nothing unless a test switched failpoints on, with the
+variables ``HCNA_TEST=1`` and ``HCNA_FAILPOINTS=<directory>``. Then a file of the point's name in
+the directory arms it; so a running cluster is armed by writing a file. Its text is what is to
+happen:
 
 =================  ============================================================
 ``kill``           SIGKILL to this process

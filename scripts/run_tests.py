@@ -113,6 +113,7 @@ def parts(everything: bool) -> list[Part]:
             ],
             env={"COVERAGE_FILE": str(REPORTS / "core.coverage")},
         ),
+        Part(name="slice of the faults", kind="faults", budget_s=480, pytest=["tests/faults"]),
         Part(
             name="integration, notebooks",
             kind="integration",

@@ -405,7 +405,6 @@ class Supervisor:
                 self.log.error("processes of an earlier run survive", extra={"count": len(left)})
         self.members = members
         _private_temp_dir(marker_of(settings).temp_dir)
-        _prune_sessions(marker_of(settings).temp_dir)
         for directory in (settings.logs_dir, settings.outbox_dir, settings.artifacts_dir):
             make_private_dir(directory)
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -785,15 +784,6 @@ def _private_temp_dir(path: Path) -> None:
         raise HcnaError(f"{path} belongs to somebody else; set ray.temp_dir to another directory")
     path.chmod(0o700)
     make_private_dir(path / "serve")
-
-
-def _prune_sessions(temp_dir: Path) -> None:
-    """Delete Ray sessions but the newest, whose logs may still be wanted."""
-    sessions = sorted(
-        entry for entry in temp_dir.glob("session_2*") if entry.is_dir() and not entry.is_symlink()
-    )
-    for session in sessions[:-1]:
-        shutil.rmtree(session, ignore_errors=True)
 
 
 def _tail(path: Path, *, size_bytes: int = 2000) -> str:
