@@ -28,6 +28,9 @@ HELD_UP_S = 1.0
 #: A batch that takes longer lets nobody wait in the inbox any more.
 REFUSE_S = 8.0
 _LOOK_S = 0.25
+#: Pause before a store that could not be opened is tried again, and before the log repeats why.
+OPEN_AGAIN_S = 1.0
+SAY_AGAIN_S = 60.0
 #: Exit status after a failed fsync, or when another moderator took the store over: what is stored
 #: is unknown here, only a restart can tell.
 EXIT_FSYNC = 74
@@ -65,11 +68,31 @@ class WriterThread:
         self._failed: BaseException | None = None
         self._started = threading.Event()
         self._moderator: Moderator | None = None
+        self._patient = False
+        #: Why the store is not open yet, and when the log says so again.
+        self._trouble: StoreUnavailable | None = None
+        self._say_at = 0.0
         #: Since when the batch at hand is being worked on.
         self._busy_since: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hcna-writer", daemon=True)
         self._second = threading.Thread(target=self._stand_in, name="hcna-stand-in", daemon=True)
+
+    def begin(self, wait_s: float = 15.0) -> bool:
+        """Begin, and try again and again while the store cannot be opened.
+
+        Until then every call is refused with `StoreUnavailable`, whose text says why.
+
+        Args:
+            wait_s: How long this may take until the first attempt has ended.
+
+        Returns:
+            Whether the moderator is built. A build that fails otherwise ends the process.
+        """
+        self._patient = True
+        self._thread.start()
+        self._started.wait(wait_s)
+        return self._moderator is not None
 
     def start(self, timeout_s: float = 120.0) -> None:
         """Build the moderator and begin.
@@ -89,6 +112,8 @@ class WriterThread:
         with self._wake:
             if self._closed:
                 refusal: HcnaError = ModeratorUnavailable("the moderator is stopping", 2)
+            elif self._trouble is not None:
+                refusal = self._trouble
             elif len(self._inbox) >= self._items_max:
                 refusal = Overloaded("the moderator's inbox is full", 1)
             else:
@@ -107,13 +132,11 @@ class WriterThread:
             self._thread.join(timeout=30.0)
 
     def _loop(self) -> None:
-        try:
-            moderator = self._build()
-        except BaseException as error:
-            self._failed = error
-            self._started.set()
+        moderator = self._open()
+        if moderator is None:
             return
-        self._moderator = moderator
+        with self._wake:
+            self._moderator, self._trouble = moderator, None
         self._second.start()
         self._started.set()
         try:
@@ -132,6 +155,51 @@ class WriterThread:
             self._exit(EXIT_BUG)
         finally:
             self._ended.set()
+
+    def _open(self) -> Moderator | None:
+        """Build the moderator; ``None`` when that failed for good, or nobody waits any more."""
+        while True:
+            try:
+                return self._build()
+            except (HcnaError, OSError) as error:
+                if not self._patient:
+                    self._failed = error
+                    self._started.set()
+                    return None
+                if not self._wait_to_open_again(error):
+                    return None
+            except BaseException as error:
+                self._failed = error
+                self._started.set()
+                if self._patient:
+                    log.critical(
+                        "the moderator cannot be built",
+                        exc_info=True,
+                        extra={"action": "moderator.failed"},
+                    )
+                    self._exit(EXIT_BUG)
+                return None
+
+    def _wait_to_open_again(self, error: Exception) -> bool:
+        """Refuse everybody for this reason, and pause; whether to go on trying."""
+        trouble = StoreUnavailable(f"M1 cannot open its task store: {error}", 5)
+        now = self._clock.elapsed()
+        if self._trouble is None or str(trouble) != str(self._trouble) or now >= self._say_at:
+            self._say_at = now + SAY_AGAIN_S
+            log.error(
+                "the task store cannot be opened, will try again: %s",
+                error,
+                extra={"action": "store.closed", "error": str(error)},
+            )
+        with self._wake:
+            self._trouble = trouble
+            refused, self._inbox = self._inbox, []
+        self._started.set()
+        self._publish(Outbound(tuple((pending, trouble) for pending in refused)))
+        with self._wake:
+            if not self._closed:
+                self._wake.wait(OPEN_AGAIN_S)
+            return not self._closed
 
     def _serve(self, moderator: Moderator) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -19,12 +20,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import SchemaTooNew, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
-from hcna_ray.runtime.messages import Accepted, SubmitBatch
-from hcna_ray.runtime.moderator import Moderator
+from hcna_ray.runtime.messages import (
+    Accepted,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    SubmitBatch,
+    Welcome,
+)
+from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
-from hcna_ray.runtime.requests import Pending
+from hcna_ray.runtime.requests import Pending, Request
+from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.store import postgres as module
 from hcna_ray.store import postgres_session, rows
 from hcna_ray.store.base import KeyClaim
@@ -778,6 +788,58 @@ class TestModerator:
         names = [f"{letter}{turn}" for letter in "ab" for turn in range(3)]
         assert sorted(store.get(names)) == names
         assert store.size().tasks == 6
+        store.close()
+
+    def test_workers_stay_while_the_server_stands_still(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store, clock = PostgresTaskStore(url), SystemClock()
+
+        def publish(outbound: Outbound) -> None:
+            for pending, answer in outbound.answers:
+                pending.resolve(answer)
+
+        writer = WriterThread(
+            lambda: Moderator(
+                store, Policy(), clock=clock, jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+            ),
+            clock,
+            publish=publish,
+            items_max=100,
+        )
+        writer.start()
+
+        def ask(request: Request) -> queue.SimpleQueue[object]:
+            answer: queue.SimpleQueue[object] = queue.SimpleQueue()
+            writer.submit(request, answer.put)
+            return answer
+
+        hello = Hello(
+            worker="W1",
+            node_id="HCNA-W1--test",
+            incarnation="a",
+            cpu=1.0,
+            mem_gb=1.0,
+            gpu=0.0,
+            resources=(),
+            labels=(),
+            task_types=("echo",),
+            address="",
+        )
+        beat = Heartbeat(worker="W1", incarnation="a", telemetry={})
+        assert isinstance(ask(hello).get(timeout=20), Welcome)
+        assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+        with server.standing_still():
+            stuck = ask(SubmitBatch(specs=(a_spec("t1"),)))
+            while store.unconfirmed_s() < 1.0:  # The writer stands in the commit.
+                time.sleep(0.05)
+            assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+            assert stuck.empty()
+        assert stuck.get(timeout=60) == [Accepted("t1", TaskState.QUEUED)]
+        assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+        assert store.unconfirmed_s() < 60
+        writer.close()
         store.close()
 
     def test_one_that_was_replaced_is_told_to_exit(self, postgres_url: str) -> None:

@@ -87,9 +87,7 @@ def running(desk: Desk) -> tuple[PaperWorker, Any]:
 
 
 class TestWhileTheStoreIsAway:
-    def test_heartbeats_are_answered_and_nothing_else(
-        self, desk: Desk, store: RemoteStore
-    ) -> None:
+    def test_heartbeats_are_answered_and_nothing_else(self, desk: Desk, store: RemoteStore) -> None:
         w1, offer = running(desk)
         store.away = True
         submit = SubmitBatch(specs=(a_spec("t2"),))
