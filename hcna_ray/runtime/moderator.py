@@ -160,7 +160,9 @@ class Moderator:
     def _refused(self, batch: Iterable[Pending], trouble: StoreUnavailable) -> Outbound:
         """Refuse a batch, but for heartbeats: they ask nothing of the store."""
         answers: list[tuple[Pending, object]] = []
-        for pending in batch:
+        refused = set(batch)
+        self._workforce.hang_up(refused)
+        for pending in refused:
             request = pending.request
             reply = self.renew(request) if isinstance(request, Heartbeat) else None
             answers.append((pending, reply or trouble))

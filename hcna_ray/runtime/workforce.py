@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Set
 from typing import Any
 
 from hcna_ray.core.errors import (
@@ -583,6 +584,16 @@ class Workforce:
                     counted=counted,
                 )
         return taken
+
+    def hang_up(self, refused: Set[Pending]) -> None:
+        """Let no call wait on that has just been refused: it would be answered a second time."""
+        for place in [place for place, call in self._parked.items() if call in refused]:
+            del self._parked[place]
+        for msg_id, pending in list(self._asked.items()):
+            if pending in refused:
+                del self._asked[msg_id]
+                for orders in self._intents.values():
+                    orders[:] = [one for one in orders if one.envelope["msg_id"] != msg_id]
 
     def _drop_parked(self, turn: Turn, worker: str) -> None:
         for place in [place for place in self._parked if place[0] == worker]:

@@ -11,13 +11,13 @@ import pytest
 
 from hcna_ray.core.errors import StoreUnavailable
 from hcna_ray.core.models import TaskState
-from hcna_ray.runtime.messages import Accepted, Heartbeat, HeartbeatReply, SubmitBatch
+from hcna_ray.runtime.messages import Accepted, Exchange, Heartbeat, HeartbeatReply, SubmitBatch
 from hcna_ray.runtime.moderator import Outbound
 from hcna_ray.runtime.requests import Reports, Request
 from hcna_ray.runtime.writer import REFUSE_S, WriterThread
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
-from tests.support.paper_worker import Desk, PaperWorker
+from tests.support.paper_worker import WAITING, Desk, PaperWorker
 
 
 class RemoteStore(MemoryTaskStore):
@@ -26,6 +26,8 @@ class RemoteStore(MemoryTaskStore):
     def __init__(self) -> None:
         super().__init__()
         self.away = False
+        #: Only commits fail.
+        self.away_on_commit = False
         self.unconfirmed = 0.0
         #: Set while a commit hangs.
         self.entered, self.may_go_on = threading.Event(), threading.Event()
@@ -51,6 +53,8 @@ class RemoteStore(MemoryTaskStore):
         self._ask()
         with super().transaction():
             yield
+            if self.away_on_commit:
+                raise StoreUnavailable("the disk is full", 5)
             if self.hangs:
                 self.entered.set()
                 assert self.may_go_on.wait(20)
@@ -143,6 +147,35 @@ class TestWhileTheStoreIsAway:
             with pytest.raises(StoreUnavailable):
                 desk.ask(Heartbeat(worker=name, incarnation=incarnation, telemetry={}))
         assert desk.ask(beat(w1)) == HeartbeatReply(known=True)
+
+    def test_a_parked_call_that_is_refused_is_not_answered_again(
+        self, desk: Desk, store: RemoteStore
+    ) -> None:
+        w1 = PaperWorker(desk)
+        parked = w1.exchange()
+        assert desk.answer(parked) is WAITING
+        store.away_on_commit = True
+        (refusal,) = desk.apply(SubmitBatch(specs=(a_spec("t1"),)))
+        assert isinstance(refusal, StoreUnavailable)
+        assert isinstance(desk.answer(parked), StoreUnavailable)
+        store.away_on_commit = False
+        desk.submit_ids("t1")
+        assert isinstance(desk.answer(parked), StoreUnavailable)
+        assert desk.task("t1").lease is None, "nothing is granted to a call that has ended"
+        assert [offer.task_id for offer in w1.granted()] == ["t1"]
+
+    def test_nor_is_one_that_was_parked_by_the_refused_batch(
+        self, desk: Desk, store: RemoteStore
+    ) -> None:
+        w1 = PaperWorker(desk)
+        store.away_on_commit = True
+        call = Exchange(worker="W1", incarnation="a", slot=0, seq=1)
+        refusals = desk.apply(call, SubmitBatch(specs=(a_spec("t1"),)))
+        assert all(isinstance(one, StoreUnavailable) for one in refusals)
+        store.away_on_commit = False
+        desk.submit_ids("t1")
+        assert desk.task("t1").lease is None
+        assert [offer.task_id for offer in w1.granted()] == ["t1"]
 
 
 class TestWhatIsSafe:

@@ -11,11 +11,11 @@ import pytest
 
 from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import Fact, Task, TaskState
+from hcna_ray.runtime import writer as writer_module
 from hcna_ray.runtime.messages import Accepted, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Cancel, Pending, Query, Request
-from hcna_ray.runtime import writer as writer_module
 from hcna_ray.runtime.writer import EXIT_BUG, EXIT_FSYNC, WriterThread
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
