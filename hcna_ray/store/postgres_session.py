@@ -21,7 +21,7 @@ from psycopg.types.numeric import FloatBinaryDumper, Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper
 
 from hcna_ray.core.clock import boottime
-from hcna_ray.core.errors import HcnaError, StoreUnavailable
+from hcna_ray.core.errors import HcnaError, StoreFull, StoreUnavailable
 from hcna_ray.store.rows import Row
 
 T = TypeVar("T")
@@ -196,7 +196,8 @@ class Session:
         if schema is None:
             raise StoreUnfit("no schema of the search_path exists: create it, or change the path")
         self.schema = str(schema)
-        risky = [
+        #: Settings of the server for which it may lose what it has committed.
+        self.risks = tuple(
             f"{name} is off"
             for name, value in (
                 ("fsync", fsync),
@@ -204,10 +205,10 @@ class Session:
                 ("synchronous_commit", synchronous_commit),
             )
             if value == "off"
-        ]
-        if risky and not (manners.unsafe or manners.read_only):
+        )
+        if self.risks and not (manners.unsafe or manners.read_only):
             raise StoreUnfit(
-                f"PostgreSQL may lose what it has committed: {' and '.join(risky)}. "
+                f"PostgreSQL may lose what it has committed: {' and '.join(self.risks)}. "
                 "Turn it on for this server, database and role (store.unsafe takes it as it is)"
             )
         # From here on a change of the server's configuration does not reach this session.
@@ -344,6 +345,8 @@ class Session:
         if self._db.closed or self._db.broken or state.startswith("08") or state in _ENDED:
             self._db.close()
             return ConnectionLost(f"the connection to the task store broke: {text}", 2)
+        if state == "53100":
+            return StoreFull(f"the task store's disk is full: {text}", 10)
         if state.startswith(_FOR_NOW) or isinstance(error, psycopg.OperationalError):
             return StoreUnavailable(f"the task store cannot be used now: {text}", 5)
         if state == "42501" or state == "3F000":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcna_ray.core.clock import SystemClock
-from hcna_ray.core.errors import SchemaTooNew, StoreUnavailable
+from hcna_ray.core.errors import SchemaTooNew, StoreFull, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
 from hcna_ray.runtime.messages import (
     Accepted,
@@ -217,6 +218,31 @@ class TestOpening:
             assert store._live().run("SHOW synchronous_commit") == [("on",)]
         finally:
             server.execute("ALTER SYSTEM RESET synchronous_commit")
+        store.close()
+
+    def test_one_that_begins_to_forget_stores_nothing_until_it_is_put_right(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        put(store, a_task())
+        for name in ("fsync", "full_page_writes"):
+            server.execute(f"ALTER SYSTEM SET {name} = off")
+            server.execute("SELECT pg_reload_conf()")
+            _until_it_says(store, name, "off")
+            with pytest.raises(StoreUnavailable, match="may lose what it commits"):
+                put(store, a_task("t2", seq=2))
+            # Nor does a new connection take it.
+            server.execute(f"SELECT pg_terminate_backend({store._live().pid})")
+            with pytest.raises(StoreUnavailable, match=f"{name} is off|broke"):
+                put(store, a_task("t2", seq=2))
+            with pytest.raises(StoreUnavailable, match=f"{name} is off"):
+                put(store, a_task("t2", seq=2))
+            server.execute(f"ALTER SYSTEM RESET {name}")
+            server.execute("SELECT pg_reload_conf()")
+            _until_it_takes(store)
+        put(store, a_task("t2", seq=2))
+        assert sorted(store.get(["t1", "t2"])) == ["t1", "t2"]
         store.close()
 
     def test_an_old_server_is_refused(
@@ -651,6 +677,22 @@ class TestReconnection:
         store.close()
 
 
+def _until_it_says(store: PostgresTaskStore, name: str, value: str) -> None:
+    """Wait until a changed setting has reached the store's session."""
+    while store._live().run(f"SHOW {name}") != [(value,)]:
+        time.sleep(0.02)
+
+
+def _until_it_takes(store: PostgresTaskStore) -> None:
+    """Wait until the store can be read again."""
+    while True:
+        try:
+            store.next_wake()
+            return
+        except StoreUnavailable:
+            time.sleep(0.02)
+
+
 def _once(first: Any, then: Any) -> Any:
     """Return a method that is ``first`` at its first call and ``then`` at every later one."""
     calls: list[object] = []
@@ -660,6 +702,81 @@ def _once(first: Any, then: Any) -> Any:
         (first if len(calls) == 1 else then)(self)
 
     return method
+
+
+class TestServerThatForgot:
+    """A standby that was behind was promoted, or older files were put back under a live writer."""
+
+    def test_it_is_told_and_nothing_is_given_out_twice(
+        self, frail: tuple[PostgresServer, str], tmp_path: Path
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        put(store, a_task())
+        with store.transaction():
+            store.append_facts([a_fact()])
+        server.stop()
+        old = tmp_path / "older"
+        shutil.copytree(server.data, old)
+        server.start()
+        _until_it_takes(store)
+        put(store, a_task("t2", seq=2))
+        with store.transaction():
+            last = store.append_facts([a_fact("t2"), a_fact("t2")])
+        generation = store.generation()
+        server.stop()
+        shutil.rmtree(server.data)
+        subprocess.run(["cp", "-a", os.fspath(old), os.fspath(server.data)], check=True)
+        _give_to_owner(server)
+        server.start()
+        with pytest.raises(StoreUnavailable, match="lost commits"):
+            _until_reached(store)
+        assert sorted(store.get(["t1", "t2"])) == ["t1"]
+        assert store.generation() == generation + 1
+        assert store.last_seq() == 2, "its number is not given to another task"
+        with store.transaction():
+            assert store.append_facts([a_fact("t1")]) == last + 1
+        reader = store.reader()
+        (line,) = reader.audit(before=None, limit=9)
+        assert (line.entry.action, line.entry.target) == ("store.went_back", "")
+        assert "lost 2 confirmed commits" in line.entry.detail
+        reader.close()
+        store.close()
+        again = PostgresTaskStore(url)
+        assert again.generation() == generation + 1
+        again.close()
+
+    def test_a_server_that_only_restarted_has_forgotten_nothing(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        for turn in range(3):
+            put(store, a_task(f"t{turn}", seq=turn + 1))
+            server.crash()
+            with pytest.raises(StoreUnavailable):
+                put(store, a_task("x", seq=99))
+            server.start()
+            _until_it_takes(store)
+        assert store.generation() == 1
+        store.close()
+
+
+def _give_to_owner(server: PostgresServer) -> None:
+    owner = server.folder.stat()
+    command = ["chown", "-R", f"{owner.st_uid}:{owner.st_gid}", os.fspath(server.data)]
+    subprocess.run(command, check=True)
+    server.data.chmod(0o700)
+
+
+def _until_reached(store: PostgresTaskStore) -> None:
+    """Read until the answer is not that the server is away."""
+    while True:
+        try:
+            store.next_wake()
+            return
+        except ConnectionLost:
+            time.sleep(0.02)
 
 
 class TestRefusals:
@@ -696,7 +813,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("state", "expected"),
         [
-            ("53100", StoreUnavailable),  # disk full
+            ("53100", StoreFull),  # disk full
             ("53300", StoreUnavailable),  # too many connections
             ("40001", StoreUnavailable),  # serialization failure
             ("40P01", StoreUnavailable),  # deadlock
@@ -743,11 +860,11 @@ class TestRefusals:
             with ballast.open("wb") as file:
                 file.write(bytes(16 * 1024 * 1024))
             store = PostgresTaskStore(postgres.url("cramped"))
-            with pytest.raises(StoreUnavailable, match="space") as refusal:
+            with pytest.raises(StoreFull, match="space") as refusal:
                 fill(store, payload_bytes=50_000)
             stored = store.last_seq()
             assert stored > 10
-            assert refusal.value.retry_after_s == 5
+            assert refusal.value.retry_after_s == 10
             assert len(store.get([f"t{i}" for i in range(1, stored + 2)])) == stored
             ballast.unlink()
             put(store, a_task("small", seq=stored + 1))
