@@ -15,6 +15,7 @@
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
+    │   │   └── StoreFull
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
@@ -190,6 +191,12 @@ class StoreUnavailable(CannotAccept):
     """The durable store cannot be written."""
 
     code = "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    """Where the durable store lies there is no space left."""
+
+    code = "store_full"
 
 
 class QuotaExceeded(CannotAccept):
