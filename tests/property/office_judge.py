@@ -59,6 +59,8 @@ class Judge:
         self._runs: dict[str, list[tuple[Worker, Run]]] = {}
         self._asked: dict[int, Request] = {}
         self._may_have_ended: set[str] = set()
+        #: What the wall clock showed at most: what was too old once is gone.
+        self._latest = 0.0
 
     def must(self, held: bool, promise: str, what: object) -> None:
         """Stop unless ``held``."""
@@ -95,6 +97,7 @@ class Judge:
     def after(self, op: Op, told: Told) -> None:
         """Judge what the operation changed and what was answered."""
         now = self.office.clock.now()
+        self._latest = max(self._latest, now)
         stored = self._stored()
         self.facts = told.last_fact or self.facts
         reports = [
@@ -158,11 +161,14 @@ class Judge:
             self.must(False, "C1 nothing of a refused commit is stored", op)
         for task_id, old in before.items():
             if task_id not in stored:
-                age = now - (old.finished_at or now)
+                age = self._latest - (old.finished_at or now)
                 kept = self.office.policy.retention_s
                 self.must(old.terminal and age > kept, "only old ended tasks are pruned", old)
                 self.kept.pruned += 1
                 self.kept.acked.discard(task_id)
+                # Whoever sends it once more, so long afterwards, has sent something new.
+                self.tokens.pop(task_id, None)
+                self._runs.pop(task_id, None)
 
     def _judge_new(self, task: Task, specs: Mapping[str, TaskSpec], now: float) -> None:
         self.must(task.id in specs, "C2 nothing is invented", task)
@@ -174,7 +180,8 @@ class Judge:
             held = self.kept.keys.get(name)
             if held is not None:
                 policy = self.office.policy
-                over = held[0] not in self.kept.tasks and now - held[2] > policy.idempotency_s
+                age = self._latest - held[2]
+                over = held[0] not in self.kept.tasks and age > policy.idempotency_s
                 self.must(over, "C3 one key, one task", (held, task))
             self.kept.keys[name] = (task.id, spec.fingerprint, now)
         self._issue(task.id, task)

@@ -97,6 +97,7 @@ class Trouble:
     crashes: float
     restores: float
     cuts: float
+    flaps: float
     pauses: float
     deaths: float
     jumps: float
@@ -118,6 +119,7 @@ class Trouble:
             crashes=often(0.05),
             restores=often(0.02) if going_back else 0.0,
             cuts=often(0.06),
+            flaps=often(0.4),
             pauses=often(0.03),
             deaths=often(0.08),
             jumps=often(0.08),
@@ -217,6 +219,11 @@ class OfficeWorld:
 
     def walk(self) -> None:
         """Make all operations, then let the world come to rest."""
+        self.live()
+        self.drain()
+
+    def live(self) -> None:
+        """Make all operations."""
         for one in self.crew:
             if self.chance(0.8):
                 one.begin()
@@ -227,7 +234,6 @@ class OfficeWorld:
             self._trouble()
             self._collect()
             self.perform(self._time(), self._wall(), self._first())
-        self.drain()
 
     def perform(self, seconds: float = 0.0, wall_s: float = 0.0, first: str = "") -> Told:
         """Hand everything in that has arrived, and take the answers out."""
@@ -391,6 +397,8 @@ class OfficeWorld:
         one = crew[self.pick(len(crew))]
         if self.chance(0.3):
             self._recover(one)
+        if self.chance(trouble.flaps):
+            crew[0].deaf = crew[0].mute = self.chance(0.8)
         if self.chance(trouble.cuts) and one.on:
             one.deaf, one.mute = self.random.choice(((True, True), (True, False), (False, True)))
             self.tally.note("partition")
@@ -540,7 +548,7 @@ class OfficeWorld:
             for one in self.crew:
                 self._serve(one)
             self._collect_all()
-            told = self.perform(min(max(self._sleep, 0.0), 1.0) if quiet else 0.01)
+            told = self.perform(min(max(self._sleep, 0.0), 1.0) if quiet else 0.2)
             self._sleep = told.sleep_s
             quiet = 0 if self.judge.facts != facts else quiet + 1
             if quiet > 14 and self.judge.at_rest():
