@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded
 from hcna_ray.runtime.moderator import Moderator, Outbound
@@ -124,4 +125,6 @@ class WriterThread:
                 closed = self._closed
             if closed and not batch:
                 return
+            failpoints.hit("writer.batch.taken")
             self._publish(moderator.apply(batch))
+            failpoints.hit("writer.batch.published")

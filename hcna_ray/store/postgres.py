@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
@@ -268,9 +269,11 @@ class PostgresTaskStore(Bookkeeper):
     def _commit(self) -> None:
         session = self._live()
         try:
+            failpoints.hit("postgres.commit.before")
             session.commit()
         except ConnectionLost as error:
             self._settle(error)
+        failpoints.hit("postgres.commit.after")
 
     def _settle(self, cause: ConnectionLost) -> None:
         """Find out how a commit ended whose answer was lost, by the count it would have left.
@@ -832,6 +835,7 @@ def migrate(session: Session) -> None:
         session.run("BEGIN")
         try:
             session.script(migration.sql)
+            failpoints.hit("postgres.step.applied")
             session.run("INSERT INTO schema_migration VALUES (%s, %s, %s)", migration.line)
             session.commit()
         except BaseException:
