@@ -94,6 +94,11 @@ class PaperDisk(apsw.VFS):
             image = self.images.setdefault(Path(text).name, Image())
         return _PaperFile(self, name, flags, image)
 
+    def xDelete(self, filename: str, syncdir: bool) -> None:
+        """Delete a file; that a power cut might bring it back is not looked at."""
+        super().xDelete(filename, syncdir)
+        self.images.pop(Path(filename).name, None)
+
     def snapshot(self) -> Snapshot:
         """Return what a SIGKILL at this moment would leave."""
         files = {name: (self.folder / name).read_bytes() for name in self._living()}
