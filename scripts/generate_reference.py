@@ -410,6 +410,8 @@ CODES = {
     "quota": "The caller's own limit is reached. No route uses it yet.",
     "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
     "moderator_unavailable": "M1 does not answer. Reads go on.",
+    "outcome_unknown": "M1 was asked and did not answer: it may have been done. Send it again with "
+    "the same idempotency key, or look.",
     "worker_unavailable": "The worker that an intent was for is away, or does not answer.",
     "store_unavailable": "The store cannot be read or written.",
     "store_full": "There is no space left where the store lies.",
@@ -540,7 +542,7 @@ def error_codes() -> list[str]:
         ```
 
         `code` is stable and may be matched on; `detail` is for people. `errors` lists
-        `{field, message}` where fields are wrong. 503 and 507 carry `Retry-After`, also as
+        `{field, message}` where fields are wrong. 503, 504 and 507 carry `Retry-After`, also as
         `retry_after_s`: nothing was stored, trying again later is safe.
         """)
     ranked = sorted(CODES, key=lambda code: (found[code], list(CODES).index(code)))

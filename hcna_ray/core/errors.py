@@ -14,6 +14,7 @@
     │   ├── Overloaded
     │   │   └── QueueFull     not one task more, however small
     │   ├── ModeratorUnavailable
+    │   │   └── NoAnswer      it was asked: whether it did what was asked is not known
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
     │   │   └── StoreFull
@@ -158,7 +159,10 @@ class Invalid(HcnaError):
 
 
 class CannotAccept(HcnaError):
-    """The system cannot accept this now. Nothing was stored; trying again later helps."""
+    """The system cannot accept this now. Trying again later helps.
+
+    Nothing was stored, except of a `NoAnswer`, which says that this is not known.
+    """
 
     code = "overloaded"
 
@@ -184,6 +188,15 @@ class ModeratorUnavailable(CannotAccept):
     """The moderator does not answer."""
 
     code = "moderator_unavailable"
+
+
+class NoAnswer(ModeratorUnavailable):
+    """The moderator was asked and did not answer: what was asked may have been done, or not.
+
+    So this one does *not* say that nothing was stored.
+    """
+
+    code = "outcome_unknown"
 
 
 class WorkerUnavailable(CannotAccept):

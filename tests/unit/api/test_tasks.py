@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from hcna_ray.api.schemas import SubmitOut, TaskOut, TasksOut
-from hcna_ray.core.errors import DiskFull, Overloaded, StoreFull, StoreUnavailable
+from hcna_ray.core.errors import (
+    DiskFull,
+    NoAnswer,
+    Overloaded,
+    StoreFull,
+    StoreUnavailable,
+)
 from hcna_ray.runtime.messages import ReportKind
 from tests.support.c1 import Composite
 
@@ -109,6 +115,16 @@ async def test_without_the_moderator_reads_work_and_writes_are_refused(c1: Compo
     assert refused.status_code == 503
     assert refused.json()["code"] == "moderator_unavailable"
     assert refused.headers["retry-after"] == "2"
+
+
+async def test_a_change_without_an_answer_may_have_been_made(c1: Composite) -> None:
+    task_id = await c1.submit()
+    c1.moderator.refuses = NoAnswer("moderator did not answer", 2)
+
+    told = await c1.http.delete(f"/tasks/{task_id}")
+
+    assert (told.status_code, told.json()["code"]) == (504, "outcome_unknown")
+    assert told.headers["retry-after"] == "2"
 
 
 async def test_a_wait_ends_with_the_task(c1: Composite) -> None:
