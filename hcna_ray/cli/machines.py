@@ -36,7 +36,8 @@ from hcna_ray.cli.terminal import (
 
 if TYPE_CHECKING:
     from hcna_ray.config import Settings
-    from hcna_ray.supervisor.checks import Check
+    from hcna_ray.runtime.journal import forget_generations
+from hcna_ray.supervisor.checks import Check
     from hcna_ray.supervisor.gate_client import Found
     from hcna_ray.supervisor.invites import JoinCode
     from hcna_ray.supervisor.membership import Membership
@@ -371,6 +372,7 @@ def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: boo
             channel.close()
     (settings.keys_dir / "ray.token").unlink(missing_ok=True)
     remove_membership(settings.cluster_dir)
+    forget_generations(settings.outbox_dir.parent)
     if report["told_m1"]:
         console.print(f"this machine is no longer {joined.name}. Next: hcna join CODE, or hcna up")
     else:

@@ -21,6 +21,7 @@
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
+    ├── StaleModerator        a moderator on an older store than this worker has worked for
     ├── StoreTooOld           the SQLite library is older than the WAL-reset fix
     ├── SchemaTooNew          a newer hcna-ray wrote the database
     ├── InvalidTransition     a missing pair in the transition table: a bug
@@ -240,6 +241,23 @@ class StaleWorker(HcnaError):
 
     def __str__(self) -> str:
         return f"{self.worker}: incarnation {self.incarnation} was replaced by {self.current}"
+
+
+class StaleModerator(HcnaError):
+    """A moderator's tokens are older than some this worker has seen: its store was replaced."""
+
+    code = "stale_moderator"
+
+    def __init__(self, generation: int, seen: int, mark: str) -> None:
+        super().__init__(generation, seen, mark)
+        self.generation, self.seen, self.mark = generation, seen, mark
+
+    def __str__(self) -> str:
+        return (
+            f"M1 serves a store of generation {self.generation}, and this worker has worked for "
+            f"generation {self.seen}: that store is an older copy. Stop that M1; or, if the store "
+            f"was meant to begin anew, remove {self.mark} on this worker"
+        )
 
 
 class StoreTooOld(HcnaError):
