@@ -36,8 +36,7 @@ from hcna_ray.cli.terminal import (
 
 if TYPE_CHECKING:
     from hcna_ray.config import Settings
-    from hcna_ray.runtime.journal import forget_generations
-from hcna_ray.supervisor.checks import Check
+    from hcna_ray.supervisor.checks import Check
     from hcna_ray.supervisor.gate_client import Found
     from hcna_ray.supervisor.invites import JoinCode
     from hcna_ray.supervisor.membership import Membership
@@ -315,6 +314,7 @@ def leave(
 def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: bool) -> Json:
     """Drain, stop, be forgotten by M1, forget M1."""
     from hcna_ray import supervisor
+    from hcna_ray.runtime.journal import forget_generations
     from hcna_ray.supervisor.gate_client import GateUnreachable, reach_gate
     from hcna_ray.supervisor.gate_protocol import GateRefused
     from hcna_ray.supervisor.membership import remove_membership

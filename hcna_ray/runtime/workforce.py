@@ -119,6 +119,7 @@ class Workforce:
         self.take_renewals(elapsed)
         self._stops.clear()
         self._starts.reset()
+        self._reports.reset()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")

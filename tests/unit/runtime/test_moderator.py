@@ -21,6 +21,7 @@ from hcna_ray.core.errors import (
 )
 from hcna_ray.core.models import (
     HEAVY_SLOT,
+    AuditEntry,
     FailureKind,
     Hold,
     Needs,
@@ -28,9 +29,11 @@ from hcna_ray.core.models import (
     RetryPolicy,
     TaskError,
     TaskState,
+    Token,
     WorkerState,
 )
-from hcna_ray.runtime.messages import Accepted, Grant, Refused, ReportKind, SubmitBatch
+from hcna_ray.runtime import reports
+from hcna_ray.runtime.messages import Accepted, Grant, Offer, Refused, ReportKind, SubmitBatch
 from hcna_ray.runtime.moderator import PRUNE_MAX, PRUNE_PERIOD_S
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import MarkWorker, PauseQueue, Query, Reports, Retry, SendIntent
@@ -436,6 +439,55 @@ def test_poison_is_given_up_after_three_losses(desk: Desk, w1: PaperWorker) -> N
     assert task.error is not None
     assert task.error.kind is FailureKind.POISON
     assert task.failures == 0
+
+
+def test_a_late_end_is_on_record_once_however_often_it_is_repeated(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("t1", "t2")
+    offer, other = _grants(w1)
+    w1.report(w1.started(offer), w1.ended(offer))
+    w1.report(w1.started(other), w1.ended(other))
+    for _ in range(5):
+        w1.report(w1.ended(offer), w1.ended(offer))
+    w1.report(w1.ended(other, ReportKind.FAILED, error=BOOM))
+
+    assert [(one.target, one.detail) for one in _late_lines(desk)] == [
+        ("t1", "1.1 completed counts no longer"),
+        ("t2", "1.1 failed counts no longer"),
+    ]
+
+
+def test_a_flood_of_late_ends_does_not_fill_the_audit_log(
+    desk: Desk, w1: PaperWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "LATE_LINES_MAX", 3)
+    monkeypatch.setattr(reports, "LATE_KNOWN", 2)
+    desk.submit_ids("t1")
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer), w1.ended(offer))
+
+    def lie(count: int) -> None:
+        forged = w1.ended(offer)
+        w1.report(*(forged._replace(token=Token(1, 100 + n)) for n in range(count)))
+
+    lie(10)
+    assert len(_late_lines(desk)) == 3
+    desk.tick(61.0)
+    lie(10)
+    assert len(_late_lines(desk)) == 6
+
+
+def _grants(worker: PaperWorker) -> list[Offer]:
+    found = [*worker.granted()]
+    while len(found) < 2:
+        found += worker.granted(len(found))
+    return found
+
+
+def _late_lines(desk: Desk) -> list[AuditEntry]:
+    lines = desk.store.reader().audit(before=None, limit=100)
+    return [one.entry for one in reversed(lines) if one.entry.action == "report.late"]
 
 
 def test_losses_are_counted_over_restarts_of_the_moderator(desk: Desk, w1: PaperWorker) -> None:
