@@ -510,7 +510,7 @@ REASONS = {
     "queue_paused": "Its queue is paused.",
     "moderator_unavailable": "M1 does not answer, so nothing is placed now.",
     "waiting_worker_return": "It waits for the worker that fell silent (`on_disconnect: wait`).",
-    "waiting_worker": "It names a worker that has never joined.",
+    "waiting_worker": "It names a worker that has never joined, or was forgotten.",
     "no_workers": "No worker has joined yet.",
     "no_healthy_workers": "No worker takes tasks now.",
     "unplaceable": "No worker has what it needs; says which need excludes which worker.",

@@ -117,6 +117,25 @@ async def test_without_the_moderator_reads_work_and_writes_are_refused(c1: Compo
     assert refused.headers["retry-after"] == "2"
 
 
+async def test_a_task_that_waits_for_a_forgotten_worker_says_so(c1: Composite) -> None:
+    worker = c1.moderator.join()
+    task_id = await c1.submit(on_disconnect="wait")
+    (offer,) = worker.granted()
+    worker.report(worker.started(offer))
+    for _ in range(60):
+        c1.moderator.desk.tick(1.0)
+    waiting = (await c1.task(task_id))["pending_reason"]
+
+    reply = await c1.http.delete("/workers/W1")
+
+    assert (reply.status_code, reply.json()["waiting"]) == (200, 1)
+    reason = (await c1.task(task_id))["pending_reason"]
+    assert waiting["code"] == reason["code"] == "waiting_worker_return"
+    assert "asleep" in waiting["message"]
+    assert "has been forgotten" in reason["message"]
+    assert "join again" in reason["fix"]
+
+
 async def test_a_change_without_an_answer_may_have_been_made(c1: Composite) -> None:
     task_id = await c1.submit()
     c1.moderator.refuses = NoAnswer("moderator did not answer", 2)
