@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from hcna_ray import failpoints
 from hcna_ray.api.ports import ModeratorPort
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded
@@ -160,7 +161,9 @@ class Gatherer:
         while True:
             self.calls += 1
             try:
+                failpoints.hit("c1.submit.before")
                 results = await self._moderator.submit(batch)
+                failpoints.hit("c1.submit.answered")
                 break
             except ModeratorUnavailable:
                 if self._clock.elapsed() + pause > deadline:

@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ulid import ULID
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
@@ -179,8 +180,10 @@ class ModeratorActor(_Face):
             if not future.done():
                 future.set_result(answer)
 
+        failpoints.hit("actor.call.received")
         self._writer.submit(request, resolve)
         answer = await future
+        failpoints.hit("actor.call.decided")
         if isinstance(answer, BaseException):
             raise answer
         return answer

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.envelopes import Intent, Telemetry
 from hcna_ray.core.errors import (
@@ -235,6 +236,7 @@ class WorkerAgent:
         member = self._members.get(name)
         if member is None or self._closing or self._standing_back:
             return False
+        failpoints.hit("agent.attach.received")
         member.pid = pid
         self._deaths = 0
         return True
@@ -269,7 +271,9 @@ class WorkerAgent:
                     await self._say_hello()
                 # The moderator renews the session when the call arrives, not when it is answered.
                 asked = self._clock.elapsed()
+                failpoints.hit("agent.heartbeat.before")
                 reply = await self._link.heartbeat(self._beat())
+                failpoints.hit("agent.heartbeat.answered")
                 if reply.known:
                     self._confirmed = asked
                     self._standing_back = False
@@ -316,7 +320,9 @@ class WorkerAgent:
             raise ModeratorUnavailable(f"cannot describe this worker: {error!r}") from error
         asked = self._clock.elapsed()
         self._forgotten.clear()
+        failpoints.hit("agent.hello.before")
         welcome = await self._link.hello(hello)
+        failpoints.hit("agent.hello.answered")
         for files in self._leftovers:
             files.remove()
         self._leftovers.clear()
@@ -446,7 +452,9 @@ class WorkerAgent:
         """Exchange until it is answered; ``None`` when the worker must say hello first."""
         while not self._closing:
             try:
+                failpoints.hit("agent.exchange.before")
                 grant = await self._link.exchange(exchange)
+                failpoints.hit("agent.exchange.answered")
             except HcnaError:
                 await asyncio.sleep(self._retry_s)
                 continue
@@ -482,6 +490,7 @@ class WorkerAgent:
         name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{Token(*offer.token)}"
         if name in self._members or name in self._telling:
             return  # The same grant, told twice.
+        failpoints.hit("agent.heavy.granted")
         member = self._add(HEAVY_SLOT, name, offer)
         self._spawn(self._follow(member, lambda: self._processes.start_heavy(offer, name)))
 
@@ -508,6 +517,7 @@ class WorkerAgent:
         try:
             known = read_stops(member.files.stop)[-ORDERS_KEPT:]
             write_stops(member.files, [*known, order])
+            failpoints.hit("agent.stop.written")
         except OSError as error:
             log.error(
                 "a stop order cannot be written",
@@ -586,7 +596,9 @@ class WorkerAgent:
                     slot=member.slot,
                     reports=reports,
                 )
+                failpoints.hit("agent.gone.before")
                 await self._link.slot_gone(gone)
+                failpoints.hit("agent.gone.answered")
             except HcnaError:
                 await asyncio.sleep(self._retry_s)
                 continue
@@ -658,7 +670,9 @@ class WorkerAgent:
                     incarnation=self._settings.incarnation,
                     reports=tuple(one for one in found if not _plainly_lost(one)),
                 )
+                failpoints.hit("agent.goodbye.before")
                 await self._link.goodbye(bye)
+                failpoints.hit("agent.goodbye.answered")
             except (StaleWorker, WorkerNameTaken):
                 raise
             except HcnaError:
@@ -673,6 +687,7 @@ class WorkerAgent:
         answer = self._settings.run / GOODBYE_DONE_FILE
         scratch = answer.with_suffix(f".{os.getpid()}")
         try:
+            failpoints.hit("agent.goodbye.delivered")
             scratch.write_text(json.dumps({"delivered": delivered, "at": self._clock.now()}))
             scratch.replace(answer)
         except OSError as error:

@@ -10,6 +10,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import StaleWorker
@@ -49,7 +50,9 @@ def _begin(worker: str, home: str) -> Settings:
 
 def _attach(worker: str, name: str) -> bool:
     """Tell the agent which process this is; it says whether there is still work for it."""
+    failpoints.hit("slot.process.begun")
     begin: bool = ActorLink(agent_name(worker)).call("attach", name, os.getpid(), timeout_s=60.0)
+    failpoints.hit("slot.process.attached")
     return begin
 
 

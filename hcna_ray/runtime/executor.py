@@ -23,6 +23,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError, NotFound
 from hcna_ray.handlers import load_registry
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> int:
                 control.close()
                 _be_executor(descriptors[0], str(order["name"]), facts, registry)
             os.close(descriptors[0])
+            failpoints.hit("nursery.executor.forked")
             control.send(json.dumps({"forked": child, "name": order["name"]}).encode())
 
 
@@ -157,6 +159,7 @@ class Executor:
         with self._runner.serving():
             while not self._runner.must_end:
                 reports = self._runner.take_unconfirmed()
+                failpoints.hit("executor.idle.before")
                 self._channel.send(Frame(channel.IDLE, reports))
                 order = self._orders.get()
                 if order is None:

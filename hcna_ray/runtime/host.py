@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import CannotAccept, NotFound, StaleWorker
 from hcna_ray.core.models import FailureKind, TaskError, Token
@@ -348,6 +349,7 @@ class SlotHost:
             self._forking -= 1
         files = RunnerFiles(self._settings.outbox, name)
         executor = _Executor(name, pid, stream, files)
+        failpoints.hit("slot.executor.forked")
         self._executors[pid] = executor
         self.spawn(self._listen(executor))
 
@@ -468,6 +470,7 @@ class SlotHost:
         kind = FailureKind.OOM if oom else FailureKind.POISON
         orders = {key: order for key, (order, _) in executor.orders.items()}
         reports = last_words(executor.files, orders, self._clock.now(), kind, how)
+        failpoints.hit("slot.executor.mourned")
         told = {
             (report.task_id, Token(*report.token)) for report in reports if report.kind in FINAL
         }
@@ -478,6 +481,7 @@ class SlotHost:
         ]
 
         def settled() -> None:
+            failpoints.hit("slot.mourning.confirmed")
             self._mourned.remove(executor)
             executor.holds.clear()
             executor.files.remove()
@@ -522,7 +526,9 @@ class SlotHost:
                 ),
             )
             try:
+                failpoints.hit("slot.exchange.before")
                 grant = await self._link.exchange(exchange)
+                failpoints.hit("slot.exchange.answered")
             except CannotAccept:
                 await asyncio.sleep(RETRY_S)
                 continue
@@ -555,6 +561,7 @@ class SlotHost:
             executor.holds[offer.task_id, Token(*offer.token)] = offer
         self._obey_agent()  # An order may have come before the attempt did.
         executor.channel.send(Frame(channel.RUN, offers=offers))
+        failpoints.hit("slot.grant.handed_over")
         self._fork_if_needed()
 
     def _send(self, reports: tuple[Report, ...], confirmed: Callable[[bool], None]) -> None:
@@ -582,7 +589,9 @@ class SlotHost:
                 continue
             reports = tuple(report for one, _ in batch for report in one)
             self._sending = True
+            failpoints.hit("slot.report.before")
             arrived = await self._link.report(reports)
+            failpoints.hit("slot.report.answered")
             self._sending = False
             if not arrived:
                 await asyncio.sleep(RETRY_S)
@@ -613,6 +622,7 @@ class SlotHost:
         executor.orders[key] = (order, self._clock.elapsed())
         try:
             write_stops(executor.files, [one for one, _ in executor.orders.values()])
+            failpoints.hit("slot.stop.written")
         except OSError as error:
             # A full disk: the executor will not know what the signal means, SIGKILL follows.
             log.error(

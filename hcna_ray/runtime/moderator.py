@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, Invalid, StoreUnavailable
 from hcna_ray.core.events import TimePassed
@@ -220,6 +221,8 @@ class Moderator:
                 last_fact = ledger.flush()
                 for write in turn.writes:
                     write()
+                failpoints.hit("moderator.commit.written")
+            failpoints.hit("moderator.commit.done")
             self._commits += 1
         # From here on everything is durable: memory follows.
         self._live.absorb(ledger)
@@ -246,6 +249,7 @@ class Moderator:
         """Forget everything that followed from uncommitted decisions; read the store again."""
         self._stale = True
         leased = self._store.leased()
+        failpoints.hit("moderator.rebuild.begun")
         self._paused = self._store.paused()
         self._live.reset(leased)
         self._dispatcher.reset()
@@ -253,6 +257,7 @@ class Moderator:
         self._intake.reset()
         self._aftermath.reset()
         self._stale = False
+        failpoints.hit("moderator.rebuild.done")
 
     def _preload(self, turn: Turn, batch: Sequence[Pending]) -> None:
         ids: list[str] = []
@@ -351,6 +356,7 @@ class Moderator:
         ended_before = now - self._policy.retention_s
         keys_before = ended_before - self._policy.idempotency_s
         self._store.prune(ended_before, keys_before, PRUNE_MAX)
+        failpoints.hit("moderator.prune.written")
 
     # -- looking in ------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.models import FailureKind, Outcome, Progress, TaskError, Token
 from hcna_ray.handlers.context import ArtifactRef, TaskContext
@@ -192,7 +193,9 @@ class Runner:
             self._shared.exchanging = False
             self._forget(reports)
             if not self._shared.unconfirmed:
+                failpoints.hit("runner.journal.confirmed")
                 self._journal.clear()
+                failpoints.hit("runner.journal.forgotten")
             self._shared.lock.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
@@ -256,8 +259,10 @@ class Runner:
         )
         started = Report(ReportKind.STARTED, offer.task_id, token, current.started_at)
         try:
+            failpoints.hit("runner.start.before")
             self._journal.write_note(note)
             self._journal.append((started,))
+            failpoints.hit("runner.start.journaled")
         except OSError as error:
             self._say_disk_failed(error)
             self._note_idle()
@@ -283,6 +288,7 @@ class Runner:
             failure = TaskError(kind=FailureKind.ERROR, message=text[:500])
             outcome = HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         current.interruptible = False
+        failpoints.hit("runner.handler.ended")
         if outcome.outcome is Outcome.TIMED_OUT:
             self.must_end = True  # Nobody knows what the handler left half done.
         ended = self._clock.now()
@@ -293,6 +299,7 @@ class Runner:
             if held_back is not None:
                 self._add(held_back)
             self._add(_report_of(offer, token, outcome, current, ended, duration_ms))
+            failpoints.hit("runner.outcome.journaled")
         self._note_idle()
 
     def _handle(self, offer: Offer, token: Token, current: _Current) -> HandlerOutcome:
@@ -312,6 +319,7 @@ class Runner:
         )
         task_type = self._registry.get(offer.task_type)
         try:
+            failpoints.hit("runner.handler.before")
             current.interruptible = True
             current.raise_if_stopping()
             outcome = run_handler(
@@ -423,7 +431,9 @@ class Runner:
                     continue
                 batch = tuple(self._shared.unconfirmed)
                 self._shared.sending = True
+            failpoints.hit("runner.report.before")
             confirmed = self._link.report(batch)
+            failpoints.hit("runner.report.answered")
             with self._shared.lock:
                 self._shared.sending = False
                 if confirmed:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded, StoreUnavailable
 from hcna_ray.runtime.messages import Heartbeat
@@ -214,7 +215,9 @@ class WriterThread:
                 self._busy_since = self._clock.elapsed()
             if closed and not batch:
                 return
+            failpoints.hit("writer.batch.taken")
             self._publish(moderator.apply(batch))
+            failpoints.hit("writer.batch.published")
 
     # -- while the writer is held up --------------------------------------------------------------
 

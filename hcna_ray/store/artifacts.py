@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import Conflict, DiskFull, HcnaError, Invalid, NotFound, Overloaded
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
@@ -249,6 +250,7 @@ class ArtifactStore:
             if offset != received:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
             _write_at(descriptor, data, offset)
+            failpoints.hit("artifact.part.flushed")
             self._update(name, offset, data)
             if offset + len(data) < size:
                 return Upload(sha256=name, size=size, received=offset + len(data))
@@ -324,7 +326,9 @@ class ArtifactStore:
         with _disk_errors():
             target.parent.mkdir(mode=0o700, exist_ok=True)
             source.chmod(0o400)
+            failpoints.hit("artifact.rename.before")
             source.rename(target)
+            failpoints.hit("artifact.rename.after")
             _sync_directory(target.parent)
             _sync_directory(self._root)
 
@@ -346,6 +350,7 @@ class ArtifactStore:
             part.unlink(missing_ok=True)
             raise _mismatch(name, found)
         self._publish(part, target)
+        failpoints.hit("artifact.upload.complete")
         return Artifact(sha256=name, size=size)
 
 

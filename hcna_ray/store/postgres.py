@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
@@ -320,10 +321,12 @@ class PostgresTaskStore(Bookkeeper):
     def _commit(self) -> None:
         session = self._live()
         try:
+            failpoints.hit("postgres.commit.before")
             session.commit()
         except ConnectionLost as error:
             self._settle(error)
         self._confirmed, self._marks = self._commits, dict(self._numbers)
+        failpoints.hit("postgres.commit.after")
 
     def _settle(self, cause: ConnectionLost) -> None:
         """Find out how a commit ended whose answer was lost, by the count it would have left.
@@ -899,6 +902,7 @@ def migrate(session: Session) -> None:
         session.run("BEGIN")
         try:
             session.script(migration.sql)
+            failpoints.hit("postgres.step.applied")
             session.run("INSERT INTO schema_migration VALUES (%s, %s, %s)", migration.line)
             session.commit()
         except BaseException:

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import apsw
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import NotFound, StoreFull, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
@@ -159,6 +160,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         self.path = Path(path)
         # Before SQLite does, so that there is no moment at which others can read it.
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        failpoints.hit("store.file.created")
         try:
             db = apsw.Connection(os.fspath(self.path), vfs=vfs, statementcachesize=512)
         except apsw.Error as error:
@@ -215,12 +217,14 @@ class SqliteTaskStore(_Connection, Bookkeeper):
                 self._load()
             yield
             self._flush()
+            failpoints.hit("store.commit.before")
             self._run("COMMIT")
         except BaseException as error:
             self._roll_back(error)
             raise
         finally:
             self._writing = False
+        failpoints.hit("store.commit.after")
         self._checkpoint()
 
     def _roll_back(self, cause: BaseException) -> None:
@@ -281,7 +285,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         self._checkpoint_at = self._wal_pages + self._wal_step
         self._db.set_busy_timeout(_READERS_MS)
         try:
+            failpoints.hit("store.checkpoint.before")
             self._db.wal_checkpoint(mode=mode)
+            failpoints.hit("store.checkpoint.after")
         except apsw.Error as error:
             failure = _translated(error)
             if not isinstance(failure, StoreUnavailable):
