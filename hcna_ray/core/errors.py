@@ -12,6 +12,7 @@
     ├── Invalid               unknown_task_type, invalid_request, dependency_not_found, ...
     ├── CannotAccept          retry later: ``retry_after_s``
     │   ├── Overloaded
+    │   │   └── QueueFull     not one task more, however small
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
@@ -173,6 +174,10 @@ class Overloaded(CannotAccept):
     """A bounded queue or budget is full."""
 
     code = "overloaded"
+
+
+class QueueFull(Overloaded):
+    """The queue holds as many tasks as it may, so whatever is sent is refused until some end."""
 
 
 class ModeratorUnavailable(CannotAccept):

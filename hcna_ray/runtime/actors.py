@@ -34,7 +34,7 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
-from hcna_ray.runtime.attempts import node_id_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
@@ -49,6 +49,7 @@ from hcna_ray.runtime.messages import (
     SubmitBatch,
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.output import OutputSettings, prune_outputs
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.ray_link import (
     ARTIFACTS,
@@ -387,12 +388,21 @@ class NodeAgent(_Face):
         while True:
             try:
                 await asyncio.to_thread(prune_cache, self._settings)
+                await asyncio.to_thread(prune_outputs, self._outputs(), time.time())
             except OSError as error:
                 log.warning(
-                    "the artifact cache cannot be pruned",
+                    "caches and outputs cannot be pruned",
                     extra={"action": "agent.prune_failed", "error": str(error)},
                 )
             await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _outputs(self) -> OutputSettings:
+        limits = self._settings.limits
+        return OutputSettings(
+            folder=outputs_of(self._settings, self._worker),
+            bytes_max=limits.output_bytes,
+            total_bytes_max=limits.outputs_bytes,
+        )
 
     async def _run(self) -> None:
         host, port = self._settings.worker_host, self._settings.worker_port
@@ -486,6 +496,8 @@ class _RayProcesses:
 
     def __init__(self, worker: str, home: str, incarnation: str) -> None:
         self._worker, self._home, self._incarnation = worker, home, incarnation
+        #: Heavy attempts that have not ended, by the name of their process.
+        self._heavy: dict[str, Any] = {}
         self._here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -509,7 +521,7 @@ class _RayProcesses:
             if key not in ("cpu", "mem_gb", "gpu", self._worker) and amount
         }
         task: Any = ray.remote(max_calls=1)(run_heavy)
-        ref: Awaitable[None] = task.options(
+        ref: Any = task.options(
             max_retries=0,
             name=f"{offer.task_type}:{offer.task_id}",
             scheduling_strategy=self._here,
@@ -518,7 +530,19 @@ class _RayProcesses:
             num_gpus=amounts.get("gpu", 0.0),
             resources={**custom, self._worker: max(PIN, amounts.get(self._worker, 0.0))},
         ).remote(self._worker, self._home, self._incarnation, offer, name)
-        return ref
+        self._heavy[name] = ref
+        return self._ended(name, ref)
+
+    async def _ended(self, name: str, ref: Any) -> None:
+        try:
+            await ref
+        finally:
+            self._heavy.pop(name, None)
+
+    def withdraw(self, name: str) -> None:
+        ref = self._heavy.get(name)
+        if ref is not None:  # Takes back what waits; what runs by now is refused by `attach`.
+            ray.cancel(ref, force=False)
 
 
 class ArtifactsActor(_Face):

@@ -51,6 +51,7 @@ from hcna_ray.runtime.requests import (
     RetryMany,
     SendIntent,
 )
+from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.runtime.workforce import Workforce
 from hcna_ray.store.base import TaskStore
@@ -107,12 +108,14 @@ class Moderator:
         self._commits = 0
         self._live = LiveTable()
         self._dispatcher = Dispatcher(store, policy, self._live)
+        starts = StartWatch(policy.start_s)
         self._workforce = Workforce(
             store,
             policy,
             self._live,
             self._dispatcher,
-            ReportDesk(self._dispatcher.observe, jitter),
+            ReportDesk(self._dispatcher.observe, jitter, starts),
+            starts,
         )
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)

@@ -30,6 +30,8 @@ from hcna_ray.core.placement import age_in_words
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
+    STUCK,
+    UNSTARTED,
     Ack,
     Exchange,
     Goodbye,
@@ -56,6 +58,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.sessions import Session, Sessions, marked
+from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.store.base import TaskStore
 
@@ -81,9 +84,10 @@ class Workforce:
         live: LiveTable,
         dispatcher: Dispatcher,
         reports: ReportDesk,
+        starts: StartWatch,
     ) -> None:
         """Start empty; `reset` reads the store."""
-        self._store, self._policy = store, policy
+        self._store, self._policy, self._starts = store, policy, starts
         self._live, self._dispatcher, self._reports = live, dispatcher, reports
         self._generation = 1
         self.sessions = Sessions(
@@ -114,6 +118,7 @@ class Workforce:
         self.sessions.restore(self._store.workers(), now, elapsed)
         self.take_renewals(elapsed)
         self._stops.clear()
+        self._starts.reset()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
@@ -605,9 +610,10 @@ class Workforce:
     # -- time ------------------------------------------------------------------------------------
 
     def keep_house(self, turn: Turn) -> None:
-        """Give up on calls parked too long, on intents without an answer; end drains."""
+        """Give up on starts and calls that take too long, on intents; end drains."""
         for session in self.sessions:
             self._end_drain(turn, session)
+        self._watch_starts(turn)
         for place, pending in list(self._parked.items()):
             if turn.elapsed - pending.arrived > self._policy.exchange_wait_s:
                 del self._parked[place]
@@ -620,6 +626,38 @@ class Workforce:
                 del self._asked[msg_id]
                 error = WorkerUnavailable(f"{request.worker} did not answer in time", 5)
                 turn.answers.append((pending, error))
+
+    def _watch_starts(self, turn: Turn) -> None:
+        """Ask for what should have begun by now; take back what nobody answers for."""
+        in_contact = {
+            session.record.name
+            for session in self.sessions
+            if not session.closed
+            and self.sessions.state(session, turn.elapsed) is not WorkerState.SUSPECT
+        }
+        overdue = self._starts.look(
+            self._live.tasks.values(), in_contact.__contains__, turn.elapsed
+        )
+        for found, asked in overdue:
+            task = turn.ledger.get(found.id)
+            if task is None or task.lease is None or task.lease != found.lease:
+                continue  # Something has happened to it in this very batch.
+            lease = task.lease
+            stop = Stop(task.id, lease.token, lease.slot, STUCK if asked else UNSTARTED)
+            self._order(lease.worker, stop)
+            log.warning(
+                "an attempt does not start",
+                extra={
+                    "action": "attempt.unstarted",
+                    "task_id": task.id,
+                    "attempt": lease.token.attempt,
+                    "worker": lease.worker,
+                    "taken_back": asked,
+                },
+            )
+            if asked:
+                why = f"{lease.worker} did not start it and did not say why"
+                turn.ledger.step(task, self._starts.returned(task, why, turn.now))
 
     def watch_sessions(self, turn: Turn) -> None:
         """Say which workers have fallen silent, and take back what the silent hold."""

@@ -168,8 +168,13 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         try:
             _Connection.__init__(self, db, cache_bytes=64 * 1024 * 1024)
             Bookkeeper.__init__(self)
-            self._configure(bytes_max, wal_bytes_max)
             self._broken = False
+            self._configure(bytes_max, wal_bytes_max)
+            # After a failed fsync the kernel keeps pages that are on no disk and counts them as
+            # clean: nobody writes them again. So what the last process left in the log may be read
+            # today and be gone after a loss of power, with all that followed it. Carried into the
+            # database, it is written and synced anew.
+            self._carry_over(apsw.SQLITE_CHECKPOINT_RESTART)
             self._load()
         except BaseException:
             db.close()
@@ -283,6 +288,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         wait = self._wal_pages >= 6 * self._wal_step
         mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
         self._checkpoint_at = self._wal_pages + self._wal_step
+        self._carry_over(mode)
+
+    def _carry_over(self, mode: int) -> None:
         self._db.set_busy_timeout(_READERS_MS)
         try:
             failpoints.hit("store.checkpoint.before")

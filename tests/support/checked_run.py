@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from ulid import ULID
 
 from hcna_ray.api.app import build_app
@@ -87,9 +88,11 @@ def install_tasks(folder: Path) -> None:
 class ModeratorProcess:
     """Starts the moderator, kills it, starts it again."""
 
-    def __init__(self, store: Where, socket: Path, log: Path) -> None:
+    def __init__(
+        self, store: Where, socket: Path, log: Path, policy: dict[str, Any] | None = None
+    ) -> None:
         self._command = [sys.executable, "-m", "tests.support.moderator_process"]
-        self._command += [str(store), str(socket), json.dumps(POLICY)]
+        self._command += [str(store), str(socket), json.dumps(policy or POLICY)]
         self._socket, self._log = socket, log
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -198,6 +201,9 @@ class Worker:
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         return self._start(-1, name, offer)
 
+    def withdraw(self, name: str) -> None:
+        raise AssertionError(f"{name} begins in time")
+
     def _start(self, slot: int, name: str, offer: Offer | None) -> Awaitable[None]:
         host = asyncio.create_task(self._serve(slot, name, offer))
         self._hosts.append(host)
@@ -252,12 +258,11 @@ class _Ids:
         return f"batch-{ULID()}"
 
 
-@asynccontextmanager
-async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
-    """Run C1 around the moderator's process."""
-    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0))
+def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> FastAPI:
+    """Build C1 around the moderator's process; its artifacts lie in ``home``."""
+    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0, **limits))
     bounds = settings.limits
-    app = build_app(
+    return build_app(
         moderator=SocketModerator(link, store),
         reader=lambda: open_reader(store),
         registry=load_registry(),
@@ -276,6 +281,12 @@ async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator
         clock=SystemClock(),
         ids=_Ids(),
     )
+
+
+@asynccontextmanager
+async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
+    """Run C1 around the moderator's process."""
+    app = application(home, store, link)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with (
@@ -288,9 +299,12 @@ async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator
 class Load:
     """What clients do to it: everything that the checker knows the rules of."""
 
-    def __init__(self, folder: Path, http: httpx.AsyncClient, seed: int, tasks: int) -> None:
-        self._folder, self._http, self._seed = folder, http, seed
+    def __init__(
+        self, folder: Path, http: httpx.AsyncClient, seed: int, tasks: int, *, name: str = "c"
+    ) -> None:
+        self._folder, self._http, self._seed, self._name = folder, http, seed, name
         self._tasks = tasks
+        self.effects = folder / "effects.jsonl"
         self.ids: set[str] = set()
         #: While set, clients whose request is refused try another one, and count it as none.
         self.patient = False
@@ -300,7 +314,7 @@ class Load:
     def _body(self, draw: random.Random, *, at_once: bool = False) -> dict[str, Any]:
         self._nonces += 1
         nonce = f"n-{self._seed}-{self._nonces}"
-        payload: dict[str, Any] = {"effects": str(self._folder / "effects.jsonl"), "nonce": nonce}
+        payload: dict[str, Any] = {"effects": str(self.effects), "nonce": nonce}
         body: dict[str, Any] = {
             "task_type": draw.choices(TASK_TYPES, (1, 3))[0],
             "payload": payload,
@@ -344,7 +358,7 @@ class Load:
 
     async def _be_client(self, number: int) -> None:
         draw = random.Random(f"{self._seed}-{number}")
-        history = History(self._folder / "history.jsonl", f"c{number}", "owner")
+        history = History(self._folder / "history.jsonl", f"{self._name}{number}", "owner")
         caller = Caller(self._http, history)
         mine: list[str] = []
         turn = 0

@@ -134,7 +134,13 @@ class _Server:
             answer: object = await self._feed.after(*request)
         else:
             done: asyncio.Future[object] = self._loop.create_future()
-            self._writer.submit(request, done.set_result)
+
+            def resolve(found: object) -> None:
+                # As in the product: a parked call of a refused batch is answered, and again later.
+                if not done.done():
+                    done.set_result(found)
+
+            self._writer.submit(request, resolve)
             answer = await done
         if not writer.is_closing():
             _write(writer, (number, answer))
