@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import compile_path
 
+from hcna_ray import failpoints
 from hcna_ray.api import strict_json
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.auth import authenticate
@@ -273,7 +274,9 @@ def _guard(
                 call = Call(request, services, caller, query)
                 if method == "POST":
                     _ = call.idempotency_key  # Refused wherever it is unusable.
+                failpoints.hit("c1.request.admitted")
                 response = await handler(call)
+                failpoints.hit("c1.answer.made")
         except HcnaError as error:
             response = respond(error)
         except ClientDisconnect:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from hcna_ray import failpoints
 from hcna_ray.cli.groups import DefaultGroup
 from hcna_ray.cli.terminal import (
     AsJson,
@@ -236,8 +237,10 @@ def _ask_to_join(
         }
     )
     with _local_trouble():
+        failpoints.hit("join.answer.received")
         write_private(settings.keys_dir / "ray.token", ray_token)
         write_membership(settings.cluster_dir, membership)
+        failpoints.hit("join.membership.written")
     return membership
 
 

@@ -19,10 +19,11 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.envelopes import Intent, Telemetry
 from hcna_ray.core.errors import (
@@ -31,7 +32,7 @@ from hcna_ray.core.errors import (
     StaleWorker,
     WorkerNameTaken,
 )
-from hcna_ray.core.models import HEAVY_SLOT, FailureKind, Token
+from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
 from hcna_ray.runtime.host import last_words, signal_group
 from hcna_ray.runtime.journal import (
     RunnerFiles,
@@ -42,6 +43,9 @@ from hcna_ray.runtime.journal import (
     write_stops,
 )
 from hcna_ray.runtime.messages import (
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Exchange,
     Goodbye,
     Grant,
@@ -78,6 +82,8 @@ GOODBYE_FILE = "goodbye"
 GOODBYE_DONE_FILE = "goodbye.done"
 #: Stop orders left for one member; older ones have long been obeyed or are void.
 ORDERS_KEPT = 100
+#: A slot that has not answered an order not to begin something for this long is stuck.
+STUCK_S = 5.0
 
 
 class Processes(Protocol):
@@ -89,6 +95,10 @@ class Processes(Protocol):
 
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         """Start one attempt in a process of its own, with what it needs set aside."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """Have a heavy attempt that has no process yet never get one."""
         ...
 
 
@@ -142,6 +152,10 @@ class _Member:
     files: RunnerFiles
     offer: Offer | None = None
     pid: int | None = None
+    #: The moderator waits for this heavy attempt no longer: it must not begin.
+    withdrawn: bool = False
+    #: Since when this slot has known that an attempt must not begin any more.
+    told_not_to_begin: dict[tuple[str, Token], float] = field(default_factory=dict)
 
 
 class WorkerAgent:
@@ -233,8 +247,9 @@ class WorkerAgent:
             pid: Its process id.
         """
         member = self._members.get(name)
-        if member is None or self._closing or self._standing_back:
+        if member is None or member.withdrawn or self._closing or self._standing_back:
             return False
+        failpoints.hit("agent.attach.received")
         member.pid = pid
         self._deaths = 0
         return True
@@ -269,7 +284,9 @@ class WorkerAgent:
                     await self._say_hello()
                 # The moderator renews the session when the call arrives, not when it is answered.
                 asked = self._clock.elapsed()
+                failpoints.hit("agent.heartbeat.before")
                 reply = await self._link.heartbeat(self._beat())
+                failpoints.hit("agent.heartbeat.answered")
                 if reply.known:
                     self._confirmed = asked
                     self._standing_back = False
@@ -316,7 +333,9 @@ class WorkerAgent:
             raise ModeratorUnavailable(f"cannot describe this worker: {error!r}") from error
         asked = self._clock.elapsed()
         self._forgotten.clear()
+        failpoints.hit("agent.hello.before")
         welcome = await self._link.hello(hello)
+        failpoints.hit("agent.hello.answered")
         for files in self._leftovers:
             files.remove()
         self._leftovers.clear()
@@ -446,7 +465,9 @@ class WorkerAgent:
         """Exchange until it is answered; ``None`` when the worker must say hello first."""
         while not self._closing:
             try:
+                failpoints.hit("agent.exchange.before")
                 grant = await self._link.exchange(exchange)
+                failpoints.hit("agent.exchange.answered")
             except HcnaError:
                 await asyncio.sleep(self._retry_s)
                 continue
@@ -482,6 +503,7 @@ class WorkerAgent:
         name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{Token(*offer.token)}"
         if name in self._members or name in self._telling:
             return  # The same grant, told twice.
+        failpoints.hit("agent.heavy.granted")
         member = self._add(HEAVY_SLOT, name, offer)
         self._spawn(self._follow(member, lambda: self._processes.start_heavy(offer, name)))
 
@@ -495,6 +517,12 @@ class WorkerAgent:
                     continue
             elif (offer.task_id, Token(*offer.token)) != (stop.task_id, token):
                 continue
+            if stop.reason in (UNSTARTED, STUCK):
+                if offer is not None:
+                    self._withdraw(member)
+                    continue
+                if not self._expect_answer(member, stop):
+                    continue
             order = StopOrder(
                 task_id=stop.task_id,
                 generation=token.generation,
@@ -503,11 +531,44 @@ class WorkerAgent:
             )
             self._order(member, order)
 
+    def _withdraw(self, member: _Member) -> None:
+        """See that a heavy attempt which has not begun never does; its end is told as usual."""
+        offer = member.offer
+        assert offer is not None
+        key = (offer.task_id, Token(*offer.token))
+        notes = map(read_note, self._executors(member.files.name))
+        if any(note is not None and note.names(key) for note in notes):
+            return  # It has begun; the word of it is on its way.
+        member.withdrawn = True
+        if member.pid is None:
+            self._processes.withdraw(member.files.name)
+        else:
+            self._kill(member.pid, signal.SIGKILL)
+
+    def _expect_answer(self, member: _Member, stop: Stop) -> bool:
+        """Whether to pass on to a slot that something must not begin; end a slot that is stuck."""
+        key, now = (stop.task_id, Token(*stop.token)), self._clock.elapsed()
+        told = member.told_not_to_begin
+        if stop.reason == UNSTARTED:
+            while len(told) >= ORDERS_KEPT:
+                del told[next(iter(told))]
+            told[key] = now
+            return True
+        # Told only now, as after a lost answer, it would have had no time at all.
+        if now - told.pop(key, now) >= STUCK_S and member.pid is not None:
+            log.error(
+                "a slot is stuck: it is ended",
+                extra={"action": "slot.stuck", "slot": member.files.name},
+            )
+            self._kill(member.pid, signal.SIGKILL)
+        return False
+
     def _order(self, member: _Member, order: StopOrder) -> None:
         """Leave an order where the member looks for it."""
         try:
             known = read_stops(member.files.stop)[-ORDERS_KEPT:]
             write_stops(member.files, [*known, order])
+            failpoints.hit("agent.stop.written")
         except OSError as error:
             log.error(
                 "a stop order cannot be written",
@@ -550,7 +611,7 @@ class WorkerAgent:
         except Exception as error:
             if "OutOfMemory" in type(error).__name__:
                 how, kind = "the machine ran out of memory", FailureKind.OOM
-            if not self._closing:
+            if not self._closing and not member.withdrawn:
                 log.warning(
                     "a process that ran work died",
                     extra={"action": "slot.died", "slot": name, "error": str(error)[:300]},
@@ -579,14 +640,16 @@ class WorkerAgent:
                 await self._end(executors)
                 reports = self._last_words(executors, kind, how)
                 if member.offer is not None and not reports:
-                    reports = await self._never_started(member.offer)
+                    reports = await self._never_started(member)
                 gone = SlotGone(
                     worker=self._settings.worker,
                     incarnation=self._settings.incarnation,
                     slot=member.slot,
                     reports=reports,
                 )
+                failpoints.hit("agent.gone.before")
                 await self._link.slot_gone(gone)
+                failpoints.hit("agent.gone.answered")
             except HcnaError:
                 await asyncio.sleep(self._retry_s)
                 continue
@@ -594,12 +657,22 @@ class WorkerAgent:
                 files.remove()
             return
 
-    async def _never_started(self, offer: Offer) -> tuple[Report, ...]:
+    async def _never_started(self, member: _Member) -> tuple[Report, ...]:
         """A heavy attempt left no word: it never began, or was confirmed to the last one."""
+        offer = member.offer
+        assert offer is not None
         # Told at once, one whose process cannot start would be back at once.
         await asyncio.sleep(max(0.0, self._respawn_at - self._clock.elapsed()))
+        error = None
+        if member.withdrawn:
+            how = (
+                "Ray did not start its process"
+                if member.pid is None
+                else "its process did not begin"
+            )
+            error = TaskError(kind=FailureKind.LOST, type=NOT_STARTED, message=how)
         token = Token(*offer.token)
-        return (Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now()),)
+        return (Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now(), error=error),)
 
     # -- watching --------------------------------------------------------------------------------
 
@@ -658,7 +731,9 @@ class WorkerAgent:
                     incarnation=self._settings.incarnation,
                     reports=tuple(one for one in found if not _plainly_lost(one)),
                 )
+                failpoints.hit("agent.goodbye.before")
                 await self._link.goodbye(bye)
+                failpoints.hit("agent.goodbye.answered")
             except (StaleWorker, WorkerNameTaken):
                 raise
             except HcnaError:
@@ -673,6 +748,7 @@ class WorkerAgent:
         answer = self._settings.run / GOODBYE_DONE_FILE
         scratch = answer.with_suffix(f".{os.getpid()}")
         try:
+            failpoints.hit("agent.goodbye.delivered")
             scratch.write_text(json.dumps({"delivered": delivered, "at": self._clock.now()}))
             scratch.replace(answer)
         except OSError as error:

@@ -15,6 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError, Invalid
 from hcna_ray.runtime.ray_link import ARTIFACTS, ActorLink
@@ -222,6 +223,7 @@ class WorkerArtifacts:
                 if digest.hexdigest() != sha256:
                     raise HcnaError(f"artifact {sha256} arrived damaged")
                 os.chmod(scratch.name, 0o400)
+                failpoints.hit("cache.file.fetched")
                 Path(scratch.name).replace(target)
             except BaseException:
                 Path(scratch.name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import StaleWorker
@@ -49,7 +50,9 @@ def _begin(worker: str, home: str) -> Settings:
 
 def _attach(worker: str, name: str) -> bool:
     """Tell the agent which process this is; it says whether there is still work for it."""
+    failpoints.hit("slot.process.begun")
     begin: bool = ActorLink(agent_name(worker)).call("attach", name, os.getpid(), timeout_s=60.0)
+    failpoints.hit("slot.process.attached")
     return begin
 
 
@@ -74,6 +77,9 @@ async def _serve(
             "result_bytes_max": settings.limits.result_bytes,
             "outbox": str(outbox),
             "log": str(settings.logs_dir / "worker.log"),
+            "outputs": str(outputs_of(settings, worker)),
+            "output_bytes": settings.limits.output_bytes,
+            "outputs_bytes_max": settings.limits.outputs_bytes,
         }
     )
     host = SlotHost(
@@ -114,6 +120,11 @@ def node_id_of(worker: str, settings: Settings) -> str:
     _, _, rest = own.partition("--")
     arch = NodeName.parse(own).arch
     return f"{arch}-{worker}--{rest}" if rest else f"{arch}-{worker}"
+
+
+def outputs_of(settings: Settings, worker: str) -> Path:
+    """Return the directory with what attempts on a worker have printed."""
+    return settings.home / "outputs" / worker
 
 
 def scratch_root(settings: Settings, worker: str) -> Path:

@@ -11,6 +11,7 @@ from hcna_ray.core.errors import (
     Invalid,
     NotFound,
     Overloaded,
+    QueueFull,
 )
 from hcna_ray.core.events import CancelRequested, KeyHeld, TaskReplayed
 from hcna_ray.core.machine import accept
@@ -154,7 +155,7 @@ class Intake:
         if self.disk_low:
             raise DiskFull("free disk space is below limits.disk_free_bytes_min on M1", 30)
         if tasks >= self._policy.queue_tasks_max:
-            raise Overloaded(f"the queue holds its maximum of {tasks} tasks", 5)
+            raise QueueFull(f"the queue holds its maximum of {tasks} tasks", 5)
         if stored > self._policy.queue_bytes_max:
             raise Overloaded("the queue holds its maximum of bytes", 5)
 

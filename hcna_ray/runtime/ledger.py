@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 
+from hcna_ray import failpoints
 from hcna_ray.core.events import Command, Event
 from hcna_ray.core.machine import Step, advance
 from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Task
@@ -165,6 +166,7 @@ class Ledger:
             store.save(saved)
             for task in saved:
                 self._tasks[task.id] = task
+        failpoints.hit("ledger.tasks.written")
         for child_id, parents in self.dependencies:
             store.add_dependencies(child_id, parents)
         for parent_id, children in self.dropped_dependents:
@@ -179,6 +181,7 @@ class Ledger:
             store.bump(self.counts)
         if self.audit:
             store.append_audit(self.audit)
+            failpoints.hit("ledger.audit.written")
         return store.append_facts(self.facts)
 
     def _merged_attempts(self) -> list[Attempt]:

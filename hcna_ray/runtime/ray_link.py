@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
 from hcna_ray.runtime.messages import (
     Ack,
@@ -54,6 +55,7 @@ class ActorLink:
                 self._handle = ray.get_actor(self._name, namespace=NAMESPACE)
             except ValueError as error:
                 raise ModeratorUnavailable(f"actor {self._name} is not there yet", 1) from error
+        failpoints.hit("actor.call.before")
         return self._handle.call.remote(method, args, kwargs)
 
     def call(
@@ -78,6 +80,7 @@ class ActorLink:
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await self._start(method, args, kwargs)
+                failpoints.hit("actor.call.answered")
         except (RayError, TimeoutError) as error:
             raise self._unavailable(error) from error
         return _unwrap(reply)

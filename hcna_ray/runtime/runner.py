@@ -22,6 +22,7 @@ from typing import Protocol
 
 import msgspec
 
+from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.models import FailureKind, Outcome, Progress, TaskError, Token
 from hcna_ray.handlers.context import ArtifactRef, TaskContext
@@ -32,10 +33,12 @@ from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_b
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
     DRAINED,
+    UNSTARTED,
     Offer,
     Report,
     ReportKind,
 )
+from hcna_ray.runtime.output import OutputTap
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +132,7 @@ class Runner:
         link: ReportLink,
         artifacts: ArtifactLink,
         clock: Clock,
+        output: OutputTap | None = None,
     ) -> None:
         """Open the journal. `serving` must be entered before `run`.
 
@@ -139,8 +143,10 @@ class Runner:
             link: To the moderator.
             artifacts: To the artifact store.
             clock: Wall clock and CLOCK_BOOTTIME.
+            output: Keeps what handlers print; without it that goes where this process' goes.
         """
         self._settings, self._registry, self._link = settings, registry, link
+        self._output = output
         self._artifacts, self._clock = artifacts, clock
         self._journal = JournalWriter(files)
         self._born = process_birth(os.getpid()) or 0
@@ -192,7 +198,9 @@ class Runner:
             self._shared.exchanging = False
             self._forget(reports)
             if not self._shared.unconfirmed:
+                failpoints.hit("runner.journal.confirmed")
                 self._journal.clear()
+                failpoints.hit("runner.journal.forgotten")
             self._shared.lock.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
@@ -256,8 +264,10 @@ class Runner:
         )
         started = Report(ReportKind.STARTED, offer.task_id, token, current.started_at)
         try:
+            failpoints.hit("runner.start.before")
             self._journal.write_note(note)
             self._journal.append((started,))
+            failpoints.hit("runner.start.journaled")
         except OSError as error:
             self._say_disk_failed(error)
             self._note_idle()
@@ -272,6 +282,8 @@ class Runner:
         current = self._shared.current
         assert current is not None
         token = Token(*offer.token)
+        if self._output is not None:
+            self._output.begin(offer.task_id, token)
         try:
             outcome = self._handle(offer, token, current)
         except (TaskCancelled, TaskTimedOut) as stopped:
@@ -283,6 +295,9 @@ class Runner:
             failure = TaskError(kind=FailureKind.ERROR, message=text[:500])
             outcome = HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         current.interruptible = False
+        if self._output is not None:
+            self._output.end()
+        failpoints.hit("runner.handler.ended")
         if outcome.outcome is Outcome.TIMED_OUT:
             self.must_end = True  # Nobody knows what the handler left half done.
         ended = self._clock.now()
@@ -293,6 +308,7 @@ class Runner:
             if held_back is not None:
                 self._add(held_back)
             self._add(_report_of(offer, token, outcome, current, ended, duration_ms))
+            failpoints.hit("runner.outcome.journaled")
         self._note_idle()
 
     def _handle(self, offer: Offer, token: Token, current: _Current) -> HandlerOutcome:
@@ -312,6 +328,7 @@ class Runner:
         )
         task_type = self._registry.get(offer.task_type)
         try:
+            failpoints.hit("runner.handler.before")
             current.interruptible = True
             current.raise_if_stopping()
             outcome = run_handler(
@@ -347,6 +364,8 @@ class Runner:
         for order in self._journal.read_stops():
             if current is None or order.task_id != current.offer.task_id:
                 continue
+            if order.reason == UNSTARTED:
+                continue  # It has begun, so that order is void.
             if (order.generation, order.attempt) != tuple(current.offer.token):
                 continue
             self.must_end = True
@@ -423,7 +442,9 @@ class Runner:
                     continue
                 batch = tuple(self._shared.unconfirmed)
                 self._shared.sending = True
+            failpoints.hit("runner.report.before")
             confirmed = self._link.report(batch)
+            failpoints.hit("runner.report.answered")
             with self._shared.lock:
                 self._shared.sending = False
                 if confirmed:
@@ -487,7 +508,7 @@ class Runner:
             return True
         for order in self._journal.read_stops():
             named = (order.task_id, order.generation, order.attempt)
-            if named == (current.offer.task_id, *token):
+            if named == (current.offer.task_id, *token) and order.reason != UNSTARTED:
                 # The file is here before the signal: a handler that asks must not seem to have
                 # stopped without a reason.
                 current.stopping = order.reason

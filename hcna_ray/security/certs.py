@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.keys import locked_dir, write_private
 
@@ -117,7 +118,9 @@ def ensure_server(
             )
         )
         write_private(pair.key, _key_text(key))
+        failpoints.hit("certificate.key.written")
         write_private(pair.cert, _cert_text(builder.sign(ca_key, hashes.SHA256())))
+    failpoints.hit("certificate.pair.written")
     return pair
 
 

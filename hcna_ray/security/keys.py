@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
 
 Role = Literal["admin", "user"]
@@ -152,7 +153,9 @@ def write_private(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        failpoints.hit("private.file.flushed")
         os.replace(temporary, path)
+        failpoints.hit("private.file.named")
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -43,6 +43,7 @@ import apsw
 import msgspec
 import zstandard
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
 
 FORMAT = 1
@@ -312,6 +313,7 @@ def snapshot(source: Path, target: Path) -> Point:
     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     try:
         _copy_pages(source, target)
+        failpoints.hit("backup.store.copied")
         return check_store(target)
     except (apsw.CorruptError, apsw.NotADBError) as error:
         raise BackupDamaged(str(source), f"the task store is damaged: {error}") from error
@@ -667,6 +669,7 @@ def extract(archive: Path, manifest: Manifest, place: Callable[[Entry], Path | N
                 continue
             if _write(target, chunks) != entry.sha256:
                 raise BackupDamaged(str(archive), f"{member} has changed since it was checked")
+            failpoints.hit("restore.file.extracted")
             if entry.path:  # What is ours stays 0600, whatever the archive says.
                 os.chmod(target, entry.mode & 0o777)
                 os.utime(target, (entry.mtime, entry.mtime))

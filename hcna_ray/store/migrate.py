@@ -16,6 +16,7 @@ from pathlib import Path
 import apsw
 import msgspec
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.store import migrations
 from hcna_ray.store.postgres import PostgresTaskStore
@@ -133,7 +134,10 @@ def copy_store(
         target = PostgresTaskStore(target_url, unsafe=unsafe, open_wait_s=2.0, manners=manners)
         try:
             with target.transaction():
-                return tuple(_copy_all(db, target.session, on_table))
+                copied = tuple(_copy_all(db, target.session, on_table))
+                failpoints.hit("copy.store.compared")
+            failpoints.hit("copy.store.committed")
+            return copied
         finally:
             target.close()
     except apsw.Error as error:
@@ -176,6 +180,7 @@ def _copy_all(
         sent = _Digest(db.execute(select))
         kinds = [types[table.name][column] for column in table.columns]
         session.copy_in(table.name, table.columns, kinds, sent)
+        failpoints.hit("copy.table.sent")
         arrived = _Digest(session.stream(select))
         for _row in arrived:
             pass

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import apsw
 
+from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, SchemaTooNew
 
 _LEDGER = """
@@ -103,7 +104,9 @@ def migrate(db: apsw.Connection) -> None:
     for migration in missing_migrations(known_migrations(), _applied(db)):
         with db:
             db.execute(migration.sql)
+            failpoints.hit("schema.step.applied")
             db.execute("INSERT INTO schema_migration VALUES (?, ?, ?)", migration.line)
+        failpoints.hit("schema.step.committed")
 
 
 def check_schema(db: apsw.Connection) -> bool:

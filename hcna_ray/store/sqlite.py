@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import apsw
 
-from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable
+from hcna_ray import failpoints
+from hcna_ray.core.errors import NotFound, StoreFull, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -159,6 +160,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         self.path = Path(path)
         # Before SQLite does, so that there is no moment at which others can read it.
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        failpoints.hit("store.file.created")
         try:
             db = apsw.Connection(os.fspath(self.path), vfs=vfs, statementcachesize=512)
         except apsw.Error as error:
@@ -166,8 +168,13 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         try:
             _Connection.__init__(self, db, cache_bytes=64 * 1024 * 1024)
             Bookkeeper.__init__(self)
-            self._configure(bytes_max, wal_bytes_max)
             self._broken = False
+            self._configure(bytes_max, wal_bytes_max)
+            # After a failed fsync the kernel keeps pages that are on no disk and counts them as
+            # clean: nobody writes them again. So what the last process left in the log may be read
+            # today and be gone after a loss of power, with all that followed it. Carried into the
+            # database, it is written and synced anew.
+            self._carry_over(apsw.SQLITE_CHECKPOINT_RESTART)
             self._load()
         except BaseException:
             db.close()
@@ -195,6 +202,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return a reader with a connection of its own."""
         return SqliteTaskReader(self.path)
 
+    def unconfirmed_s(self) -> float:
+        """Return 0: whoever else might write the file is started when this process has ended."""
+        return 0.0
+
     # -- transactions ---------------------------------------------------------------------------
 
     @contextmanager
@@ -211,12 +222,14 @@ class SqliteTaskStore(_Connection, Bookkeeper):
                 self._load()
             yield
             self._flush()
+            failpoints.hit("store.commit.before")
             self._run("COMMIT")
         except BaseException as error:
             self._roll_back(error)
             raise
         finally:
             self._writing = False
+        failpoints.hit("store.commit.after")
         self._checkpoint()
 
     def _roll_back(self, cause: BaseException) -> None:
@@ -275,9 +288,14 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         wait = self._wal_pages >= 6 * self._wal_step
         mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
         self._checkpoint_at = self._wal_pages + self._wal_step
+        self._carry_over(mode)
+
+    def _carry_over(self, mode: int) -> None:
         self._db.set_busy_timeout(_READERS_MS)
         try:
+            failpoints.hit("store.checkpoint.before")
             self._db.wal_checkpoint(mode=mode)
+            failpoints.hit("store.checkpoint.after")
         except apsw.Error as error:
             failure = _translated(error)
             if not isinstance(failure, StoreUnavailable):
@@ -758,6 +776,8 @@ def _translated(error: apsw.Error) -> Exception:
     """Return what the contract says for an error of SQLite; unexpected ones stay as they are."""
     if isinstance(error, apsw.IOError) and _extended(error) in _FSYNC_FAILED:
         return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
+    if isinstance(error, apsw.FullError):
+        return StoreFull(f"the task store's disk is full: {error}", 10)
     if isinstance(error, _REFUSED):
         return StoreUnavailable(f"the task store cannot be used now: {error}", 5)
     if isinstance(error, apsw.ConstraintError):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime.policy import Policy
@@ -161,13 +162,17 @@ def backup(
             if passphrase is not None:
                 secrets = msgspec.msgpack.encode(_secrets(settings))
                 writer.add_bytes(SEALED, seal(secrets, passphrase, bound=binding(manifest)))
+                failpoints.hit("backup.secrets.sealed")
                 manifest = replace(manifest, entries=tuple(writer.entries))
+            failpoints.hit("backup.manifest.before")
             writer.finish(manifest)
             stream.flush()
             os.fsync(stream.fileno())
+        failpoints.hit("backup.archive.flushed")
         if target.exists():
             raise BackupRefused(f"{target} exists already")
         os.replace(staged, target)
+        failpoints.hit("backup.archive.named")
         sync_dir(target.parent)
     return BackupReport(
         path=str(target),
@@ -260,6 +265,7 @@ def _add_store(
             raise BackupRefused(f"artifact {name} went away meanwhile; run it again") from None
         with stream:
             entry, _changed = writer.add_file(f"artifacts/{name}", stream)
+            failpoints.hit("backup.artifact.added")
         if entry.sha256 != name:
             damaged.append(name)
     return replace(manifest, point=point, damaged=tuple(damaged))
@@ -323,6 +329,7 @@ def _add_data(writer: ArchiveWriter, settings: Settings, manifest: Manifest) -> 
                 continue
             with stream:
                 _entry, torn = writer.add_file(data_member(below, number), stream, path=below)
+                failpoints.hit("backup.data.added")
             if torn:
                 changed.append(below)
     return replace(
@@ -548,14 +555,18 @@ class _Plan:
                 self._put_artifact(at_home / "artifacts" / name, name)
             self._put_secrets()
             self._put_config()
+            failpoints.hit("restore.config.put")
             if is_store:
                 self._put_members()
                 os.replace(beside / "queue.db", self._store_path)
+                failpoints.hit("restore.store.put")
             else:
                 self._put_data(beside / "data")
             sync_dir(place)
             sync_dir(self._home)
+            failpoints.hit("restore.mark.before_removal")
             self._mark.unlink()
+            failpoints.hit("restore.mark.removed")
             sync_dir(self._mark.parent)
         self._note_members()
         return RestoreReport(
@@ -600,7 +611,9 @@ class _Plan:
         created, now = self._manifest.created_at, self._now
         replaced = generation_of(self._store_path) if self._store_path.exists() else 0
         generation = next_generation(point, created_at=created, now=now, others=[replaced])
+        failpoints.hit("restore.generation.before")
         renumber(path, generation=generation, skip=numbers_to_skip(created_at=created, now=now))
+        failpoints.hit("restore.generation.raised")
         made = datetime.fromtimestamp(created, UTC).isoformat(timespec="seconds")
         why = f"a backup of {made} was restored"
         note = AuditEntry(
@@ -616,6 +629,7 @@ class _Plan:
         try:
             policy = Policy.from_settings(self._settings)
             ended = end_leases(store, policy, now=now, why=why, note=note)
+            failpoints.hit("restore.leases.ended")
         finally:
             store.close()
         with path.open("rb") as stream:
@@ -626,6 +640,7 @@ class _Plan:
         """From here on the home is neither the old one nor the new one."""
         told = {"archive": str(self._archive), "since": self._stamp}
         write_private(self._mark, json.dumps(told) + "\n")
+        failpoints.hit("restore.mark.written")
 
     def _move_aside(self) -> None:
         """Rename what is in the way. The log of a store goes first: alone it harms nobody."""
@@ -636,6 +651,7 @@ class _Plan:
             else:
                 aside = _aside(path, self._settings.store_path, self._stamp)
             os.rename(path, aside)
+            failpoints.hit("restore.aside.moved")
             sync_dir(path.parent)
             self._set_aside.append(str(aside))
 
@@ -644,12 +660,14 @@ class _Plan:
         make_private_dir(target.parent)
         source.chmod(0o400)
         os.replace(source, target)  # The same bytes, or damaged ones.
+        failpoints.hit("restore.artifact.put")
         sync_dir(target.parent)
 
     def _put_secrets(self) -> None:
         for name, data in self._secrets.items():
             if name != CONFIG:
                 write_private(self._home / name, data.decode("utf-8"))
+                failpoints.hit("restore.secret.put")
 
     def _put_config(self) -> None:
         if self._config is None:
@@ -676,6 +694,7 @@ class _Plan:
             (source / folder.path).chmod(folder.mode)
         for path in sorted(source.iterdir()) if source.is_dir() else ():
             os.rename(path, root / path.name)
+            failpoints.hit("restore.data.put")
 
     def _note_members(self) -> None:
         if self._manifest.kind != MODERATOR:

@@ -23,6 +23,7 @@ from logging import Logger
 from typing import Any
 from urllib.parse import quote
 
+from hcna_ray import failpoints
 from hcna_ray.config import Settings, shared_part
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.certs import ensure_ca, ensure_server, fingerprint
@@ -347,6 +348,7 @@ class Gate:
             name = self._name_for(invite, body, peer)
             self.prepare(name)
             redeem(directory, token, now=self.now(), machine_id=machine_id)
+            failpoints.hit("gate.join.redeemed")
             member_token = new_token()
             member = Member(
                 name=name,
@@ -358,6 +360,7 @@ class Gate:
                 joined_at=self.now(),
             )
             add_member(directory, member)
+            failpoints.hit("gate.join.stored")
         self.members_changed()
         self.log.info(
             "%s joined as %s",
@@ -434,6 +437,7 @@ class Gate:
             drain_s = min(_number(body, "drain_s"), _DRAIN_S_MAX)
             return {"name": member.name, **self.drain(member.name, max(0.0, drain_s))}
         remove_member(self.settings.cluster_dir, member.name)
+        failpoints.hit("gate.leave.removed")
         with self._changed:
             self._beats.pop(member.machine_id, None)
             self._changed.notify_all()

@@ -409,11 +409,13 @@ class World:
                     return TaskState.CANCELLED
                 gone = counted and ledger.losses >= task.spec.max_losses
                 return TaskState.FAILED if gone else TaskState.QUEUED
-            case LeaseReturned():
+            case LeaseReturned(give_up=give_up):
                 if ledger.started:
                     return TaskState.RUNNING
                 ledger.live = None
-                return TaskState.CANCELLED if ledger.asked_to_cancel else TaskState.QUEUED
+                if ledger.asked_to_cancel:
+                    return TaskState.CANCELLED
+                return TaskState.FAILED if give_up else TaskState.QUEUED
             case CancelRequested():
                 ledger.asked_to_cancel = True
                 return TaskState.CANCELLED if ledger.live is None else task.state
@@ -686,7 +688,11 @@ class World:
     def give_back(self, worker: Machine, index: int) -> None:
         """Return a granted attempt without starting it."""
         run = worker.granted.pop(index)
-        event = LeaseReturned(at=self.clock, token=run.token, reason="slot is busy")
+        # Now and then it is one time too many.
+        give_up = run.token.attempt % 3 == 0
+        event = LeaseReturned(
+            at=self.clock, token=run.token, reason="slot is busy", give_up=give_up
+        )
         self.network.append(Report(run.task_id, event))
 
     def progress(self, worker: Machine, index: int, percent: float) -> None:
