@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from urllib.parse import quote
 
 from hcna_ray.core.models import FailureKind, TaskFilter, TaskState
 from hcna_ray.runtime.policy import Policy
@@ -181,7 +182,9 @@ class PostgresHome:
     def __init__(self, server: PostgresServer) -> None:
         """Make the database."""
         self._server = server
-        self._url = server.url(server.create_database())
+        # Past TCP: many small questions are asked.
+        here = f"?host={quote(str(server.folder), safe='')}"
+        self._url = server.url(server.create_database(), options=here)
         self._store = self._open()
         self._reader: TaskReader | None = None
         session = self._store._session
