@@ -334,7 +334,13 @@ class Injection:
         """Let the process alone again."""
         if self._strace.poll() is None:
             self._strace.send_signal(signal.SIGINT)
-        self._strace.wait(timeout=30)
+        try:
+            self._strace.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            # Now and then strace waits for ever for a process that ends while it is being made to
+            # fail, and the process for strace.
+            self._strace.kill()
+            self._strace.wait()
 
 
 def struck_in(log: Path) -> int:
