@@ -12,10 +12,12 @@
     ├── Invalid               unknown_task_type, invalid_request, dependency_not_found, ...
     ├── CannotAccept          retry later: ``retry_after_s``
     │   ├── Overloaded
+    │   │   └── QueueFull     not one task more, however small
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
-    │   │   └── StoreDamaged  its file contradicts itself: only a backup helps
+    │   │   ├── StoreDamaged  its file contradicts itself: only a backup helps
+    │   │   └── StoreFull
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
@@ -175,6 +177,10 @@ class Overloaded(CannotAccept):
     code = "overloaded"
 
 
+class QueueFull(Overloaded):
+    """The queue holds as many tasks as it may, so whatever is sent is refused until some end."""
+
+
 class ModeratorUnavailable(CannotAccept):
     """The moderator does not answer."""
 
@@ -206,6 +212,12 @@ class StoreDamaged(StoreUnavailable):
             f"the task store is damaged: {self.message}; stop hcna-ray, keep its files, "
             "and restore a backup (hcna restore)"
         )
+
+
+class StoreFull(StoreUnavailable):
+    """Where the durable store lies there is no space left."""
+
+    code = "store_full"
 
 
 class QuotaExceeded(CannotAccept):

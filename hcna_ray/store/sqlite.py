@@ -20,7 +20,13 @@ from urllib.parse import quote
 import apsw
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import NotFound, StoreDamaged, StoreTooOld, StoreUnavailable
+from hcna_ray.core.errors import (
+    NotFound,
+    StoreDamaged,
+    StoreFull,
+    StoreTooOld,
+    StoreUnavailable,
+)
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -229,6 +235,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def reader(self) -> SqliteTaskReader:
         """Return a reader with a connection of its own."""
         return SqliteTaskReader(self.path)
+
+    def unconfirmed_s(self) -> float:
+        """Return 0: whoever else might write the file is started when this process has ended."""
+        return 0.0
 
     # -- transactions ---------------------------------------------------------------------------
 
@@ -802,6 +812,8 @@ def _translated(error: apsw.Error) -> Exception:
         return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
     if isinstance(error, apsw.CorruptError | apsw.NotADBError):
         return StoreDamaged(str(error))
+    if isinstance(error, apsw.FullError):
+        return StoreFull(f"the task store's disk is full: {error}", 10)
     if isinstance(error, _REFUSED):
         return StoreUnavailable(f"the task store cannot be used now: {error}", 5)
     if isinstance(error, apsw.ConstraintError):

@@ -36,7 +36,7 @@ def counters_equal_the_log(run: Run) -> Outcome:
         out.examined += 1
         _attempts(out, task, facts, rows.get(task, {}))
         if task in dump.tasks and facts:
-            _own_counts(out, dump.tasks[task], facts, rows.get(task, {}))
+            _own_counts(run, out, dump.tasks[task], facts, rows.get(task, {}))
     _totals(run, dump, out)
     _depth(run, dump, out)
     _limit(run, dump, out)
@@ -75,12 +75,16 @@ def _attempts(out: Outcome, task: str, facts: list[Fact], rows: dict[Token, Atte
 
 
 def _own_counts(
-    out: Outcome, row: TaskRow, facts: list[Fact], rows: dict[Token, AttemptRow]
+    run: Run, out: Outcome, row: TaskRow, facts: list[Fact], rows: dict[Token, AttemptRow]
 ) -> None:
-    """Failures, losses and the attempt number, counted anew in each life."""
+    """Failures, losses and the attempt number, counted anew in each life.
+
+    What a restore takes back is no loss that counts.
+    """
     since = max((fact.number for fact in facts if fact.kind == "replayed"), default=0)
     grants = [fact for fact in facts if fact.kind == "granted" and fact.token]
     mine = {fact.token for fact in grants if fact.number > since}
+    mine -= _taken_back(run, facts)
     outcomes = Counter(attempt.outcome for token, attempt in rows.items() if token in mine)
     counted = {
         "failures": sum(outcomes[one] for one in _FAILED),
@@ -94,6 +98,16 @@ def _own_counts(
         allowed = row.get(limit)
         if allowed is not None and counted[name] > int(allowed):
             out.report(row.id, f"{counted[name]} {name}, {limit} is {allowed}", row)
+
+
+def _taken_back(run: Run, facts: list[Fact]) -> set[Token | None]:
+    """Return the tokens of leases that a restore ended: between the backup and its own end."""
+    return {
+        fact.token
+        for fact in facts
+        for one in run.restores()
+        if fact.kind == "lost" and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
+    }
 
 
 def _totals(run: Run, dump: Dump, out: Outcome) -> None:
@@ -165,7 +179,7 @@ def _depth(run: Run, dump: Dump, out: Outcome) -> None:
         out.report(None, "two tasks share an end number")
     told_ends = dump.numbers.get("last_end")
     counted = sum(1 for fact in dump.facts if fact.kind in TERMINAL)
-    if told_ends is not None and told_ends != counted and not is_pruned(run):
+    if told_ends is not None and told_ends != counted and not (is_pruned(run) or run.restores()):
         out.report(None, f"{counted} tasks ended", numbers["last_end"])
 
 
