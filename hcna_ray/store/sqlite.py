@@ -616,6 +616,16 @@ class SqliteTaskReader(_Connection):
             db.close()
             raise
 
+    def check(self) -> None:
+        """Compare every table with its indexes. Reads everything.
+
+        Raises:
+            StoreDamaged: they contradict each other.
+        """
+        ((found,), *_) = self._run("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise StoreDamaged(str(found))
+
     def get(self, ids: Iterable[str]) -> dict[str, Task]:
         """Return the tasks that exist among ``ids``."""
         found = map(rows.task_from_row, self._run(_BY_ID, (codec.to_json(ids),)))
