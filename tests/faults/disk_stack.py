@@ -68,6 +68,8 @@ class Stack:
     faults: list[dict[str, Any]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    #: Added to the moderator's environment.
+    environment: dict[str, str] = field(default_factory=dict)
     #: Goes before the command of the next start: a strace.
     prefix: list[str] = field(default_factory=list)
 
@@ -92,6 +94,7 @@ class Stack:
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
+                env={**os.environ, **self.environment},
             )
         self.prefix = []
 
