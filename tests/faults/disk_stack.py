@@ -44,6 +44,9 @@ POLICY: dict[str, Any] = {
 }
 START_S = 30.0
 DRAIN_S = 60.0
+#: Longer than a restart takes on a busy machine: a batch whose fate is unknown is asked about
+#: until it is known.
+RESEND_S = 60.0
 #: Between the end of a process and its next start.
 RESTART_S = 0.1
 #: Answers that a client may get while a disk fails.
@@ -151,7 +154,9 @@ class Stack:
             working = asyncio.create_task(self.worker.run())
             home = self.folder / "home"
             home.mkdir(exist_ok=True)
-            self.http = await stack.enter_async_context(composite(home, self.store, links[1]))
+            self.http = await stack.enter_async_context(
+                composite(home, self.store, links[1], resend_s=RESEND_S)
+            )
             self.probe = self._caller("probe")
             supervising = asyncio.create_task(self.supervise())
             clients = [asyncio.create_task(self._client(number)) for number in range(self.clients)]

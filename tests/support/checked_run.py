@@ -68,6 +68,8 @@ POLICY: dict[str, Any] = {
 #: Two clocks of one machine: time.time and its steady copy, which the kernel may slew apart.
 CLOCK_ERROR_S = 0.05
 DRAIN_S = 30.0
+#: How long C1 sends a batch again to a moderator that does not answer.
+RESEND_S = 5.0
 #: How long an agent waits for the answer to a heartbeat, as over Ray.
 HEARTBEAT_S = 4.0
 #: How soon the moderator's process, started again at once, must accept.
