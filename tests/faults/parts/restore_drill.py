@@ -20,8 +20,8 @@ from pathlib import Path
 from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.supervisor.backup import backup, restore
 from hcna_ray.supervisor.backup import check as read_archive
-from tests.checker.recorder import Caller, History
 from tests.checker.inputs import Dump, Fact, Reader
+from tests.checker.recorder import Caller, History
 from tests.checker.sqlite_dump import export
 from tests.faults.checking import check, own_environment, write_schedule
 from tests.faults.programme import Case, Outcome, RunCase, Size
