@@ -260,9 +260,11 @@ class _Ids:
         return f"batch-{ULID()}"
 
 
-def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> FastAPI:
+def application(
+    home: Path, store: Where, link: SocketLink, *, resend_s: float = RESEND_S
+) -> FastAPI:
     """Build C1 around the moderator's process; its artifacts lie in ``home``."""
-    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0, **limits))
+    settings = Settings(home=home, limits=LimitSettings(resend_s=resend_s))
     bounds = settings.limits
     return build_app(
         moderator=SocketModerator(link, store),
@@ -286,9 +288,11 @@ def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> Fa
 
 
 @asynccontextmanager
-async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
+async def composite(
+    home: Path, store: Where, link: SocketLink, *, resend_s: float = RESEND_S
+) -> AsyncIterator[httpx.AsyncClient]:
     """Run C1 around the moderator's process."""
-    app = application(home, store, link)
+    app = application(home, store, link, resend_s=resend_s)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with (
