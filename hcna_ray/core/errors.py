@@ -16,6 +16,7 @@
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
+    │   │   └── StoreFull
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
@@ -195,6 +196,12 @@ class StoreUnavailable(CannotAccept):
     """The durable store cannot be written."""
 
     code = "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    """Where the durable store lies there is no space left."""
+
+    code = "store_full"
 
 
 class QuotaExceeded(CannotAccept):

@@ -65,7 +65,9 @@ class Intake:
                 if duplicate is not None:
                     results.append(duplicate)
                     renamed[spec.id] = duplicate.task_id
-                    states[duplicate.task_id] = duplicate.state
+                    # A key outlives its task: nobody may wait for one that is no longer there.
+                    if turn.ledger.get(duplicate.task_id) is not None:
+                        states[duplicate.task_id] = duplicate.state
                     continue
                 self._check_room(tasks, stored + spec.bytes_stored)
                 unmet, failed = _unmet(spec, states)

@@ -64,6 +64,7 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
+from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
     RunLock,
@@ -423,6 +424,9 @@ class Supervisor:
         ensure_owner_key(settings.keys_dir, now=time.time())
         ensure_ray_token(settings.keys_dir)
         write_private(settings.run_dir / "edge.cfg", edge_config(settings))
+        proxy = serve_proxy_path(settings.run_dir)
+        write_private(proxy, serve_proxy_script())
+        proxy.chmod(0o700)
         write_cluster(settings, started_at=time.time())
         self.gate = Gate(
             settings,
@@ -655,7 +659,16 @@ class Supervisor:
             self._say("C1 is ready", "composite.ready")
         self._unready_checks = 0 if self.ready else self._unready_checks + 1
         if self._unready_checks >= _UNREADY_CHECKS and self.bootstrap.process is None:
-            self.bootstrap.wanted = True
+            why = set(probe.why_not_ready(self.settings.api_host, self.settings.api_port))
+            if why and why <= probe.STORE_REASONS:
+                self._wait_for_store(why)
+            else:
+                self.bootstrap.wanted = True
+
+    def _wait_for_store(self, why: set[str]) -> None:
+        """C1 and M1 are there: to deploy them again brings no store back."""
+        if self._unready_checks == _UNREADY_CHECKS:
+            self._say(f"waiting for the task store: {', '.join(sorted(why))}", "store.away")
 
     def _run_bootstrap(self, now: float) -> None:
         job = self.bootstrap
