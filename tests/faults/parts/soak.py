@@ -337,7 +337,7 @@ def _sizes(on: Stack) -> dict[str, dict[str, float]]:
 
 
 def judge_growth(out: Outcome, path: Path, *, judged: bool) -> list[str]:
-    """Fit slopes; return them in words, and put what is too steep or too large to what is broken."""
+    """Fit slopes; return them in words, and name what is too steep or too large as broken."""
     told = []
     for name, rows in samples.by_name(samples.read(path)).items():
         words = []
