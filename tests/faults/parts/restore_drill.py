@@ -87,7 +87,13 @@ class _Drill:
         on.rig.boot(["m1", "w2"])
         begun = time.time()
         report = self._hcna("m1", f"restore {_ARCHIVES}/m1.tar.zst {_SEALED}")
-        restored = on.note("restore", "M1", time.time(), backup_at=backup_at)
+        restored = on.note(
+            "restore",
+            "M1",
+            time.time(),
+            backup_at=backup_at,
+            last_fact=report["point"]["last_fact"],
+        )
         on.clients.probe(True)
         on.computer.systemctl("m1", "enable --now hcna-m1")
         self._hcna("w2", f"restore {_ARCHIVES}/w2.tar.zst {_SEALED}")

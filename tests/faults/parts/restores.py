@@ -152,7 +152,13 @@ async def go_through(case: Case, folder: Path) -> Outcome:
         canaries=[checked_run.ADMIN_KEY],
         faults=[
             {"kind": "kill", "target": "moderator", "at": killed_at},
-            {"kind": "restore", "target": "M1", "at": restored_at, "backup_at": backup_at},
+            {
+                "kind": "restore",
+                "target": "M1",
+                "at": restored_at,
+                "backup_at": backup_at,
+                "last_fact": None if report.point is None else report.point.last_fact,
+            },
         ],
         measured=[{"name": "restored", "from": begun, "to": accepting_at, "max_s": RTO_S}],
     )
