@@ -137,15 +137,19 @@ class Stack:
 
     # -- up ----------------------------------------------------------------------------------------
 
-    def raise_up(self, per_second: float) -> None:
-        """Start M1 and the workers, and let the clients begin."""
+    def raise_up(self, per_second: float, settings: Mapping[str, Any]) -> None:
+        """Start M1 and the workers, and let the clients begin.
+
+        Args:
+            per_second: Submissions, roughly.
+            settings: More of M1's settings than that it does not work itself.
+        """
         hosts = ["m1", *self.workers]
         with ThreadPoolExecutor(len(hosts)) as pool:
             list(pool.map(self._furnish, hosts))
         m1 = self.rig["m1"]
-        m1.write(
-            "/root/.hcna/hcna.yaml", "moderator: {local_worker: never}\nray: {profile: tiny}\n"
-        )
+        own = {"moderator": {"local_worker": "never"}, "ray": {"profile": "tiny"}, **settings}
+        m1.write("/root/.hcna/hcna.yaml", json.dumps(own))
         # The kernel's own relay: a program would be one more thing that dies.
         m1.at_boot(
             "door",
@@ -455,12 +459,19 @@ def measure(stack: Stack, run: Run, faults: Sequence[dict[str, Any]]) -> dict[st
 
 
 @contextmanager
-def stack(folder: Path, *, seed: int, workers: Sequence[str], per_second: float) -> Iterator[Stack]:
+def stack(
+    folder: Path,
+    *,
+    seed: int,
+    workers: Sequence[str],
+    per_second: float,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Stack]:
     """Bring up a composite computer for cases to share."""
     with Rig.up(("m1", *workers), base=folder.resolve()) as rig:
         one = Stack(rig, folder, seed, workers)
         try:
-            one.raise_up(per_second)
+            one.raise_up(per_second, settings or {})
         except BaseException:
             one.keep_logs(folder)
             raise
