@@ -598,7 +598,8 @@ class Town:
             folder: Empty; gets the evidence.
             seed: All that is random follows from it.
             options: ``faults`` (kinds that happen, with their weight), ``policy``, ``load`` (tasks
-                a second), ``power`` (whether a kill of the moderator is a power cut).
+                a second), ``power`` (whether a kill of the moderator is a power cut),
+                ``clock_steps``.
         """
         chosen = options or {}
         self.folder, self.seed = folder, seed
@@ -617,6 +618,8 @@ class Town:
         self.weights: dict[str, float] = chosen.get("faults", {})
         self.fault_every_s = float(chosen.get("every_s", 12.0))
         self.load = float(chosen.get("load", 1.2))
+        #: By how much the moderator's wall clock is put.
+        self.clock_steps: tuple[float, ...] = chosen.get("clock_steps", (0.0,))
         self.power = bool(chosen.get("power", False))
         self.free_bytes = 1 << 40
         self.steps = self.commits = self.lives = 0
@@ -1062,7 +1065,7 @@ class Town:
                         back, power=kind == "worker loses power", polite=kind == "stop worker"
                     )
             case "step clock":
-                self.clock.stepped += draw.choice((-3600.0, -300.0, -40.0, 40.0, 300.0, 3600.0))
+                self.clock.stepped += draw.choice(self.clock_steps)
             case "pause queue":
                 self._pause_queue(draw.random() < 0.5)
             case _:

@@ -60,7 +60,9 @@ async def _run(case: Case, folder: Path) -> Outcome:
         await stack.accepting(STRUCK_S)
         fault = Fault("fdatasync", str(int(delay_s * 1e6)), 1, once=False)
         log = folder / "strace.log"
-        injection = Injection(fault, stack.moderator_pid(), [stack.store, data / "queue.db-wal"], log)
+        injection = Injection(
+            fault, stack.moderator_pid(), [stack.store, data / "queue.db-wal"], log
+        )
         try:
             await until(injection.attached, STRUCK_S)
             if not await until(injection.struck, STRUCK_S):

@@ -28,7 +28,6 @@ from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, StoreUnavailable
 from hcna_ray.core.models import Token
-from hcna_ray.runtime import actors
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.host import HostSettings, SlotHost
 from hcna_ray.runtime.journal import RunnerFiles, StopOrder, read_journal, read_stops, write_stops
@@ -76,7 +75,12 @@ _NETWORK = {"partition": 4, "flap": 3, "pause": 3, "long pause": 1}
 TOWNS: dict[str, dict[str, Any]] = {
     "disk": {"faults": {**_DISK, **_WORKERS}, "power": True, "every_s": 8},
     "network": {"faults": {**_NETWORK, **_WORKERS, "kill moderator": 1}, "every_s": 6},
-    "clock": {"faults": {"step clock": 4, "partition": 1, "kill moderator": 1}, "every_s": 15},
+    # Not an hour forward: run time is watched on the wall clock, so it ends what runs (F21).
+    "clock": {
+        "faults": {"step clock": 4, "partition": 1, "kill moderator": 1},
+        "clock_steps": (-3600.0, -300.0, -40.0, 40.0, 120.0),
+        "every_s": 15,
+    },
     "prune": {
         "faults": {**_WORKERS, "partition": 1, "kill moderator": 1, "pause queue": 2},
         "policy": {"retention_s": 40.0, "idempotency_s": 600.0},
@@ -815,6 +819,8 @@ def self_stop_counts_from_the_question(folder: Path, seed: int) -> Outcome:
 def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
     """Whatever is handed to Ray is handed over with the order not to repeat it."""
     del seed
+    from hcna_ray.runtime import actors  # Brings Ray, which takes seconds.
+
     asked: list[dict[str, Any]] = []
 
     class Task:
@@ -827,7 +833,7 @@ def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
 
     processes = actors._RayProcesses.__new__(actors._RayProcesses)
     processes._worker, processes._home, processes._incarnation = "W1", str(folder), "W1-1"
-    processes._here = None  # type: ignore[assignment]
+    processes._here, processes._heavy = None, {}
     offer = Offer("t1", "echo", Token(1, 1), b"{}", 1.0, None, None, None, (("cpu", 1.0),))
 
     def remote(*args: Any, **options: Any) -> Any:
