@@ -25,7 +25,7 @@ from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
-from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
@@ -74,6 +74,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.factory import open_reader, open_store
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ log = logging.getLogger(__name__)
 PIN = 0.001
 #: Calls an async actor serves at once: one per slot of every worker, one per replica, and room.
 CONCURRENT_CALLS = 20_000
+#: One attempt to open a store that is away; there are as many as it takes.
+OPEN_WAIT_S = 2.0
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
 #: Pause between two looks at a worker's artifact cache.
@@ -116,25 +119,38 @@ class ModeratorActor(_Face):
         self._loop = asyncio.get_running_loop()
         self._clock = SystemClock()
         self._background: set[asyncio.Task[None]] = set()
+        #: Both are there as soon as the store is open.
+        self._reader: TaskReader | None = None
+        self._feed: ChangeFeed | None = None
         self._writer = WriterThread(
             self._build,
             self._clock,
             publish=self._publish,
             items_max=settings.limits.writer_items,
         )
-        self._writer.start()
-        self._reader = open_reader(settings)
-        newest = self._reader.last_fact()
-        self._feed = ChangeFeed(newest)
+        # An actor whose constructor fails is gone; one that waits for its store can say so.
+        self._writer.begin()
         self._spawn(self._ensure_agents())
-        log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
 
     def _build(self) -> Moderator:
+        store = open_store(self._settings, wait_s=OPEN_WAIT_S)
+        try:
+            moderator = self._build_on(store)
+            reader = open_reader(self._settings)
+            self._feed = ChangeFeed(reader.last_fact())
+            self._reader = reader
+        except BaseException:
+            store.close()  # Or the next attempt would find it held by this one.
+            raise
+        log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
+        return moderator
+
+    def _build_on(self, store: TaskStore) -> Moderator:
         draw = random.SystemRandom()
         # Beside artifacts and logs, and beside the tasks themselves unless a server keeps those.
         disk = (self._settings.store_path or self._settings.home / "queue.db").parent
         return Moderator(
-            open_store(self._settings),
+            store,
             Policy.from_settings(self._settings),
             clock=self._clock,
             jitter=lambda: draw.uniform(-1.0, 1.0),
@@ -155,7 +171,8 @@ class ModeratorActor(_Face):
     def _deliver(self, outbound: Outbound) -> None:
         for pending, answer in outbound.answers:
             pending.resolve(answer)
-        self._feed.publish(outbound.last_fact, outbound.ended)
+        if self._feed is not None:
+            self._feed.publish(outbound.last_fact, outbound.ended)
 
     async def _ask(self, request: Request) -> Any:
         future: asyncio.Future[object] = self._loop.create_future()
@@ -188,6 +205,8 @@ class ModeratorActor(_Face):
 
     async def do_retry_many(self, query: ReplayQuery, *, principal: str) -> Any:
         """Replay failed tasks by filter."""
+        if self._reader is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
         found = self._reader.page(query.where, before_seq=None, limit=query.limit + 1)
         ids = tuple(task.id for task in found[: query.limit])
         more = len(found) > query.limit
@@ -195,6 +214,8 @@ class ModeratorActor(_Face):
 
     async def do_changes(self, after: int, wait_s: float) -> Changes:
         """Return what ended after a fact number."""
+        if self._feed is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
         return await self._feed.after(after, wait_s)
 
     async def do_workers(self) -> Any:

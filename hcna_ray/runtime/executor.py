@@ -38,6 +38,8 @@ from hcna_ray.runtime.runner import Runner, RunnerSettings
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+#: Handlers give way to the moderator, C1 and the agents, which share machines with them.
+NICENESS = 10
 #: What a handler's process is not told about the cluster around it.
 _HIDDEN_PREFIXES = ("RAY_", "HCNA_API_KEY", "HCNA_STORE")
 #: Time for the last reports of an executor that ends.
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
         argv: File descriptor of the control socket, and what executors need to know as JSON.
     """
     die_with_parent()
+    os.nice(max(0, NICENESS - os.nice(0)))
     control = socket.socket(fileno=int(argv[0]))
     facts: dict[str, Any] = json.loads(argv[1])
     logs.configure(Path(facts["log"]), fields={"node": facts["worker"]}, rotate=False)

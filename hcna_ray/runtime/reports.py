@@ -56,6 +56,8 @@ class ReportDesk:
                 applied += 1
             else:
                 late.append((report.task_id, report.token))
+                if task is not None and report.kind in _ENDS:
+                    _note_late(turn, report)
         return Ack(applied=applied, late=tuple(late))
 
     def _report(self, turn: Turn, task: Task, report: Report) -> bool:
@@ -129,6 +131,22 @@ class ReportDesk:
         if waits and report.error is not None and report.error.type == NOT_STARTED:
             return self._starts.returned(task, why, turn.now)
         return LeaseReturned(at=turn.now, token=token, reason=why)
+
+
+#: Reports of work that was done; when they come too late, somebody may ask where it went.
+_ENDS = frozenset({ReportKind.COMPLETED, ReportKind.FAILED})
+
+
+def _note_late(turn: Turn, report: Report) -> None:
+    """Put a late or repeated end on record: it changed nothing."""
+    generation, attempt = report.token
+    turn.note(
+        "worker",
+        "report.late",
+        report.task_id,
+        "refused",
+        f"{generation}.{attempt} {report.kind} counts no longer",
+    )
 
 
 def _on_our_clock(report: Report, task: Task, turn: Turn, skew: float) -> Report:

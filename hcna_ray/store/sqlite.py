@@ -19,7 +19,7 @@ from urllib.parse import quote
 import apsw
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable
+from hcna_ray.core.errors import NotFound, StoreFull, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -201,6 +201,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def reader(self) -> SqliteTaskReader:
         """Return a reader with a connection of its own."""
         return SqliteTaskReader(self.path)
+
+    def unconfirmed_s(self) -> float:
+        """Return 0: whoever else might write the file is started when this process has ended."""
+        return 0.0
 
     # -- transactions ---------------------------------------------------------------------------
 
@@ -772,6 +776,8 @@ def _translated(error: apsw.Error) -> Exception:
     """Return what the contract says for an error of SQLite; unexpected ones stay as they are."""
     if isinstance(error, apsw.IOError) and _extended(error) in _FSYNC_FAILED:
         return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
+    if isinstance(error, apsw.FullError):
+        return StoreFull(f"the task store's disk is full: {error}", 10)
     if isinstance(error, _REFUSED):
         return StoreUnavailable(f"the task store cannot be used now: {error}", 5)
     if isinstance(error, apsw.ConstraintError):

@@ -85,10 +85,12 @@ def _own_counts(
     """Failures, losses and the attempt number, counted anew in each life.
 
     A loss that somebody ordered is held against no task; which those were the schedule tells.
+    What a restore takes back is no loss that counts.
     """
     since = max((fact.number for fact in facts if fact.kind == "replayed"), default=0)
     grants = [fact for fact in facts if fact.kind == "granted" and fact.token]
     mine = {fact.token for fact in grants if fact.number > since}
+    mine -= _taken_back(run, facts)
     outcomes = Counter(attempt.outcome for token, attempt in rows.items() if token in mine)
     ordered = sum(1 for fact in facts if fact.number > since and _was_ordered(run, fact))
     counted = {
@@ -119,6 +121,16 @@ def _was_ordered(run: Run, fact: Fact) -> bool:
         for one in run.faults
         if one.at - run.clock_error_s <= fact.at <= (one.until or one.at + ORDER_S)
     )
+
+
+def _taken_back(run: Run, facts: list[Fact]) -> set[Token | None]:
+    """Return the tokens of leases that a restore ended: between the backup and its own end."""
+    return {
+        fact.token
+        for fact in facts
+        for one in run.restores()
+        if fact.kind == "lost" and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
+    }
 
 
 def _totals(run: Run, dump: Dump, out: Outcome) -> None:
@@ -190,7 +202,7 @@ def _depth(run: Run, dump: Dump, out: Outcome) -> None:
         out.report(None, "two tasks share an end number")
     told_ends = dump.numbers.get("last_end")
     counted = _ends_shown(run)
-    if told_ends is not None and told_ends != counted and not is_pruned(run):
+    if told_ends is not None and told_ends != counted and not (is_pruned(run) or run.restores()):
         out.report(None, f"{counted} tasks ended", numbers["last_end"])
 
 

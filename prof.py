@@ -1,7 +1,0 @@
-import logging; logging.disable(logging.CRITICAL)
-import cProfile,pstats,tempfile,sys
-from pathlib import Path
-from tests.faults.parts.rules import live_in_town
-f=Path(tempfile.mkdtemp(prefix="town-",dir="."))
-cProfile.run("live_in_town('all',f,5)","/tmp/w4/F/.copy-prof")
-pstats.Stats("/tmp/w4/F/.copy-prof").sort_stats("cumtime").print_stats(35)
