@@ -166,6 +166,7 @@ class Worker:
         self.ahead_s = self.draw.choice((0.0, 0.0, -3600.0, 40.0, 3600.0))
         self.up_cut = self.down_cut = False
         self.cut_until = self.paused_until = 0.0
+        self.pause_at = float("inf")
         self.dead_until: float | None = None
         self.inbox: list[Callable[[], None]] = []
         self.leftovers: list[Report] = []
@@ -1052,6 +1053,10 @@ class Town:
                 self._cut(worker, draw.choice(("both", "up", "down")), draw.uniform(0.3, 4.0))
             case "pause":
                 self._pause(worker, draw.uniform(1.0, MARGIN_S))
+            case "cut, then pause":
+                # It stands still just when it should be stopping what it runs.
+                self._cut(worker, draw.choice(("both", "up", "down")), 60.0)
+                worker.pause_at = true + draw.uniform(14.0, 24.0)
             case "long pause":
                 self._pause(worker, draw.uniform(22.0, 60.0))
             case "kill slot":
@@ -1095,6 +1100,9 @@ class Town:
         if all_of_it:
             self.disk.dies_in, self.disk.failing_syncs = None, 0
         for worker in self.workers:
+            if true >= worker.pause_at:
+                worker.pause_at = float("inf")
+                self._pause(worker, MARGIN_S)
             if all_of_it or true >= worker.cut_until:
                 worker.up_cut = worker.down_cut = False
             if all_of_it and worker.dead_until is not None:

@@ -71,7 +71,7 @@ PATIENCE_S = 20.0
 
 _DISK = {"kill moderator": 1, "kill in commit": 4, "full disk": 2, "failed sync": 1, "low disk": 1}
 _WORKERS = {"kill slot": 2, "kill worker": 1, "worker loses power": 1, "stop worker": 1, "pause": 1}
-_NETWORK = {"partition": 4, "flap": 3, "pause": 3, "long pause": 1}
+_NETWORK = {"partition": 4, "flap": 3, "pause": 3, "cut, then pause": 2, "long pause": 1}
 TOWNS: dict[str, dict[str, Any]] = {
     "disk": {"faults": {**_DISK, **_WORKERS}, "power": True, "every_s": 8},
     "network": {"faults": {**_NETWORK, **_WORKERS, "kill moderator": 1}, "every_s": 6},
@@ -280,6 +280,47 @@ def steady_clock(folder: Path, seed: int) -> Outcome:
             broken.append(f"a step of {step:g} s moved the steady clock by {inside - before:g} s")
         if abs(moved - step) > PATIENCE_S:
             broken.append(f"the wall clock was put by {step:g} s and moved by {moved:g} s")
+    return Outcome(violations=broken, counts={LINE: 1})
+
+
+def leases_end_in_time(folder: Path, seed: int) -> Outcome:
+    """A lease ends 30 s and 5 s of grace after the last renewal that was answered: not before.
+
+    However the wall clock is put meanwhile, and whether the worker is silent, or heard and not
+    answered. A new moderator gives a whole lease time again.
+    """
+    del folder
+    draw, broken = random.Random(seed), []
+    with _quietly():
+        for how in ("silent", "unanswered", "restart"):
+            desk = Desk()
+            worker, other = PaperWorker(desk), PaperWorker(desk, "W2")
+            desk.submit_ids("t1")
+            (offer,) = worker.granted()
+            worker.report(worker.started(offer))
+            for _ in range(draw.randrange(1, 4)):
+                desk.tick(5.0)
+                worker.heartbeat()
+            since = desk.clock.elapsed()
+            for _ in range(100):
+                desk.tick(0.5)
+                other.heartbeat()
+                if draw.random() < 0.3:
+                    desk.clock.step(draw.choice((-600.0, -40.0, 40.0, 100.0)))
+                waited = desk.clock.elapsed() - since
+                if how == "unanswered" and waited % 5.0 == 0.0:
+                    beat = Heartbeat(
+                        worker="W1", incarnation="a", telemetry={}, unanswered_s=waited
+                    )
+                    desk.ask(beat)
+                if how == "restart" and waited == 10.0:
+                    desk.restart()
+                    since, how = desk.clock.elapsed(), "silent to a new moderator"
+                if desk.task("t1").lease is None:
+                    break
+            waited = desk.clock.elapsed() - since
+            if not 35.0 <= waited <= 36.0:
+                broken.append(f"the lease of a worker that was {how} ended after {waited:g} s")
     return Outcome(violations=broken, counts={LINE: 1})
 
 
@@ -865,6 +906,7 @@ SCENARIOS: dict[str, Scenario] = {
     "answers-follow-commits": answers_follow_commits,
     "failed-fsync-ends-the-process": failed_fsync_ends_the_process,
     "steady-clock": steady_clock,
+    "leases-end-in-time": leases_end_in_time,
     "restored-tokens-are-new": restored_tokens_are_new,
     "artifact-is-durable-before-its-name": artifact_is_durable_before_its_name,
     "ray-repeats-nothing": ray_repeats_nothing,
