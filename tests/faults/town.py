@@ -794,6 +794,8 @@ class Town:
             self.waiting[Pending(call.request, _unused)] = call  # Until its deadline.
         elif self.moderator is None:
             self._lose(call)
+        elif isinstance(call.request, Heartbeat) and (reply := self.moderator.renew(call.request)):
+            self._deliver(call, reply)  # Without the store, as the writer's second thread does.
         else:
             self.outgoing.append(call)
 

@@ -883,7 +883,8 @@ def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
 
     with mock.patch.object(actors.ray, "remote", remote):
         processes.start_slot(0, "slot")
-        processes.start_heavy(offer, "heavy")
+        heavy: Any = processes.start_heavy(offer, "heavy")
+        heavy.close()  # A coroutine that nobody awaits.
         actors._create(object, "actor", "M1")
     tasks = [one for one in asked if "max_retries" in one]
     broken = [
