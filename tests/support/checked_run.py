@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 from ulid import ULID
 
 from hcna_ray.api.app import build_app
@@ -251,12 +252,11 @@ class _Ids:
         return f"batch-{ULID()}"
 
 
-@asynccontextmanager
-async def composite(home: Path, store: Path, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
-    """Run C1 around the moderator's process."""
-    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0))
+def application(home: Path, store: Path, link: SocketLink, **limits: Any) -> FastAPI:
+    """Build C1 around the moderator's process; its artifacts lie in ``home``."""
+    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0, **limits))
     bounds = settings.limits
-    app = build_app(
+    return build_app(
         moderator=SocketModerator(link, store),
         reader=lambda: SqliteTaskReader(store),
         registry=load_registry(),
@@ -275,6 +275,12 @@ async def composite(home: Path, store: Path, link: SocketLink) -> AsyncIterator[
         clock=SystemClock(),
         ids=_Ids(),
     )
+
+
+@asynccontextmanager
+async def composite(home: Path, store: Path, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
+    """Run C1 around the moderator's process."""
+    app = application(home, store, link)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with (
