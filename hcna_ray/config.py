@@ -344,6 +344,13 @@ class LeaseSettings(_Section):
         le=600,
         description="After SIGTERM until SIGKILL, and after the end of a lease until the next one.",
     )
+    start_s: float = Field(
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="An attempt handed to a slot begins within this, or is handed out anew; one "
+        "with a process of its own has four times as long. Doubled at each try.",
+    )
     gone_after_s: float = Field(
         default=86400.0,
         gt=0,
@@ -434,6 +441,18 @@ class LimitSettings(_Section):
         gt=0,
         le=3650 * 86400,
         description="A worker's copy that nobody used for this long goes.",
+    )
+    output_bytes: int = Field(
+        default=10 * MIB,
+        ge=4 * KIB,
+        le=GIB,
+        description="What one attempt may print; the rest is cut off, and the cut is marked.",
+    )
+    outputs_bytes: int = Field(
+        default=GIB,
+        ge=MIB,
+        le=4096 * GIB,
+        description="What a worker keeps of that in all; the oldest goes first, and after 7 days.",
     )
     queue_tasks_max: int = Field(
         default=2_000_000, ge=1, le=100_000_000, description="Tasks that have not ended yet."

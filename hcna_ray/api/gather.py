@@ -1,7 +1,9 @@
 """The gatherer: many requests, one call to the moderator at a time.
 
 While a call is out, submissions collect; when it returns, all that collected goes in the next one.
-So batches form by themselves under load, and a lone request goes out at once.
+So batches form by themselves under load, and a lone request goes out at once. When the moderator
+has said that it can take nothing, that is repeated here for a moment: under overload most requests
+are refused, and a refusal must neither wait for others nor cost the moderator anything.
 
 Ids are minted before a batch is sent and the moderator inserts or returns, so the same batch may be
 sent again after the moderator was lost in the middle of it.
@@ -18,15 +20,24 @@ from dataclasses import dataclass
 from hcna_ray import failpoints
 from hcna_ray.api.ports import ModeratorPort
 from hcna_ray.core.clock import Clock
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded
+from hcna_ray.core.errors import (
+    CannotAccept,
+    DiskFull,
+    HcnaError,
+    ModeratorUnavailable,
+    Overloaded,
+    QueueFull,
+)
 from hcna_ray.core.models import TaskSpec
-from hcna_ray.runtime.messages import SubmitBatch, SubmitResult
+from hcna_ray.runtime.messages import Refused, SubmitBatch, SubmitResult
 
 log = logging.getLogger(__name__)
 
 #: Pause before the second try of a batch; doubled for each further one.
 RESEND_PAUSE_S = 0.05
 RESEND_PAUSE_S_MAX = 1.0
+#: How long "nothing more can be taken" is repeated without asking again. Far below its Retry-After.
+FULL_S = 0.25
 
 
 @dataclass(eq=False, slots=True)
@@ -74,6 +85,8 @@ class Gatherer:
         self._waiting: deque[_Submission] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._closed = False
+        #: Why nothing can be taken, and until when that is believed.
+        self._full: tuple[CannotAccept, float] | None = None
         self.items = 0
         self.bytes = 0
         self.calls = 0
@@ -86,7 +99,8 @@ class Gatherer:
 
         Raises:
             Overloaded: the buffer is full; nothing was sent.
-            CannotAccept: the moderator took nothing, or did not answer for ``resend_s``.
+            CannotAccept: the moderator took nothing, or did not answer for ``resend_s``, or has
+                just said that it can take nothing.
         """
         if not specs:
             return ()
@@ -97,6 +111,11 @@ class Gatherer:
             raise Overloaded(
                 f"{self.items} tasks wait to be stored, the most C1 holds; try again in a moment"
             )
+        if self._full is not None:
+            error, until = self._full
+            # With a key it may be a repetition, whose answer is the task that is stored.
+            if self._clock.elapsed() < until and not any(spec.idempotency_key for spec in specs):
+                raise error.with_traceback(None)  # Of another request; it would grow with each.
         submission = _Submission(
             tuple(specs),
             atomic,
@@ -173,6 +192,7 @@ class Gatherer:
             pause = min(2 * pause, RESEND_PAUSE_S_MAX)
         if len(results) != len(specs):
             raise RuntimeError(f"{len(specs)} tasks were sent, {len(results)} answers came back")
+        self._full = self._fullness(results)
         start = 0
         for submission in group:
             end = start + len(submission.specs)
@@ -180,6 +200,13 @@ class Gatherer:
                 submission.answer.set_result(results[start:end])
             self._forget(submission)
             start = end
+
+    def _fullness(self, results: Sequence[SubmitResult]) -> tuple[CannotAccept, float] | None:
+        """Return what the last answer says about the next ones, if it was that nothing fits."""
+        last = results[-1]
+        if isinstance(last, Refused) and isinstance(last.error, QueueFull | DiskFull):
+            return last.error, self._clock.elapsed() + FULL_S
+        return None
 
     def _fail_overdue(self, error: HcnaError) -> None:
         """Refuse what has waited as long as a batch may: it would only wait to fail as well."""

@@ -29,6 +29,7 @@ from hcna_ray.core.errors import (
     NotFound,
     QuotaExceeded,
     StaleWorker,
+    StoreFull,
 )
 from hcna_ray.store.artifacts import ArtifactTooLarge
 
@@ -138,6 +139,7 @@ _STATUS_BY_CLASS: tuple[tuple[type[HcnaError], int], ...] = (
     (Invalid, 422),
     (QuotaExceeded, 429),
     (DiskFull, 507),
+    (StoreFull, 507),
     (CannotAccept, 503),
 )
 

@@ -19,7 +19,7 @@ from hcna_ray.api.views import NOBODY, Cluster
 from hcna_ray.api.waiters import ChangeFeed
 from hcna_ray.config import Settings
 from hcna_ray.core.clock import Clock
-from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.handlers import Registry
 from hcna_ray.runtime.messages import ModeratorStatus, WorkerInfo
 from hcna_ray.store.artifacts import ArtifactStore
@@ -51,6 +51,8 @@ class ClusterCache:
         self._cluster: tuple[float, Cluster] | None = None
         self._glance: tuple[float, Glance | None] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
+        #: Whether M1 said at the last look that its store is away.
+        self.store_away = False
 
     async def cluster(self) -> Cluster:
         """Return what placement sees, or `NOBODY` when the moderator does not answer."""
@@ -95,10 +97,13 @@ class ClusterCache:
 
     async def _ask_glance(self) -> None:
         glance: Glance | None = None
+        self.store_away = False
         try:
             async with asyncio.timeout(PROBE_S):
                 status = await self._moderator.status()
                 glance = Glance(status, await self._moderator.workers())
+        except StoreUnavailable:
+            self.store_away = True
         except (HcnaError, TimeoutError):
             log.debug("moderator does not answer", extra={"action": "api.moderator_silent"})
         self._glance = (self._clock.elapsed(), glance)

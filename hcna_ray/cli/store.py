@@ -45,6 +45,7 @@ def info(as_json: AsJson = False) -> None:
     )
     states = ", ".join(f"{count} {state}" for state, count in sorted(found.tasks.items()))
     out.print(f"tasks: {states or 'none'}")
+    out.print(escape(found.durability), style="red" if found.risks else None)
     if found.writer:
         out.print(f"last opened for writing by {escape(found.writer)}")
 

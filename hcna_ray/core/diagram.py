@@ -101,6 +101,7 @@ def _events() -> list[Event]:
         KeyReleased(at=10.0, hold=Hold.ORDERING),
         LeaseGranted(at=10.0, lease=lease),
         LeaseReturned(at=10.0, token=token),
+        LeaseReturned(at=10.0, token=token, reason="never started", give_up=True),
         AttemptStarted(at=10.0, token=token),
         AttemptProgressed(at=10.0, token=token),
         AttemptCompleted(at=10.0, token=token, started_at=0.0, result=b"{}"),

@@ -12,9 +12,11 @@
     ├── Invalid               unknown_task_type, invalid_request, dependency_not_found, ...
     ├── CannotAccept          retry later: ``retry_after_s``
     │   ├── Overloaded
+    │   │   └── QueueFull     not one task more, however small
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
+    │   │   └── StoreFull
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
@@ -174,6 +176,10 @@ class Overloaded(CannotAccept):
     code = "overloaded"
 
 
+class QueueFull(Overloaded):
+    """The queue holds as many tasks as it may, so whatever is sent is refused until some end."""
+
+
 class ModeratorUnavailable(CannotAccept):
     """The moderator does not answer."""
 
@@ -190,6 +196,12 @@ class StoreUnavailable(CannotAccept):
     """The durable store cannot be written."""
 
     code = "store_unavailable"
+
+
+class StoreFull(StoreUnavailable):
+    """Where the durable store lies there is no space left."""
+
+    code = "store_full"
 
 
 class QuotaExceeded(CannotAccept):

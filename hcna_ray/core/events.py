@@ -58,6 +58,8 @@ class LeaseReturned:
     at: float
     token: Token
     reason: str = ""
+    #: True when it is not to be handed out again: it was too often, and never started.
+    give_up: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -359,6 +359,8 @@ def on_returned(task: Task, event: LeaseReturned) -> Step:
         return _unchanged(task)
     if task.cancel_requested_at is not None:
         return _end(task, TaskState.CANCELLED, event.at, detail=task.cancel_reason or None)
+    if event.give_up:
+        return _fail(task, TaskError(kind=FailureKind.LOST, message=event.reason), event.at)
     queued = task.evolve(lease=None)
     return Step(
         queued,

@@ -25,7 +25,7 @@ from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
-from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
@@ -34,7 +34,7 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
-from hcna_ray.runtime.attempts import node_id_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
@@ -49,6 +49,7 @@ from hcna_ray.runtime.messages import (
     SubmitBatch,
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.output import OutputSettings, prune_outputs
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.ray_link import (
     ARTIFACTS,
@@ -73,6 +74,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.factory import open_reader, open_store
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ log = logging.getLogger(__name__)
 PIN = 0.001
 #: Calls an async actor serves at once: one per slot of every worker, one per replica, and room.
 CONCURRENT_CALLS = 20_000
+#: One attempt to open a store that is away; there are as many as it takes.
+OPEN_WAIT_S = 2.0
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
 #: Pause between two looks at a worker's artifact cache.
@@ -115,25 +119,38 @@ class ModeratorActor(_Face):
         self._loop = asyncio.get_running_loop()
         self._clock = SystemClock()
         self._background: set[asyncio.Task[None]] = set()
+        #: Both are there as soon as the store is open.
+        self._reader: TaskReader | None = None
+        self._feed: ChangeFeed | None = None
         self._writer = WriterThread(
             self._build,
             self._clock,
             publish=self._publish,
             items_max=settings.limits.writer_items,
         )
-        self._writer.start()
-        self._reader = open_reader(settings)
-        newest = self._reader.last_fact()
-        self._feed = ChangeFeed(newest)
+        # An actor whose constructor fails is gone; one that waits for its store can say so.
+        self._writer.begin()
         self._spawn(self._ensure_agents())
-        log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
 
     def _build(self) -> Moderator:
+        store = open_store(self._settings, wait_s=OPEN_WAIT_S)
+        try:
+            moderator = self._build_on(store)
+            reader = open_reader(self._settings)
+            self._feed = ChangeFeed(reader.last_fact())
+            self._reader = reader
+        except BaseException:
+            store.close()  # Or the next attempt would find it held by this one.
+            raise
+        log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
+        return moderator
+
+    def _build_on(self, store: TaskStore) -> Moderator:
         draw = random.SystemRandom()
         # Beside artifacts and logs, and beside the tasks themselves unless a server keeps those.
         disk = (self._settings.store_path or self._settings.home / "queue.db").parent
         return Moderator(
-            open_store(self._settings),
+            store,
             Policy.from_settings(self._settings),
             clock=self._clock,
             jitter=lambda: draw.uniform(-1.0, 1.0),
@@ -154,7 +171,8 @@ class ModeratorActor(_Face):
     def _deliver(self, outbound: Outbound) -> None:
         for pending, answer in outbound.answers:
             pending.resolve(answer)
-        self._feed.publish(outbound.last_fact, outbound.ended)
+        if self._feed is not None:
+            self._feed.publish(outbound.last_fact, outbound.ended)
 
     async def _ask(self, request: Request) -> Any:
         future: asyncio.Future[object] = self._loop.create_future()
@@ -187,6 +205,8 @@ class ModeratorActor(_Face):
 
     async def do_retry_many(self, query: ReplayQuery, *, principal: str) -> Any:
         """Replay failed tasks by filter."""
+        if self._reader is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
         found = self._reader.page(query.where, before_seq=None, limit=query.limit + 1)
         ids = tuple(task.id for task in found[: query.limit])
         more = len(found) > query.limit
@@ -194,6 +214,8 @@ class ModeratorActor(_Face):
 
     async def do_changes(self, after: int, wait_s: float) -> Changes:
         """Return what ended after a fact number."""
+        if self._feed is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
         return await self._feed.after(after, wait_s)
 
     async def do_workers(self) -> Any:
@@ -366,12 +388,21 @@ class NodeAgent(_Face):
         while True:
             try:
                 await asyncio.to_thread(prune_cache, self._settings)
+                await asyncio.to_thread(prune_outputs, self._outputs(), time.time())
             except OSError as error:
                 log.warning(
-                    "the artifact cache cannot be pruned",
+                    "caches and outputs cannot be pruned",
                     extra={"action": "agent.prune_failed", "error": str(error)},
                 )
             await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _outputs(self) -> OutputSettings:
+        limits = self._settings.limits
+        return OutputSettings(
+            folder=outputs_of(self._settings, self._worker),
+            bytes_max=limits.output_bytes,
+            total_bytes_max=limits.outputs_bytes,
+        )
 
     async def _run(self) -> None:
         host, port = self._settings.worker_host, self._settings.worker_port
@@ -465,6 +496,8 @@ class _RayProcesses:
 
     def __init__(self, worker: str, home: str, incarnation: str) -> None:
         self._worker, self._home, self._incarnation = worker, home, incarnation
+        #: Heavy attempts that have not ended, by the name of their process.
+        self._heavy: dict[str, Any] = {}
         self._here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -488,7 +521,7 @@ class _RayProcesses:
             if key not in ("cpu", "mem_gb", "gpu", self._worker) and amount
         }
         task: Any = ray.remote(max_calls=1)(run_heavy)
-        ref: Awaitable[None] = task.options(
+        ref: Any = task.options(
             max_retries=0,
             name=f"{offer.task_type}:{offer.task_id}",
             scheduling_strategy=self._here,
@@ -497,7 +530,19 @@ class _RayProcesses:
             num_gpus=amounts.get("gpu", 0.0),
             resources={**custom, self._worker: max(PIN, amounts.get(self._worker, 0.0))},
         ).remote(self._worker, self._home, self._incarnation, offer, name)
-        return ref
+        self._heavy[name] = ref
+        return self._ended(name, ref)
+
+    async def _ended(self, name: str, ref: Any) -> None:
+        try:
+            await ref
+        finally:
+            self._heavy.pop(name, None)
+
+    def withdraw(self, name: str) -> None:
+        ref = self._heavy.get(name)
+        if ref is not None:  # Takes back what waits; what runs by now is refused by `attach`.
+            ray.cancel(ref, force=False)
 
 
 class ArtifactsActor(_Face):

@@ -19,7 +19,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from hcna_ray.core.errors import (
     StaleWorker,
     WorkerNameTaken,
 )
-from hcna_ray.core.models import HEAVY_SLOT, FailureKind, Token
+from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
 from hcna_ray.runtime.host import last_words, signal_group
 from hcna_ray.runtime.journal import (
     RunnerFiles,
@@ -43,6 +43,9 @@ from hcna_ray.runtime.journal import (
     write_stops,
 )
 from hcna_ray.runtime.messages import (
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Exchange,
     Goodbye,
     Grant,
@@ -79,6 +82,8 @@ GOODBYE_FILE = "goodbye"
 GOODBYE_DONE_FILE = "goodbye.done"
 #: Stop orders left for one member; older ones have long been obeyed or are void.
 ORDERS_KEPT = 100
+#: A slot that has not answered an order not to begin something for this long is stuck.
+STUCK_S = 5.0
 
 
 class Processes(Protocol):
@@ -90,6 +95,10 @@ class Processes(Protocol):
 
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         """Start one attempt in a process of its own, with what it needs set aside."""
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """Have a heavy attempt that has no process yet never get one."""
         ...
 
 
@@ -143,6 +152,10 @@ class _Member:
     files: RunnerFiles
     offer: Offer | None = None
     pid: int | None = None
+    #: The moderator waits for this heavy attempt no longer: it must not begin.
+    withdrawn: bool = False
+    #: Since when this slot has known that an attempt must not begin any more.
+    told_not_to_begin: dict[tuple[str, Token], float] = field(default_factory=dict)
 
 
 class WorkerAgent:
@@ -234,7 +247,7 @@ class WorkerAgent:
             pid: Its process id.
         """
         member = self._members.get(name)
-        if member is None or self._closing or self._standing_back:
+        if member is None or member.withdrawn or self._closing or self._standing_back:
             return False
         failpoints.hit("agent.attach.received")
         member.pid = pid
@@ -504,6 +517,12 @@ class WorkerAgent:
                     continue
             elif (offer.task_id, Token(*offer.token)) != (stop.task_id, token):
                 continue
+            if stop.reason in (UNSTARTED, STUCK):
+                if offer is not None:
+                    self._withdraw(member)
+                    continue
+                if not self._expect_answer(member, stop):
+                    continue
             order = StopOrder(
                 task_id=stop.task_id,
                 generation=token.generation,
@@ -511,6 +530,38 @@ class WorkerAgent:
                 reason=stop.reason,
             )
             self._order(member, order)
+
+    def _withdraw(self, member: _Member) -> None:
+        """See that a heavy attempt which has not begun never does; its end is told as usual."""
+        offer = member.offer
+        assert offer is not None
+        key = (offer.task_id, Token(*offer.token))
+        notes = map(read_note, self._executors(member.files.name))
+        if any(note is not None and note.names(key) for note in notes):
+            return  # It has begun; the word of it is on its way.
+        member.withdrawn = True
+        if member.pid is None:
+            self._processes.withdraw(member.files.name)
+        else:
+            self._kill(member.pid, signal.SIGKILL)
+
+    def _expect_answer(self, member: _Member, stop: Stop) -> bool:
+        """Whether to pass on to a slot that something must not begin; end a slot that is stuck."""
+        key, now = (stop.task_id, Token(*stop.token)), self._clock.elapsed()
+        told = member.told_not_to_begin
+        if stop.reason == UNSTARTED:
+            while len(told) >= ORDERS_KEPT:
+                del told[next(iter(told))]
+            told[key] = now
+            return True
+        # Told only now, as after a lost answer, it would have had no time at all.
+        if now - told.pop(key, now) >= STUCK_S and member.pid is not None:
+            log.error(
+                "a slot is stuck: it is ended",
+                extra={"action": "slot.stuck", "slot": member.files.name},
+            )
+            self._kill(member.pid, signal.SIGKILL)
+        return False
 
     def _order(self, member: _Member, order: StopOrder) -> None:
         """Leave an order where the member looks for it."""
@@ -560,7 +611,7 @@ class WorkerAgent:
         except Exception as error:
             if "OutOfMemory" in type(error).__name__:
                 how, kind = "the machine ran out of memory", FailureKind.OOM
-            if not self._closing:
+            if not self._closing and not member.withdrawn:
                 log.warning(
                     "a process that ran work died",
                     extra={"action": "slot.died", "slot": name, "error": str(error)[:300]},
@@ -589,7 +640,7 @@ class WorkerAgent:
                 await self._end(executors)
                 reports = self._last_words(executors, kind, how)
                 if member.offer is not None and not reports:
-                    reports = await self._never_started(member.offer)
+                    reports = await self._never_started(member)
                 gone = SlotGone(
                     worker=self._settings.worker,
                     incarnation=self._settings.incarnation,
@@ -606,12 +657,22 @@ class WorkerAgent:
                 files.remove()
             return
 
-    async def _never_started(self, offer: Offer) -> tuple[Report, ...]:
+    async def _never_started(self, member: _Member) -> tuple[Report, ...]:
         """A heavy attempt left no word: it never began, or was confirmed to the last one."""
+        offer = member.offer
+        assert offer is not None
         # Told at once, one whose process cannot start would be back at once.
         await asyncio.sleep(max(0.0, self._respawn_at - self._clock.elapsed()))
+        error = None
+        if member.withdrawn:
+            how = (
+                "Ray did not start its process"
+                if member.pid is None
+                else "its process did not begin"
+            )
+            error = TaskError(kind=FailureKind.LOST, type=NOT_STARTED, message=how)
         token = Token(*offer.token)
-        return (Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now()),)
+        return (Report(ReportKind.RETURNED, offer.task_id, token, self._clock.now(), error=error),)
 
     # -- watching --------------------------------------------------------------------------------
 

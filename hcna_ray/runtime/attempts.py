@@ -77,6 +77,9 @@ async def _serve(
             "result_bytes_max": settings.limits.result_bytes,
             "outbox": str(outbox),
             "log": str(settings.logs_dir / "worker.log"),
+            "outputs": str(outputs_of(settings, worker)),
+            "output_bytes": settings.limits.output_bytes,
+            "outputs_bytes_max": settings.limits.outputs_bytes,
         }
     )
     host = SlotHost(
@@ -117,6 +120,11 @@ def node_id_of(worker: str, settings: Settings) -> str:
     _, _, rest = own.partition("--")
     arch = NodeName.parse(own).arch
     return f"{arch}-{worker}--{rest}" if rest else f"{arch}-{worker}"
+
+
+def outputs_of(settings: Settings, worker: str) -> Path:
+    """Return the directory with what attempts on a worker have printed."""
+    return settings.home / "outputs" / worker
 
 
 def scratch_root(settings: Settings, worker: str) -> Path:

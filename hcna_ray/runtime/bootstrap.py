@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from hcna_ray.config import Settings, load_settings
-from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.runtime.actors import (
     cluster_nodes,
     start_agent,
@@ -70,6 +70,10 @@ def _wait_for_moderator() -> None:
     while True:
         try:
             link.call("status", timeout_s=10.0)
+            return
+        except StoreUnavailable as error:
+            # It is there and goes on trying. C1 belongs beside it, to refuse in so many words.
+            print(f"bootstrap: {error}", file=sys.stderr)  # noqa: T201 - as below
             return
         except HcnaError as error:
             if time.monotonic() > end:

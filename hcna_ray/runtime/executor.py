@@ -33,9 +33,13 @@ from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import BlockingChannel, ChannelClosed, Frame
 from hcna_ray.runtime.journal import RunnerFiles
 from hcna_ray.runtime.messages import Report
+from hcna_ray.runtime.output import OutputSettings, OutputTap
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+#: Handlers give way to the moderator, C1 and the agents, which share machines with them.
+NICENESS = 10
 #: What a handler's process is not told about the cluster around it.
 _HIDDEN_PREFIXES = ("RAY_", "HCNA_API_KEY", "HCNA_STORE")
 #: Time for the last reports of an executor that ends.
@@ -53,6 +57,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _adopt_orphans() -> None:
+    """Have what handlers leave behind become this process's children, so that it knows of them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 # -- the nursery -----------------------------------------------------------------------------------
 
 
@@ -63,6 +73,7 @@ def main(argv: list[str]) -> int:
         argv: File descriptor of the control socket, and what executors need to know as JSON.
     """
     die_with_parent()
+    os.nice(max(0, NICENESS - os.nice(0)))
     control = socket.socket(fileno=int(argv[0]))
     facts: dict[str, Any] = json.loads(argv[1])
     logs.configure(Path(facts["log"]), fields={"node": facts["worker"]}, rotate=False)
@@ -128,11 +139,32 @@ def _be_executor(descriptor: int, name: str, facts: dict[str, Any], registry: Re
             result_bytes_max=facts["result_bytes_max"],
         )
         files = RunnerFiles(Path(facts["outbox"]), name)
-        Executor(socket.socket(fileno=descriptor), settings, files, registry).serve()
+        sock = socket.socket(fileno=descriptor)
+        Executor(sock, settings, files, registry, _tap_output(facts)).serve()
         status = 0
     finally:
         logging.shutdown()
         os._exit(status)
+
+
+def _tap_output(facts: dict[str, Any]) -> OutputTap | None:
+    """Take standard output and error over, unless nobody wants them."""
+    if "outputs" not in facts:
+        return None
+    _adopt_orphans()
+    settings = OutputSettings(
+        folder=Path(facts["outputs"]),
+        bytes_max=facts["output_bytes"],
+        total_bytes_max=facts["outputs_bytes_max"],
+    )
+    try:
+        return OutputTap(settings)
+    except OSError as error:
+        logging.getLogger(__name__).error(
+            "what handlers print is not kept",
+            extra={"action": "output.failed", "error": str(error)},
+        )
+        return None
 
 
 class Executor:
@@ -144,6 +176,7 @@ class Executor:
         settings: RunnerSettings,
         files: RunnerFiles,
         registry: Registry,
+        output: OutputTap | None = None,
     ) -> None:
         """Wire a runner to the socket."""
         self._channel = BlockingChannel(sock)
@@ -151,7 +184,7 @@ class Executor:
         self._acks: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._asking = threading.Lock()
-        self._runner = Runner(settings, registry, files, self, self, SystemClock())
+        self._runner = Runner(settings, registry, files, self, self, SystemClock(), output)
 
     def serve(self) -> None:
         """Run what the host sends until it says ``END``, or is gone."""

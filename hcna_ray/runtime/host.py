@@ -16,6 +16,7 @@ import signal
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +40,9 @@ from hcna_ray.runtime.journal import (
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
     DRAINED,
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Exchange,
     Grant,
     Offer,
@@ -71,6 +75,11 @@ REFORK_S = 0.5
 EXIT_WAIT_S = 1.0
 #: An idle executor beyond the spares ends after this long.
 SPARE_IDLE_S = 30.0
+#: An executor that is warm begins within milliseconds; one that has not after this many looks never
+#: will. Looks, not seconds: none is made while the machine sleeps or stands still.
+START_LOOKS = 200
+#: Looks at an attempt that must not begin any more before it is given back in the executor's stead.
+WITHDRAW_LOOKS = 4
 
 
 #: One attempt: task id and token. The token alone names none, every first attempt has the same.
@@ -135,6 +144,15 @@ class _Executor:
     #: Set when it is idle again, turned long, or died.
     turned: asyncio.Event = field(default_factory=asyncio.Event)
     orders: dict[AttemptKey, tuple[StopOrder, float]] = field(default_factory=dict)
+    #: Must not begin any more, and how many looks it has been watched for since that was written
+    #: down; -1 once it was given back, or turned out to have begun.
+    withdrawn: dict[AttemptKey, int] = field(default_factory=dict)
+    #: Handed to it, and no word yet of its start or end.
+    unbegun: set[AttemptKey] = field(default_factory=set)
+    #: Looks in a row at which there was something to begin and no sign of it.
+    silent_looks: int = 0
+    #: Ended because it had not begun what it was handed.
+    stalled: bool = False
     killed: bool = False
     #: Open files of the artifacts it was given: while they are locked, nobody prunes them.
     in_use: list[int] = field(default_factory=list)
@@ -357,6 +375,7 @@ class SlotHost:
         try:
             while True:
                 frame = await executor.channel.receive()
+                _note_beginnings(executor, frame.reports)
                 match frame.kind:
                     case channel.IDLE:
                         self._on_idle(executor, frame.reports)
@@ -474,8 +493,9 @@ class SlotHost:
         told = {
             (report.task_id, Token(*report.token)) for report in reports if report.kind in FINAL
         }
+        error = _not_started("its executor took it and did not begin") if executor.stalled else None
         reports += [
-            Report(ReportKind.RETURNED, task_id, token, self._clock.now())
+            Report(ReportKind.RETURNED, task_id, token, self._clock.now(), error=error)
             for task_id, token in executor.holds
             if (task_id, token) not in told
         ]
@@ -559,6 +579,8 @@ class SlotHost:
         executor.turned.clear()
         for offer in offers:
             executor.holds[offer.task_id, Token(*offer.token)] = offer
+        executor.unbegun = {(offer.task_id, Token(*offer.token)) for offer in offers}
+        executor.silent_looks = 0
         self._obey_agent()  # An order may have come before the attempt did.
         executor.channel.send(Frame(channel.RUN, offers=offers))
         failpoints.hit("slot.grant.handed_over")
@@ -604,24 +626,61 @@ class SlotHost:
         key = (stop.task_id, Token(*stop.token))
         for executor in self._executors.values():
             if key in executor.holds:
-                self._order(executor, key, stop.reason)
+                self._obey(executor, key, stop.reason)
+
+    def _obey(self, executor: _Executor, key: AttemptKey, reason: str) -> None:
+        if reason == UNSTARTED:
+            self._withdraw(executor, key)
+        elif reason != STUCK:  # That is for the agent.
+            self._order(executor, key, reason)
+
+    def _withdraw(self, executor: _Executor, key: AttemptKey) -> None:
+        """Have an attempt not begin any more. No signal: the executor looks before each start."""
+        if key in executor.withdrawn:
+            return
+        executor.withdrawn = {
+            known: looks for known, looks in executor.withdrawn.items() if known in executor.holds
+        }
+        executor.withdrawn[key] = 0
+        try:
+            self._write_orders(executor)
+        except OSError as error:
+            del executor.withdrawn[key]  # It might begin after all: nothing can be said of it.
+            log.error(
+                "a stop order cannot be written",
+                extra={"action": "slot.order_failed", "error": str(error)},
+            )
+
+    def _answer_for_withdrawn(self, executor: _Executor, note: Note | None) -> None:
+        """Give back what did not begin after it was written down that it must not."""
+        for key, looks in list(executor.withdrawn.items()):
+            if looks < 0:
+                continue
+            if key not in executor.holds or (note is not None and note.names(key)):
+                executor.withdrawn[key] = -1  # It began before, or has come back.
+            elif looks < WITHDRAW_LOOKS:
+                executor.withdrawn[key] = looks + 1
+            else:
+                executor.withdrawn[key] = -1
+                why = _not_started("its slot did not come to it")
+                report = Report(ReportKind.RETURNED, *key, self._clock.now(), error=why)
+                self._send_surely((report,), partial(self._note_ends, executor, (report,)))
+
+    def _write_orders(self, executor: _Executor) -> None:
+        orders = [one for one, _ in executor.orders.values()]
+        orders += [_order_of(key, UNSTARTED) for key in executor.withdrawn]
+        write_stops(executor.files, orders)
 
     def _order(self, executor: _Executor, key: AttemptKey, reason: str) -> None:
         if key in executor.orders:
             return
-        task_id, token = key
-        order = StopOrder(
-            task_id=task_id,
-            generation=token.generation,
-            attempt=token.attempt,
-            reason=reason,
-        )
+        order = _order_of(key, reason)
         executor.orders = {
             known: found for known, found in executor.orders.items() if known in executor.holds
         }
         executor.orders[key] = (order, self._clock.elapsed())
         try:
-            write_stops(executor.files, [one for one, _ in executor.orders.values()])
+            self._write_orders(executor)
             failpoints.hit("slot.stop.written")
         except OSError as error:
             # A full disk: the executor will not know what the signal means, SIGKILL follows.
@@ -647,6 +706,8 @@ class SlotHost:
                 executor.channel.send(Frame(channel.END))
             return
         note = read_note(executor.files)
+        self._answer_for_withdrawn(executor, note)
+        self._watch_beginning(executor, note)
         if note is None or not note.task_id:
             return
         if executor is self._active and now - note.started_boot >= self._settings.long_s:
@@ -654,6 +715,21 @@ class SlotHost:
         if now >= note.deadline_boot and (note.task_id, note.token) in executor.holds:
             self._order(executor, (note.task_id, note.token), "timeout")
         self._enforce(executor, note, now)
+
+    def _watch_beginning(self, executor: _Executor, note: Note | None) -> None:
+        """End an executor that took a grant and does not begin: it keeps the slot from the next."""
+        executor.unbegun &= executor.holds.keys()
+        if not executor.unbegun or (note is not None and note.task_id):
+            executor.silent_looks = 0
+            return
+        executor.silent_looks += 1
+        if executor.silent_looks > START_LOOKS and not executor.killed:
+            executor.killed = executor.stalled = True
+            log.error(
+                "an executor took a grant and does not begin: it is ended",
+                extra={"action": "executor.stalled", "executor": executor.name},
+            )
+            self._kill(executor.pid, signal.SIGKILL)
 
     def _enforce(self, executor: _Executor, note: Note, now: float) -> None:
         """SIGKILL what has not stopped in time."""
@@ -673,7 +749,26 @@ class SlotHost:
             for executor in self._executors.values():
                 for key in list(executor.holds):
                     if not order.task_id or key == ordered:
-                        self._order(executor, key, order.reason)
+                        self._obey(executor, key, order.reason)
+
+
+def _note_beginnings(executor: _Executor, reports: tuple[Report, ...]) -> None:
+    """Learn from an executor's words what it has begun, or is done with."""
+    executor.silent_looks = 0
+    for report in reports:
+        if report.kind == ReportKind.STARTED or report.kind in FINAL:
+            executor.unbegun.discard((report.task_id, Token(*report.token)))
+
+
+def _order_of(key: AttemptKey, reason: str) -> StopOrder:
+    task_id, token = key
+    return StopOrder(
+        task_id=task_id, generation=token.generation, attempt=token.attempt, reason=reason
+    )
+
+
+def _not_started(why: str) -> TaskError:
+    return TaskError(kind=FailureKind.LOST, type=NOT_STARTED, message=why)
 
 
 def last_words(
@@ -709,7 +804,8 @@ def _end_of(
     order: StopOrder | None,
 ) -> Report:
     """Return how an attempt ended whose process is gone."""
-    reason = None if order is None else order.reason
+    # One that had begun is not concerned by an order not to begin.
+    reason = None if order is None or order.reason == UNSTARTED else order.reason
     if reason == "cancel":
         return Report(ReportKind.CANCELLED, started.task_id, token, now, started_at=started.at)
     if reason == "timeout":

@@ -11,6 +11,7 @@ from hcna_ray.core.errors import (
     Invalid,
     NotFound,
     Overloaded,
+    QueueFull,
 )
 from hcna_ray.core.events import CancelRequested, KeyHeld, TaskReplayed
 from hcna_ray.core.machine import accept
@@ -64,7 +65,9 @@ class Intake:
                 if duplicate is not None:
                     results.append(duplicate)
                     renamed[spec.id] = duplicate.task_id
-                    states[duplicate.task_id] = duplicate.state
+                    # A key outlives its task: nobody may wait for one that is no longer there.
+                    if turn.ledger.get(duplicate.task_id) is not None:
+                        states[duplicate.task_id] = duplicate.state
                     continue
                 self._check_room(tasks, stored + spec.bytes_stored)
                 unmet, failed = _unmet(spec, states)
@@ -152,7 +155,7 @@ class Intake:
         if self.disk_low:
             raise DiskFull("free disk space is below limits.disk_free_bytes_min on M1", 30)
         if tasks >= self._policy.queue_tasks_max:
-            raise Overloaded(f"the queue holds its maximum of {tasks} tasks", 5)
+            raise QueueFull(f"the queue holds its maximum of {tasks} tasks", 5)
         if stored > self._policy.queue_bytes_max:
             raise Overloaded("the queue holds its maximum of bytes", 5)
 

@@ -66,10 +66,17 @@ class Note:
         """Fencing token of what runs."""
         return Token(self.generation, self.attempt)
 
+    def names(self, key: tuple[str, Token]) -> bool:
+        """Whether the attempt with this task id and token runs."""
+        return (self.task_id, self.token) == key
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StopOrder:
-    """One attempt that must end, and why: ``cancel``, ``timeout``, ``fenced`` or ``drain``."""
+    """One attempt that must end, and why: ``cancel``, ``timeout``, ``fenced`` or ``drain``.
+
+    With the reason ``unstarted`` it must not begin; once it has, the order is void.
+    """
 
     task_id: str
     generation: int

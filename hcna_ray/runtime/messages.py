@@ -210,6 +210,8 @@ class ReportKind:
 DRAINED = "WorkerDrained"
 #: ``type`` of the error of an attempt that came back because its start could not be written down.
 DISK_FAILED = "WorkerDiskFailed"
+#: ``type`` of the error of an attempt that came back because it had not begun in time.
+NOT_STARTED = "NotStarted"
 
 
 class Report(NamedTuple):
@@ -253,6 +255,13 @@ class Offer(NamedTuple):
         if self.expires_in_s is None:
             return self
         return self._replace(expires_boot=elapsed + self.expires_in_s)
+
+
+#: Reason of a `Stop`: the attempt should have begun by now. If it has not, it must not any more and
+#: comes back; if it has, the order is void.
+UNSTARTED = "unstarted"
+#: Reason of a `Stop`: nobody answered that. Whatever was to run the attempt is stuck.
+STUCK = "stuck"
 
 
 class Stop(NamedTuple):

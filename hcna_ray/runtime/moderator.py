@@ -12,7 +12,7 @@ commit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hcna_ray import failpoints
@@ -28,6 +28,7 @@ from hcna_ray.runtime.messages import (
     Exchange,
     Goodbye,
     Heartbeat,
+    HeartbeatReply,
     Hello,
     ModeratorStatus,
     SlotGone,
@@ -50,6 +51,7 @@ from hcna_ray.runtime.requests import (
     RetryMany,
     SendIntent,
 )
+from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.runtime.workforce import Workforce
 from hcna_ray.store.base import TaskStore
@@ -106,12 +108,14 @@ class Moderator:
         self._commits = 0
         self._live = LiveTable()
         self._dispatcher = Dispatcher(store, policy, self._live)
+        starts = StartWatch(policy.start_s)
         self._workforce = Workforce(
             store,
             policy,
             self._live,
             self._dispatcher,
-            ReportDesk(self._dispatcher.observe, jitter),
+            ReportDesk(self._dispatcher.observe, jitter, starts),
+            starts,
         )
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
@@ -127,29 +131,46 @@ class Moderator:
 
         An empty batch carries out timers and housekeeping. A store that refuses to commit answers
         every request of the batch with `StoreUnavailable`, and nothing of it happened; so does one
-        that cannot even be read, until it can be again.
+        that cannot even be read, until it can be again. Heartbeats alone are answered all the same,
+        as long as `Renewals` says that it is safe.
 
         Raises:
             OSError: fsync failed. The process must exit: what is on disk is unknown.
         """
+        elapsed = self._clock.elapsed()
+        self._workforce.take_renewals(elapsed)
         if self._stale:
             trouble = self._try_to_rebuild()
             if trouble is not None:
-                return Outbound(tuple((pending, trouble) for pending in batch))
+                return self._refused(batch, trouble)
         turn = Turn(
             Ledger(self._store, self._live.tasks, self._workforce.sessions.node_ids()),
             self._clock.now(),
-            self._clock.elapsed(),
+            elapsed,
         )
         try:
             last_fact = self._decide(turn, batch)
         except StoreUnavailable as error:
             log.error("the store refused", extra={"action": "store.refused", "error": str(error)})
             self._try_to_rebuild()
-            waiting = {*batch, *(pending for pending, _ in turn.answers)}
-            return Outbound(tuple((pending, error) for pending in waiting))
+            return self._refused({*batch, *(pending for pending, _ in turn.answers)}, error)
         self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
         return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact)
+
+    def renew(self, beat: Heartbeat) -> HeartbeatReply | None:
+        """Answer a heartbeat from memory, if that is safe. Callable from any thread."""
+        return self._workforce.renewals.renew(beat, self._clock.elapsed())
+
+    def _refused(self, batch: Iterable[Pending], trouble: StoreUnavailable) -> Outbound:
+        """Refuse a batch, but for heartbeats: they ask nothing of the store."""
+        answers: list[tuple[Pending, object]] = []
+        refused = set(batch)
+        self._workforce.hang_up(refused)
+        for pending in refused:
+            request = pending.request
+            reply = self.renew(request) if isinstance(request, Heartbeat) else None
+            answers.append((pending, reply or trouble))
+        return Outbound(tuple(answers))
 
     def _decide(self, turn: Turn, batch: Sequence[Pending]) -> int:
         """Take the batch through to its commit; return the newest fact's number."""
@@ -182,7 +203,10 @@ class Moderator:
         try:
             wake_at = self._store.next_wake()
         except StoreUnavailable:
-            return 0.0  # The next batch says so to whoever waits.
+            # The next batch says so to whoever waits. What was read before may be of yesterday:
+            # only the store that comes back can tell.
+            self._stale = True
+            return 0.0
         # A lease ends to the moment: its task should not wait for the next look around.
         silence_s = self._workforce.sessions.next_change_s(self._clock.elapsed())
         pause = min(HOUSEKEEPING_S, silence_s + 0.001)

@@ -27,7 +27,8 @@ class ProcessNursery:
 
         Args:
             facts: JSON-ready: ``worker node_id disk_path scratch_root long_s report_s
-                result_bytes_max outbox log``.
+                result_bytes_max outbox log``; and ``outputs output_bytes outputs_bytes_max``, to
+                have what handlers print kept (`hcna_ray.runtime.output`).
         """
         self._facts = dict(facts)
         self._told: Callable[[int, int], None] = lambda _pid, _status: None

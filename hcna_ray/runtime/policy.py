@@ -19,8 +19,10 @@ class Policy:
     concurrency_limits: Mapping[str, int] = field(default_factory=dict)
     lease_ttl_s: float = 30.0
     lease_grace_s: float = 5.0
+    self_stop_s: float = 20.0
     heartbeat_s: float = 5.0
     gone_after_s: float = 86400.0
+    start_s: float = 15.0
     queue_tasks_max: int = 2_000_000
     queue_bytes_max: int = 4 << 30
     grant_max: int = 64
@@ -43,8 +45,10 @@ class Policy:
             concurrency_limits=scheduling.concurrency_limits,
             lease_ttl_s=lease.ttl_s,
             lease_grace_s=lease.grace_s,
+            self_stop_s=lease.self_stop_s,
             heartbeat_s=lease.heartbeat_s,
             gone_after_s=lease.gone_after_s,
+            start_s=lease.start_s,
             queue_tasks_max=limits.queue_tasks_max,
             queue_bytes_max=limits.queue_bytes_max,
             grant_max=slots.grant_max,

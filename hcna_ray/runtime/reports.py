@@ -16,21 +16,28 @@ from hcna_ray.core.events import (
     LeaseReturned,
 )
 from hcna_ray.core.models import FailureKind, Task, TaskError, Token
-from hcna_ray.runtime.messages import DRAINED, Ack, Report, ReportKind
+from hcna_ray.runtime.messages import DRAINED, NOT_STARTED, Ack, Report, ReportKind
+from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import Turn
 
 
 class ReportDesk:
     """Applies reports to tasks."""
 
-    def __init__(self, observe: Callable[[str, float], None], jitter: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        observe: Callable[[str, float], None],
+        jitter: Callable[[], float],
+        starts: StartWatch,
+    ) -> None:
         """Name the helpers.
 
         Args:
             observe: Takes a task type and how long one of it took, in milliseconds.
             jitter: Draws from -1 to 1, for backoffs.
+            starts: Counts what was handed out and never began.
         """
-        self._observe, self._jitter = observe, jitter
+        self._observe, self._jitter, self._starts = observe, jitter, starts
 
     def apply(self, turn: Turn, reports: Iterable[Report], skew: float = 0.0) -> Ack:
         """Apply reports in order; say how many counted and which were late.
@@ -49,6 +56,8 @@ class ReportDesk:
                 applied += 1
             else:
                 late.append((report.task_id, report.token))
+                if task is not None and report.kind in _ENDS:
+                    _note_late(turn, report)
         return Ack(applied=applied, late=tuple(late))
 
     def _report(self, turn: Turn, task: Task, report: Report) -> bool:
@@ -111,12 +120,33 @@ class ReportDesk:
                     ),
                 ).changed
             case ReportKind.RETURNED:
-                why = "given back" if report.error is None else report.error.message
-                return turn.ledger.step(
-                    task, LeaseReturned(at=turn.now, token=token, reason=why)
-                ).changed
+                return turn.ledger.step(task, self._returned(turn, task, token, report)).changed
             case _:
                 raise Invalid("invalid_report", f"unknown report kind {report.kind!r}")
+
+    def _returned(self, turn: Turn, task: Task, token: Token, report: Report) -> LeaseReturned:
+        why = "given back" if report.error is None else report.error.message
+        lease = task.lease
+        waits = lease is not None and lease.token == token and lease.started_at is None
+        if waits and report.error is not None and report.error.type == NOT_STARTED:
+            return self._starts.returned(task, why, turn.now)
+        return LeaseReturned(at=turn.now, token=token, reason=why)
+
+
+#: Reports of work that was done; when they come too late, somebody may ask where it went.
+_ENDS = frozenset({ReportKind.COMPLETED, ReportKind.FAILED})
+
+
+def _note_late(turn: Turn, report: Report) -> None:
+    """Put a late or repeated end on record: it changed nothing."""
+    generation, attempt = report.token
+    turn.note(
+        "worker",
+        "report.late",
+        report.task_id,
+        "refused",
+        f"{generation}.{attempt} {report.kind} counts no longer",
+    )
 
 
 def _on_our_clock(report: Report, task: Task, turn: Turn, skew: float) -> Report:

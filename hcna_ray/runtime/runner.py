@@ -33,10 +33,12 @@ from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_b
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
     DRAINED,
+    UNSTARTED,
     Offer,
     Report,
     ReportKind,
 )
+from hcna_ray.runtime.output import OutputTap
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ class Runner:
         link: ReportLink,
         artifacts: ArtifactLink,
         clock: Clock,
+        output: OutputTap | None = None,
     ) -> None:
         """Open the journal. `serving` must be entered before `run`.
 
@@ -140,8 +143,10 @@ class Runner:
             link: To the moderator.
             artifacts: To the artifact store.
             clock: Wall clock and CLOCK_BOOTTIME.
+            output: Keeps what handlers print; without it that goes where this process' goes.
         """
         self._settings, self._registry, self._link = settings, registry, link
+        self._output = output
         self._artifacts, self._clock = artifacts, clock
         self._journal = JournalWriter(files)
         self._born = process_birth(os.getpid()) or 0
@@ -277,6 +282,8 @@ class Runner:
         current = self._shared.current
         assert current is not None
         token = Token(*offer.token)
+        if self._output is not None:
+            self._output.begin(offer.task_id, token)
         try:
             outcome = self._handle(offer, token, current)
         except (TaskCancelled, TaskTimedOut) as stopped:
@@ -288,6 +295,8 @@ class Runner:
             failure = TaskError(kind=FailureKind.ERROR, message=text[:500])
             outcome = HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         current.interruptible = False
+        if self._output is not None:
+            self._output.end()
         failpoints.hit("runner.handler.ended")
         if outcome.outcome is Outcome.TIMED_OUT:
             self.must_end = True  # Nobody knows what the handler left half done.
@@ -355,6 +364,8 @@ class Runner:
         for order in self._journal.read_stops():
             if current is None or order.task_id != current.offer.task_id:
                 continue
+            if order.reason == UNSTARTED:
+                continue  # It has begun, so that order is void.
             if (order.generation, order.attempt) != tuple(current.offer.token):
                 continue
             self.must_end = True
@@ -497,7 +508,7 @@ class Runner:
             return True
         for order in self._journal.read_stops():
             named = (order.task_id, order.generation, order.attempt)
-            if named == (current.offer.task_id, *token):
+            if named == (current.offer.task_id, *token) and order.reason != UNSTARTED:
                 # The file is here before the signal: a handler that asks must not seem to have
                 # stopped without a reason.
                 current.stopping = order.reason

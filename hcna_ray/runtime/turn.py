@@ -62,11 +62,14 @@ class Turn:
         while True:
             line = store.ordering_line(key, limit)
             self.ledger.adopt(line)
-            for stored in line:
-                task = self.ledger.get(stored.id)
-                if task is not None and not task.terminal:
-                    found[task.id] = task
-            if found or len(line) < limit:
+            open_ones = [
+                task
+                for stored in line
+                if (task := self.ledger.get(stored.id)) is not None and not task.terminal
+            ]
+            found.update((task.id, task) for task in open_ones)
+            # What this batch has changed says nothing of who stands before it in the store.
+            if open_ones or len(line) < limit:
                 break
             limit *= 4
         out = store.ordering_out(key)

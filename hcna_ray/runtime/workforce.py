@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Set
 from typing import Any
 
 from hcna_ray.core.errors import (
@@ -29,6 +30,8 @@ from hcna_ray.core.placement import age_in_words
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
+    STUCK,
+    UNSTARTED,
     Ack,
     Exchange,
     Goodbye,
@@ -44,6 +47,7 @@ from hcna_ray.runtime.messages import (
     WorkerInfo,
 )
 from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.renewals import Renewals
 from hcna_ray.runtime.reports import ReportDesk
 from hcna_ray.runtime.requests import (
     ForgetWorker,
@@ -54,6 +58,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.sessions import Session, Sessions, marked
+from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.store.base import TaskStore
 
@@ -79,15 +84,20 @@ class Workforce:
         live: LiveTable,
         dispatcher: Dispatcher,
         reports: ReportDesk,
+        starts: StartWatch,
     ) -> None:
         """Start empty; `reset` reads the store."""
-        self._store, self._policy = store, policy
+        self._store, self._policy, self._starts = store, policy, starts
         self._live, self._dispatcher, self._reports = live, dispatcher, reports
         self._generation = 1
         self.sessions = Sessions(
             suspect_s=2.5 * policy.heartbeat_s,
             ttl_s=policy.lease_ttl_s + policy.lease_grace_s,
             gone_s=policy.gone_after_s,
+        )
+        #: Sessions that are renewed while the store keeps everything else waiting.
+        self.renewals = Renewals(
+            store.unconfirmed_s, memory_s=policy.lease_ttl_s - policy.self_stop_s
         )
         #: Calls that wait for work, by (worker, slot).
         self._parked: dict[Place, Pending] = {}
@@ -106,11 +116,32 @@ class Workforce:
         """Follow the store: whom to wait for, and what must be stopped."""
         self._generation = self._store.generation()
         self.sessions.restore(self._store.workers(), now, elapsed)
+        self.take_renewals(elapsed)
         self._stops.clear()
+        self._starts.reset()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
                 self._order(task.lease.worker, stop)
+
+    def take_renewals(self, elapsed: float) -> None:
+        """Count what was renewed from memory, and say which sessions may be from now on.
+
+        Those that this instant finds overdue may not: their leases are about to be taken back.
+        """
+        for renewal in self.renewals.take():
+            session = self.sessions.find(renewal.beat.worker)
+            if session is None or session.closed:
+                continue
+            if session.record.incarnation == renewal.beat.incarnation:
+                session.heard = max(session.heard, renewal.at)
+                session.renewed = max(session.renewed, renewal.at - renewal.beat.unanswered_s)
+        overdue = {session.record.name for session in self.sessions.overdue(elapsed)}
+        self.renewals.allow(
+            session
+            for session in self.sessions
+            if not session.closed and session.record.name not in overdue
+        )
 
     def stop(self, command: StopAttempt) -> None:
         """Pass an order on with the next answer to whoever holds the attempt."""
@@ -135,6 +166,7 @@ class Workforce:
         """
         known = self.sessions.find(hello.worker)
         fresh = known is None or known.record.incarnation != hello.incarnation
+        self.renewals.withdraw(hello.worker)
         if known is not None:
             self._check_claim(turn, known, hello)
         # What the old incarnation's journals held counts before its leases are closed.
@@ -282,6 +314,7 @@ class Workforce:
             raise StaleWorker(bye.worker, bye.incarnation, session.record.incarnation)
         ack = self._reports.apply(turn, bye.reports, session.skew)
         name = session.record.name
+        self.renewals.withdraw(name)
         if session.record.left_at is not None:
             return ack  # Told twice.
         taken = self._close_leases(
@@ -312,6 +345,7 @@ class Workforce:
         if state not in AWAY and not request.force:
             raise WorkerOnline(name, state.value)
         info = self.info(session, turn.elapsed)
+        self.renewals.withdraw(name)
         # Nobody waits for it any more, whatever a task's on_disconnect says.
         self._close_leases(turn, name, f"{name} was forgotten", worker_gone=False, counted=False)
         self._drop_parked(turn, name)
@@ -556,6 +590,16 @@ class Workforce:
                 )
         return taken
 
+    def hang_up(self, refused: Set[Pending]) -> None:
+        """Let no call wait on that has just been refused: it would be answered a second time."""
+        for place in [place for place, call in self._parked.items() if call in refused]:
+            del self._parked[place]
+        for msg_id, pending in list(self._asked.items()):
+            if pending in refused:
+                del self._asked[msg_id]
+                for orders in self._intents.values():
+                    orders[:] = [one for one in orders if one.envelope["msg_id"] != msg_id]
+
     def _drop_parked(self, turn: Turn, worker: str) -> None:
         for place in [place for place in self._parked if place[0] == worker]:
             pending = self._parked.pop(place)
@@ -566,9 +610,10 @@ class Workforce:
     # -- time ------------------------------------------------------------------------------------
 
     def keep_house(self, turn: Turn) -> None:
-        """Give up on calls parked too long, on intents without an answer; end drains."""
+        """Give up on starts and calls that take too long, on intents; end drains."""
         for session in self.sessions:
             self._end_drain(turn, session)
+        self._watch_starts(turn)
         for place, pending in list(self._parked.items()):
             if turn.elapsed - pending.arrived > self._policy.exchange_wait_s:
                 del self._parked[place]
@@ -581,6 +626,38 @@ class Workforce:
                 del self._asked[msg_id]
                 error = WorkerUnavailable(f"{request.worker} did not answer in time", 5)
                 turn.answers.append((pending, error))
+
+    def _watch_starts(self, turn: Turn) -> None:
+        """Ask for what should have begun by now; take back what nobody answers for."""
+        in_contact = {
+            session.record.name
+            for session in self.sessions
+            if not session.closed
+            and self.sessions.state(session, turn.elapsed) is not WorkerState.SUSPECT
+        }
+        overdue = self._starts.look(
+            self._live.tasks.values(), in_contact.__contains__, turn.elapsed
+        )
+        for found, asked in overdue:
+            task = turn.ledger.get(found.id)
+            if task is None or task.lease is None or task.lease != found.lease:
+                continue  # Something has happened to it in this very batch.
+            lease = task.lease
+            stop = Stop(task.id, lease.token, lease.slot, STUCK if asked else UNSTARTED)
+            self._order(lease.worker, stop)
+            log.warning(
+                "an attempt does not start",
+                extra={
+                    "action": "attempt.unstarted",
+                    "task_id": task.id,
+                    "attempt": lease.token.attempt,
+                    "worker": lease.worker,
+                    "taken_back": asked,
+                },
+            )
+            if asked:
+                why = f"{lease.worker} did not start it and did not say why"
+                turn.ledger.step(task, self._starts.returned(task, why, turn.now))
 
     def watch_sessions(self, turn: Turn) -> None:
         """Say which workers have fallen silent, and take back what the silent hold."""

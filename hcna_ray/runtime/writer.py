@@ -2,6 +2,9 @@
 
 Calls gather while the last batch is being decided and committed; then they all go into the next
 one. Batches form by themselves under load, and a lone call waits for nobody.
+
+A second thread stands in when the store holds the writer up: heartbeats are answered from memory,
+and what nobody should wait for any longer is refused. It decides nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +16,22 @@ from collections.abc import Callable
 
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded, StoreUnavailable
+from hcna_ray.runtime.messages import Heartbeat
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.requests import Pending, Request
 
 log = logging.getLogger(__name__)
 
+#: A batch that takes longer is held up by the store: heartbeats are answered meanwhile. Agents give
+#: each one four seconds.
+HELD_UP_S = 1.0
+#: A batch that takes longer lets nobody wait in the inbox any more.
+REFUSE_S = 8.0
+_LOOK_S = 0.25
+#: Pause before a store that could not be opened is tried again, and before the log repeats why.
+OPEN_AGAIN_S = 1.0
+SAY_AGAIN_S = 60.0
 #: Exit status after a failed fsync, or when another moderator took the store over: what is stored
 #: is unknown here, only a restart can tell.
 EXIT_FSYNC = 74
@@ -43,7 +56,8 @@ class WriterThread:
         Args:
             build: Makes the moderator (opens the store).
             clock: Clock for arrival times.
-            publish: Takes what may leave after each commit. Called on the writer's thread.
+            publish: Takes what may leave. Called on the writer's thread after each commit, and on
+                another one while that one is held up.
             items_max: Calls that may wait at once; more are refused with `Overloaded`.
             exit_process: Ends the process at once, without cleaning up.
         """
@@ -54,7 +68,32 @@ class WriterThread:
         self._closed = False
         self._failed: BaseException | None = None
         self._started = threading.Event()
+        self._moderator: Moderator | None = None
+        self._patient = False
+        #: Why the store is not open yet, and when the log says so again.
+        self._trouble: StoreUnavailable | None = None
+        self._say_at = 0.0
+        #: Since when the batch at hand is being worked on.
+        self._busy_since: float | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hcna-writer", daemon=True)
+        self._second = threading.Thread(target=self._stand_in, name="hcna-stand-in", daemon=True)
+
+    def begin(self, wait_s: float = 15.0) -> bool:
+        """Begin, and try again and again while the store cannot be opened.
+
+        Until then every call is refused with `StoreUnavailable`, whose text says why.
+
+        Args:
+            wait_s: How long this may take until the first attempt has ended.
+
+        Returns:
+            Whether the moderator is built. A build that fails otherwise ends the process.
+        """
+        self._patient = True
+        self._thread.start()
+        self._started.wait(wait_s)
+        return self._moderator is not None
 
     def start(self, timeout_s: float = 120.0) -> None:
         """Build the moderator and begin.
@@ -74,6 +113,8 @@ class WriterThread:
         with self._wake:
             if self._closed:
                 refusal: HcnaError = ModeratorUnavailable("the moderator is stopping", 2)
+            elif self._trouble is not None:
+                refusal = self._trouble
             elif len(self._inbox) >= self._items_max:
                 refusal = Overloaded("the moderator's inbox is full", 1)
             else:
@@ -92,12 +133,12 @@ class WriterThread:
             self._thread.join(timeout=30.0)
 
     def _loop(self) -> None:
-        try:
-            moderator = self._build()
-        except BaseException as error:
-            self._failed = error
-            self._started.set()
+        moderator = self._open()
+        if moderator is None:
             return
+        with self._wake:
+            self._moderator, self._trouble = moderator, None
+        self._second.start()
         self._started.set()
         try:
             self._serve(moderator)
@@ -113,18 +154,100 @@ class WriterThread:
                 "the moderator failed", exc_info=True, extra={"action": "moderator.failed"}
             )
             self._exit(EXIT_BUG)
+        finally:
+            self._ended.set()
+
+    def _open(self) -> Moderator | None:
+        """Build the moderator; ``None`` when that failed for good, or nobody waits any more."""
+        while True:
+            try:
+                return self._build()
+            except (HcnaError, OSError) as error:
+                if not self._patient:
+                    self._failed = error
+                    self._started.set()
+                    return None
+                if not self._wait_to_open_again(error):
+                    return None
+            except BaseException as error:
+                self._failed = error
+                self._started.set()
+                if self._patient:
+                    log.critical(
+                        "the moderator cannot be built",
+                        exc_info=True,
+                        extra={"action": "moderator.failed"},
+                    )
+                    self._exit(EXIT_BUG)
+                return None
+
+    def _wait_to_open_again(self, error: Exception) -> bool:
+        """Refuse everybody for this reason, and pause; whether to go on trying."""
+        trouble = StoreUnavailable(f"M1 cannot open its task store: {error}", 5)
+        now = self._clock.elapsed()
+        if self._trouble is None or str(trouble) != str(self._trouble) or now >= self._say_at:
+            self._say_at = now + SAY_AGAIN_S
+            log.error(
+                "the task store cannot be opened, will try again: %s",
+                error,
+                extra={"action": "store.closed", "error": str(error)},
+            )
+        with self._wake:
+            self._trouble = trouble
+            refused, self._inbox = self._inbox, []
+        self._started.set()
+        self._publish(Outbound(tuple((pending, trouble) for pending in refused)))
+        with self._wake:
+            if not self._closed:
+                self._wake.wait(OPEN_AGAIN_S)
+            return not self._closed
 
     def _serve(self, moderator: Moderator) -> None:
         while True:
             # Reads the store: whoever calls `submit` meanwhile must not wait for that.
             pause = moderator.sleep_s()
             with self._wake:
+                self._busy_since = None
                 if not self._inbox and not self._closed and pause > 0:
                     self._wake.wait(pause)
                 batch, self._inbox = self._inbox, []
                 closed = self._closed
+                self._busy_since = self._clock.elapsed()
             if closed and not batch:
                 return
             failpoints.hit("writer.batch.taken")
             self._publish(moderator.apply(batch))
             failpoints.hit("writer.batch.published")
+
+    # -- while the writer is held up --------------------------------------------------------------
+
+    def _stand_in(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            answers = self.look_after()
+            if answers:
+                self._publish(Outbound(tuple(answers)))
+
+    def look_after(self) -> list[tuple[Pending, object]]:
+        """Take out of the inbox what need not wait for a writer that is held up, with answers."""
+        with self._wake:
+            moderator, since = self._moderator, self._busy_since
+            held_up = 0.0 if since is None else self._clock.elapsed() - since
+            if held_up < HELD_UP_S or moderator is None:
+                return []
+            answers: list[tuple[Pending, object]] = []
+            kept: list[Pending] = []
+            for pending in self._inbox:
+                request = pending.request
+                answer: object = None
+                if isinstance(request, Heartbeat):
+                    answer = moderator.renew(request)
+                if answer is None and held_up >= REFUSE_S:
+                    answer = StoreUnavailable(
+                        f"the task store has not answered for {held_up:.0f} s", 5
+                    )
+                if answer is None:
+                    kept.append(pending)
+                else:
+                    answers.append((pending, answer))
+            self._inbox = kept
+        return answers

@@ -3,9 +3,9 @@
     artifacts/ab/ab12...         complete, never changed again
     artifacts/parts/ab12....4096.part   an upload of 4096 bytes; its length is what has arrived
 
-A part is flushed to the disk before it is acknowledged. An upload becomes an artifact by a rename,
-after its digest was checked, so a name never stands for wrong or half bytes. Several threads and
-processes may use one directory: an upload is locked while a part is added.
+A part is flushed to the disk before it is acknowledged, and so is its name. An upload becomes an
+artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes.
+Several threads and processes may use one directory: an upload is locked while a part is added.
 
 Everything here blocks; callers run it on a thread.
 """
@@ -28,7 +28,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import Conflict, DiskFull, HcnaError, Invalid, NotFound, Overloaded
+from hcna_ray.core.errors import (
+    Conflict,
+    DiskFull,
+    HcnaError,
+    Invalid,
+    NotFound,
+    Overloaded,
+    StoreUnavailable,
+)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.part\Z")
@@ -80,6 +88,20 @@ class Upload:
     received: int
 
 
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn "no space" and "over quota" into `DiskFull`, a failing disk into `StoreUnavailable`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the disk of the artifacts is full", DISK_RETRY_S) from error
+        if error.errno in (errno.EIO, errno.EROFS):
+            text = f"the disk of the artifacts fails: {os.strerror(error.errno)}"
+            raise StoreUnavailable(text, DISK_RETRY_S) from error
+        raise
+
+
 class ArtifactStore:
     """Files below one directory. Invariant: a file under its digest holds exactly these bytes."""
 
@@ -120,6 +142,8 @@ class ArtifactStore:
         self._digests: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
         self._lock = threading.Lock()
         self._parts.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (root.parent, root):  # Else they may be gone after a loss of power.
+            _sync_directory(folder)
         self.sweep()
 
     def path(self, sha256: str) -> Path:
@@ -133,20 +157,24 @@ class ArtifactStore:
             raise NotFound("artifact", sha256[:64])
         return path
 
+    @_disk_errors()
     def find(self, sha256: str) -> Artifact:
         """Return a complete artifact. Raises `NotFound`."""
         return Artifact(sha256=sha256.lower(), size=self.path(sha256).stat().st_size)
 
+    @_disk_errors()
     def open(self, sha256: str) -> BinaryIO:
         """Open a complete artifact for reading. Raises `NotFound`."""
         return self.path(sha256).open("rb")
 
+    @_disk_errors()
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         """Return up to ``length`` bytes from ``offset``. Raises `NotFound`."""
         with self.open(sha256) as stream:
             stream.seek(offset)
             return stream.read(length)
 
+    @_disk_errors()
     def put(self, data: bytes, sha256: str | None = None) -> Artifact:
         """Store a whole artifact.
 
@@ -158,6 +186,7 @@ class ArtifactStore:
             ArtifactTooLarge: it must be sent in parts.
             Invalid: ``digest_mismatch``.
             DiskFull: too little space.
+            StoreUnavailable: the disk fails.
         """
         if len(data) > self._part_bytes_max:
             raise ArtifactTooLarge("the artifact", len(data), self._part_bytes_max)
@@ -165,13 +194,16 @@ class ArtifactStore:
         if sha256 is not None and found != _digest_name(sha256):
             raise _mismatch(sha256, found)
         target = self._target(found)
-        if not target.is_file():
+        if target.is_file():
+            self._settle(target)
+        else:
             self._check_space(len(data))
             with self._temporary() as (stream, temporary):
                 _write(stream, data)
                 self._publish(temporary, target)
         return Artifact(sha256=found, size=len(data))
 
+    @_disk_errors()
     def put_file(self, source: Path) -> Artifact:
         """Store a copy of a local file of any allowed size. Raises as `put` does."""
         size = source.stat().st_size
@@ -189,10 +221,13 @@ class ArtifactStore:
             _write(stream, b"")
             found = digest.hexdigest()
             target = self._target(found)
-            if not target.is_file():
+            if target.is_file():
+                self._settle(target)
+            else:
                 self._publish(temporary, target)
         return Artifact(sha256=found, size=copied)
 
+    @_disk_errors()
     def progress(self, sha256: str, size: int) -> Artifact | Upload:
         """Return how much of an upload is here; nothing is begun by asking.
 
@@ -210,6 +245,7 @@ class ArtifactStore:
         # All there but never checked (a crash in between): the last byte is asked for again.
         return Upload(sha256=name, size=size, received=min(received, max(0, size - 1)))
 
+    @_disk_errors()
     def append(self, sha256: str, *, offset: int, size: int, data: bytes) -> Artifact | Upload:
         """Add one part to an upload; the last one makes it an artifact.
 
@@ -225,6 +261,7 @@ class ArtifactStore:
             Invalid: ``digest_mismatch``; the upload is thrown away and starts anew.
             Overloaded: too many uploads are open.
             DiskFull: too little space.
+            StoreUnavailable: the disk fails.
         """
         name = self._check_upload(sha256, size)
         if len(data) > self._part_bytes_max:
@@ -233,6 +270,7 @@ class ArtifactStore:
             raise Invalid("invalid_request", "the part is empty or does not lie inside the whole")
         target = self._target(name)
         if target.is_file():
+            self._settle(target)
             return Artifact(sha256=name, size=target.stat().st_size)
         part = self._part(name, size)
         if not part.exists():
@@ -243,16 +281,18 @@ class ArtifactStore:
         with _opened_for_append(part, target) as (descriptor, received):
             if target.is_file():  # Somebody else completed it while we waited for the lock.
                 part.unlink(missing_ok=True)
+                self._settle(target)
                 return Artifact(sha256=name, size=size)
             if received == size and offset == size - len(data):
                 received = offset  # All there but never checked: take the last part again.
                 os.ftruncate(descriptor, received)
             if offset != received:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
-            _write_at(descriptor, data, offset)
+            _write_at(descriptor, part, data, offset)
             failpoints.hit("artifact.part.flushed")
             self._update(name, offset, data)
             if offset + len(data) < size:
+                _sync_directory(self._parts)  # The upload has a name since its first part.
                 return Upload(sha256=name, size=size, received=offset + len(data))
             return self._commit(name, size, part, target)
 
@@ -323,14 +363,21 @@ class ArtifactStore:
 
     def _publish(self, source: Path, target: Path) -> None:
         """Rename a complete, flushed file to its name, durably."""
-        with _disk_errors():
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            source.chmod(0o400)
-            failpoints.hit("artifact.rename.before")
-            source.rename(target)
-            failpoints.hit("artifact.rename.after")
-            _sync_directory(target.parent)
-            _sync_directory(self._root)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        source.chmod(0o400)
+        _sync_directory(self._root)  # Before anything moves into a folder made just now.
+        failpoints.hit("artifact.rename.before")
+        source.rename(target)
+        failpoints.hit("artifact.rename.after")
+        _sync_directory(target.parent)
+
+    def _settle(self, target: Path) -> None:
+        """Make sure that the name of an artifact that was here before outlives a loss of power.
+
+        Whoever renamed it may have died right after that.
+        """
+        _sync_directory(self._root)
+        _sync_directory(target.parent)
 
     def _update(self, name: str, offset: int, data: bytes) -> None:
         with self._lock:
@@ -379,8 +426,7 @@ def _digest_of(path: Path) -> str:
 def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
     """Open and lock an upload; give its descriptor and how much of it is there."""
     while True:
-        with _disk_errors():
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             held = os.fstat(descriptor)
@@ -392,26 +438,29 @@ def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
             os.close(descriptor)
 
 
-def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+def _write_at(descriptor: int, part: Path, data: bytes, offset: int) -> None:
     """Write a part and flush it; on failure the upload stands where it stood."""
     try:
-        with _disk_errors():
-            view, at = memoryview(data), offset
-            while view:
-                written = os.pwrite(descriptor, view, at)
-                view, at = view[written:], at + written
-            os.fsync(descriptor)
-    except DiskFull:
-        os.ftruncate(descriptor, offset)
+        view, at = memoryview(data), offset
+        while view:
+            written = os.pwrite(descriptor, view, at)
+            view, at = view[written:], at + written
+        os.fsync(descriptor)
+    except OSError:
+        # What a failed fsync was about is nowhere, though it can be read: it must not count as
+        # received.
+        try:
+            os.ftruncate(descriptor, offset)
+        except OSError:
+            part.unlink(missing_ok=True)
         raise
 
 
 def _write(stream: BinaryIO, data: bytes, *, flush: bool = True) -> None:
-    with _disk_errors():
-        stream.write(data)
-        if flush:
-            stream.flush()
-            os.fsync(stream.fileno())
+    stream.write(data)
+    if flush:
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _sync_directory(path: Path) -> None:
@@ -420,14 +469,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn "no space" and "over quota" into `DiskFull`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the disk of the artifacts is full", DISK_RETRY_S) from error
-        raise

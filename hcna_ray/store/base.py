@@ -95,6 +95,14 @@ class TaskStore(Protocol):
         """Release the database. Harmless twice."""
         ...
 
+    def unconfirmed_s(self) -> float:
+        """Return how long ago it was last certain that nobody else writes here.
+
+        0 where nobody can take the store over from a living writer. Callable from any thread, also
+        while the writer's waits for the database.
+        """
+        ...
+
     # -- identity -------------------------------------------------------------------------------
 
     def generation(self) -> int:

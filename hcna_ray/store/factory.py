@@ -6,8 +6,13 @@ from hcna_ray.config import Settings
 from hcna_ray.store.base import TaskReader, TaskStore
 
 
-def open_store(settings: Settings) -> TaskStore:
+def open_store(settings: Settings, *, wait_s: float | None = None) -> TaskStore:
     """Open the task store for writing, creating it or bringing its schema up to date.
+
+    Args:
+        settings: They name it.
+        wait_s: How long to wait for a server that is away or held by somebody else; by default
+            long enough to replace one that fell silent.
 
     Raises:
         HcnaError: it cannot be opened; the text says why and what to do.
@@ -18,9 +23,13 @@ def open_store(settings: Settings) -> TaskStore:
         from hcna_ray.store.sqlite import SqliteTaskStore
 
         return SqliteTaskStore(settings.store_path)
-    from hcna_ray.store.postgres import PostgresTaskStore
+    from hcna_ray.store.postgres import OPEN_WAIT_S, PostgresTaskStore
 
-    return PostgresTaskStore(settings.store_url, unsafe=settings.store.unsafe)
+    return PostgresTaskStore(
+        settings.store_url,
+        unsafe=settings.store.unsafe,
+        open_wait_s=OPEN_WAIT_S if wait_s is None else wait_s,
+    )
 
 
 def open_reader(settings: Settings) -> TaskReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from dataclasses import dataclass
+from typing import Any
 
 import apsw
 
@@ -28,6 +29,10 @@ class StoreInfo:
     workers: int
     #: Who was the last to open it for writing; PostgreSQL only.
     writer: str | None
+    #: What is done until a commit counts, in words.
+    durability: str = "every commit is synced to disk"
+    #: Settings of the server for which it may lose what it has committed.
+    risks: tuple[str, ...] = ()
 
 
 def describe_store(settings: Settings) -> StoreInfo:
@@ -45,7 +50,7 @@ def describe_store(settings: Settings) -> StoreInfo:
     finally:
         reader.close()
     look = _look_at_postgres if settings.store_path is None else _look_at_sqlite
-    engine, size, schema, generation, writer = look(settings)
+    engine, size, schema, generation, more = look(settings)
     return StoreInfo(
         store=settings.store_name,
         engine=engine,
@@ -55,15 +60,32 @@ def describe_store(settings: Settings) -> StoreInfo:
         tasks=dict(tasks),
         facts=facts,
         workers=workers,
-        writer=writer,
+        **more,
     )
 
+
+def risks_of(settings: Settings) -> tuple[str, ...]:
+    """Return for which of its settings the server may lose commits; SQLite has none of them.
+
+    Raises:
+        StoreUnavailable: the server cannot be reached.
+    """
+    if settings.store_path is not None:
+        return ()
+    from hcna_ray.store.postgres_session import Manners, Session
+
+    session = Session(settings.store_url, Manners(name="hcna doctor", read_only=True))
+    session.close()
+    return session.risks
+
+
+_Look = tuple[str, int, int, int, dict[str, Any]]
 
 _SCHEMA = "SELECT max(number) FROM schema_migration"
 _GENERATION = "SELECT value FROM number WHERE name = 'generation'"
 
 
-def _look_at_sqlite(settings: Settings) -> tuple[str, int, int, int, str | None]:
+def _look_at_sqlite(settings: Settings) -> _Look:
     path = settings.store_path
     assert path is not None
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
@@ -72,19 +94,35 @@ def _look_at_sqlite(settings: Settings) -> tuple[str, int, int, int, str | None]
     finally:
         db.close()
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.is_file())
-    return f"SQLite {apsw.sqlite_lib_version()}", size, int(schema), int(generation), None
+    more = {"writer": None}
+    return f"SQLite {apsw.sqlite_lib_version()}", size, int(schema), int(generation), more
 
 
-def _look_at_postgres(settings: Settings) -> tuple[str, int, int, int, str | None]:
+def _look_at_postgres(settings: Settings) -> _Look:
     from hcna_ray.store.postgres_session import Manners, Session
 
     session = Session(settings.store_url, Manners(name="hcna store info", read_only=True))
     try:
-        ((version, size, schema, generation, holder),) = session.run(
+        ((version, size, schema, generation, holder, waits, standbys),) = session.run(
             "SELECT current_setting('server_version'), pg_database_size(current_database()), "
-            f"({_SCHEMA}), ({_GENERATION}), (SELECT holder FROM leader)"
+            f"({_SCHEMA}), ({_GENERATION}), (SELECT holder FROM leader), "
+            "current_setting('synchronous_commit'), current_setting('synchronous_standby_names')"
         )
     finally:
         session.close()
     number = str(version).partition(" ")[0]
-    return f"PostgreSQL {number}", int(size), int(schema), int(generation), str(holder) or None
+    durability = "every commit is synced to the server's disk"
+    if standbys and waits in ("on", "remote_apply"):
+        durability += f", and to that of its standby ({standbys})"
+    elif standbys:
+        durability += f"; its standby is not waited for to sync (synchronous_commit is {waits})"
+    else:
+        durability += "; no standby is waited for"
+    if session.risks:
+        durability = f"commits may be lost: {' and '.join(session.risks)}"
+    more = {
+        "writer": str(holder) or None,
+        "durability": durability,
+        "risks": session.risks,
+    }
+    return f"PostgreSQL {number}", int(size), int(schema), int(generation), more

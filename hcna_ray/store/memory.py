@@ -138,6 +138,10 @@ class MemoryTaskStore:
     def close(self) -> None:
         """Do nothing: there is nothing to release."""
 
+    def unconfirmed_s(self) -> float:
+        """Return 0: nobody else can write here."""
+        return 0.0
+
     # -- transactions ---------------------------------------------------------------------------
 
     @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 import threading
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from hcna_ray import failpoints
+from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
@@ -41,6 +43,7 @@ from hcna_ray.store.postgres_session import (
     Manners,
     Session,
     Statement,
+    StoreUnfit,
     blobs,
     floats,
     integers,
@@ -58,6 +61,8 @@ SCHEMA = "schema/postgres"
 TAKEOVER_S = 15.0
 #: How long opening waits for whoever holds the store.
 OPEN_WAIT_S = 20.0
+#: The server's settings without which a commit may be forgotten; they can change at any time.
+_SAFE = "current_setting('fsync') = 'on' AND current_setting('full_page_writes') = 'on'"
 #: How long a commit whose connection broke may stay in doubt until the process must end.
 DOUBT_S = 30.0
 _POLL_S = 0.1
@@ -65,6 +70,10 @@ _POLL_S = 0.1
 _PART_ROWS = 2000
 _PART_BYTES = 16 * 1024 * 1024
 _SEQ_MAX = 2**63 - 1
+#: Numbers that must rise whatever the server remembers.
+_NEVER_LOWER = frozenset(
+    {"generation", "last_seq", "last_fact", "last_end", "last_audit", "last_settlement"}
+)
 
 
 class StoreInUse(HcnaError):
@@ -133,13 +142,21 @@ class PostgresTaskStore(Bookkeeper):
         self._manners = manners or Manners(name="hcna moderator", unsafe=unsafe)
         self._open_wait_s, self._takeover_s, self._doubt_s = open_wait_s, takeover_s, doubt_s
         self._session: Session | None = None
+        #: The last session that was the writer's, closed or not.
+        self._leading: Session | None = None
         self._pid = 0
         self._epoch = 0
         #: The own epoch, and those taken in a commit whose answer never came.
         self._epochs: set[int] = set()
         self._commits = 0
+        #: Transactions that were confirmed, and the numbers that they left.
+        self._confirmed = 0
+        self._marks: dict[str, int] = {}
+        self._unsafe = unsafe
         self._closed = False
         self._broken = False
+        #: Whether whoever uses this store must be told that it holds less than before.
+        self._went_back = False
         self._queued: list[Statement] = []
         self._begun = False
         end = time.monotonic() + open_wait_s
@@ -163,6 +180,15 @@ class PostgresTaskStore(Bookkeeper):
         self._closed = True
         self._hang_up()
 
+    def unconfirmed_s(self) -> float:
+        """Return how long ago it was last certain that nobody else writes here.
+
+        The lock goes with the session, so a request that it answered was sent while nobody else had
+        the epoch: whoever has taken it since did so later.
+        """
+        leading = self._leading
+        return math.inf if leading is None else boottime() - leading.answered_at
+
     @property
     def session(self) -> Session:
         """The session of the open transaction, for what is written past the bookkeeping."""
@@ -184,16 +210,19 @@ class PostgresTaskStore(Bookkeeper):
         try:
             if self._epochs:
                 self._check_epoch(session)
+            again = bool(self._epochs)
             self._lock(session, time.monotonic() + wait_s)
             if not self._epochs:
                 migrate(session)
                 self._epochs = {epoch for (epoch,) in session.run("SELECT epoch FROM leader")}
-            _begun, found = session.run_all(
-                [Statement("BEGIN"), Statement(_LEAD, (_own_name(), integers(self._epochs)))]
-            )
+            lead = (max(self._epochs), _own_name(), integers(self._epochs))
+            _begun, found = session.run_all([Statement("BEGIN"), Statement(_LEAD, lead)])
             if not found:
                 raise self._lost()
             self._epochs |= {found[0][0]}
+            forgotten = self._confirmed - found[0][1] if again else 0
+            if forgotten > 0:
+                self._outlive(session, forgotten)
             # Confirmed like any other, so by a synchronous standby too: then what came before is.
             session.commit()
         except BaseException:
@@ -201,12 +230,35 @@ class PostgresTaskStore(Bookkeeper):
             raise
         ((self._epoch, self._commits),) = found
         self._epochs = {self._epoch}
-        self._session, self._pid = session, session.pid
+        # What is counted beyond was in doubt, and whoever doubts looks at it before anybody else.
+        self._confirmed = self._commits
+        self._went_back = self._went_back or forgotten > 0
+        self._session = self._leading = session
+        self._pid = session.pid
 
     def _check_epoch(self, session: Session) -> None:
         ((epoch,),) = session.run("SELECT epoch FROM leader")
-        if epoch not in self._epochs:
+        if epoch < min(self._epochs):
+            self._epochs.add(epoch)  # A server that has forgotten even that: see `_outlive`.
+        elif epoch not in self._epochs:
             raise self._lost()
+
+    def _outlive(self, session: Session, forgotten: int) -> None:
+        """Go on upon a server that has lost confirmed commits, as upon a restored backup.
+
+        A standby was promoted that was behind, or files were put back. Tokens that it knows nothing
+        of may be out, so the generation is raised; numbers that readers have seen stay used.
+        """
+        marks = {name: n for name, n in self._marks.items() if name in _NEVER_LOWER}
+        session.run(_RAISE, (texts(marks), integers(marks.values())))
+        told = f"the server has lost {forgotten} confirmed commits: what they held is gone"
+        session.run("UPDATE number SET value = value + 1 WHERE name = 'last_audit'")
+        session.run(_NOTE, (told,))
+        log.critical(
+            "%s; the generation is raised",
+            told,
+            extra={"action": "store.went_back", "forgotten": forgotten},
+        )
 
     def _lost(self) -> LeadershipLost:
         self._broken = True
@@ -273,6 +325,7 @@ class PostgresTaskStore(Bookkeeper):
             session.commit()
         except ConnectionLost as error:
             self._settle(error)
+        self._confirmed, self._marks = self._commits, dict(self._numbers)
         failpoints.hit("postgres.commit.after")
 
     def _settle(self, cause: ConnectionLost) -> None:
@@ -290,7 +343,7 @@ class PostgresTaskStore(Bookkeeper):
                 if self._commits == expected:
                     self._load()
                     return
-            except StoreUnavailable as error:
+            except (StoreUnavailable, StoreUnfit) as error:
                 if time.monotonic() > end:
                     self._broken = True
                     raise OSError(
@@ -354,8 +407,15 @@ class PostgresTaskStore(Bookkeeper):
             raise OSError(errno.EIO, "the task store is lost to this process; it must exit")
         if self._session is None or self._session.closed:
             self._hang_up()
-            self._connect(0.0)
+            try:
+                self._connect(0.0)
+            except StoreUnfit as error:  # It can be put right, and then all goes on.
+                raise StoreUnavailable(str(error), 30) from error
             self._take_in((), ())
+        if self._went_back:
+            self._went_back = False
+            self._take_in((), ())
+            raise StoreUnavailable("the server has lost commits; what is left is read anew", 1)
         if not self._numbers:
             self._load()
 
@@ -367,6 +427,7 @@ class PostgresTaskStore(Bookkeeper):
             ]
         )
         self._take_in(numbers, lanes)
+        self._marks = dict(self._numbers)
 
     def _live(self) -> Session:
         if self._session is None:
@@ -396,7 +457,13 @@ class PostgresTaskStore(Bookkeeper):
             self._begun = True
             if not found[1]:
                 raise self._lost()
-            ((self._commits,),) = found[1]
+            ((self._commits, safe),) = found[1]
+            if not (safe or self._unsafe):
+                raise StoreUnavailable(
+                    "PostgreSQL may lose what it commits: fsync or full_page_writes was turned "
+                    "off, so nothing is stored until it is on again",
+                    30,
+                )
         return found[len(found) - len(more) :]
 
     def _run(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -924,11 +991,21 @@ def _unnest(columns: int) -> str:
 
 
 _LEAD = (
-    "UPDATE leader SET epoch = epoch + 1, holder = %s, since = clock_timestamp() "
+    "UPDATE leader SET epoch = greatest(epoch, %s) + 1, holder = %s, since = clock_timestamp() "
     "WHERE epoch = ANY(%s) RETURNING epoch, commits"
 )
+# Never lower than what was told before: tokens, and the places of readers, must not come again.
+_RAISE = (
+    "UPDATE number AS t SET value = greatest(t.value, n.value) + (t.name = 'generation')::int "
+    "FROM unnest(%s, %s) AS n (name, value) WHERE t.name = n.name RETURNING t.name, t.value"
+)
+_NOTE = (
+    "INSERT INTO audit (number, at, principal, action, target, outcome, detail) SELECT value, "
+    "extract(epoch FROM clock_timestamp())::double precision, 'moderator', 'store.went_back', "
+    "'', 'done', %s FROM number WHERE name = 'last_audit'"
+)
 # Counts the transaction and, until it ends, keeps everybody else from taking the epoch.
-_FENCE = "UPDATE leader SET commits = commits + 1 WHERE epoch = %s RETURNING commits"
+_FENCE = f"UPDATE leader SET commits = commits + 1 WHERE epoch = %s RETURNING commits, {_SAFE}"
 
 _INSERT_TASKS = (
     f"INSERT INTO task ({', '.join(rows.SPEC + rows.PLAIN + rows.INDEXED)}) "

@@ -20,7 +20,8 @@ from psycopg.abc import Buffer, PQGen
 from psycopg.types.numeric import FloatBinaryDumper, Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper
 
-from hcna_ray.core.errors import HcnaError, StoreUnavailable
+from hcna_ray.core.clock import boottime
+from hcna_ray.core.errors import HcnaError, StoreFull, StoreUnavailable
 from hcna_ray.store.rows import Row
 
 T = TypeVar("T")
@@ -130,6 +131,8 @@ class Session:
         """
         self._secrets = secrets_of(url)
         self._warnings: list[str] = []
+        #: When the last request that was answered was sent, on the clock of `boottime`.
+        self.answered_at = boottime()
         try:
             given = conninfo.conninfo_to_dict(url)
         except psycopg.Error:
@@ -193,7 +196,8 @@ class Session:
         if schema is None:
             raise StoreUnfit("no schema of the search_path exists: create it, or change the path")
         self.schema = str(schema)
-        risky = [
+        #: Settings of the server for which it may lose what it has committed.
+        self.risks = tuple(
             f"{name} is off"
             for name, value in (
                 ("fsync", fsync),
@@ -201,10 +205,10 @@ class Session:
                 ("synchronous_commit", synchronous_commit),
             )
             if value == "off"
-        ]
-        if risky and not (manners.unsafe or manners.read_only):
+        )
+        if self.risks and not (manners.unsafe or manners.read_only):
             raise StoreUnfit(
-                f"PostgreSQL may lose what it has committed: {' and '.join(risky)}. "
+                f"PostgreSQL may lose what it has committed: {' and '.join(self.risks)}. "
                 "Turn it on for this server, database and role (store.unsafe takes it as it is)"
             )
         # From here on a change of the server's configuration does not reach this session.
@@ -241,6 +245,7 @@ class Session:
             ValueError: a constraint was violated.
             AssertionError: a statement touched more or fewer rows than expected.
         """
+        asked = boottime()
         try:
             if len(statements) == 1:
                 cursors = [self._execute(statements[0])]
@@ -252,6 +257,7 @@ class Session:
                     raise AssertionError(
                         f"{cursor.rowcount} rows instead of {statement.expect}: {statement.sql}"
                     )
+            self.answered_at = asked
             return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
         except psycopg.Error as error:
             raise self._translated(error) from error
@@ -267,10 +273,12 @@ class Session:
             StoreUnavailable: it is rolled back.
         """
         self._warnings.clear()
+        asked = boottime()
         try:
             told = self._db.execute(b"COMMIT", prepare=False).statusmessage
         except psycopg.Error as error:
             raise self._translated(error) from error
+        self.answered_at = asked
         if told != "COMMIT":
             raise StoreUnavailable("the server rolled the transaction back", 1)
         if self._warnings:
@@ -337,6 +345,8 @@ class Session:
         if self._db.closed or self._db.broken or state.startswith("08") or state in _ENDED:
             self._db.close()
             return ConnectionLost(f"the connection to the task store broke: {text}", 2)
+        if state == "53100":
+            return StoreFull(f"the task store's disk is full: {text}", 10)
         if state.startswith(_FOR_NOW) or isinstance(error, psycopg.OperationalError):
             return StoreUnavailable(f"the task store cannot be used now: {text}", 5)
         if state == "42501" or state == "3F000":

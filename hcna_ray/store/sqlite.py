@@ -19,7 +19,7 @@ from urllib.parse import quote
 import apsw
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import NotFound, StoreTooOld, StoreUnavailable
+from hcna_ray.core.errors import NotFound, StoreFull, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -168,8 +168,13 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         try:
             _Connection.__init__(self, db, cache_bytes=64 * 1024 * 1024)
             Bookkeeper.__init__(self)
-            self._configure(bytes_max, wal_bytes_max)
             self._broken = False
+            self._configure(bytes_max, wal_bytes_max)
+            # After a failed fsync the kernel keeps pages that are on no disk and counts them as
+            # clean: nobody writes them again. So what the last process left in the log may be read
+            # today and be gone after a loss of power, with all that followed it. Carried into the
+            # database, it is written and synced anew.
+            self._carry_over(apsw.SQLITE_CHECKPOINT_RESTART)
             self._load()
         except BaseException:
             db.close()
@@ -196,6 +201,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def reader(self) -> SqliteTaskReader:
         """Return a reader with a connection of its own."""
         return SqliteTaskReader(self.path)
+
+    def unconfirmed_s(self) -> float:
+        """Return 0: whoever else might write the file is started when this process has ended."""
+        return 0.0
 
     # -- transactions ---------------------------------------------------------------------------
 
@@ -279,6 +288,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         wait = self._wal_pages >= 6 * self._wal_step
         mode = apsw.SQLITE_CHECKPOINT_RESTART if wait else apsw.SQLITE_CHECKPOINT_PASSIVE
         self._checkpoint_at = self._wal_pages + self._wal_step
+        self._carry_over(mode)
+
+    def _carry_over(self, mode: int) -> None:
         self._db.set_busy_timeout(_READERS_MS)
         try:
             failpoints.hit("store.checkpoint.before")
@@ -764,6 +776,8 @@ def _translated(error: apsw.Error) -> Exception:
     """Return what the contract says for an error of SQLite; unexpected ones stay as they are."""
     if isinstance(error, apsw.IOError) and _extended(error) in _FSYNC_FAILED:
         return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
+    if isinstance(error, apsw.FullError):
+        return StoreFull(f"the task store's disk is full: {error}", 10)
     if isinstance(error, _REFUSED):
         return StoreUnavailable(f"the task store cannot be used now: {error}", 5)
     if isinstance(error, apsw.ConstraintError):

@@ -658,6 +658,36 @@ def head_checks(settings: Settings) -> Iterator[Check]:
         )
         yield from _heard_of_members(settings)
     yield from machine_checks(settings)
+    if settings.store_path is None:
+        yield store_check(settings)
+
+
+def store_check(settings: Settings) -> Check:
+    """Look at the server that keeps the tasks: is it there, and does it keep what it commits?"""
+    from hcna_ray.store.info import risks_of  # Brings the database's library.
+
+    try:
+        risks = risks_of(settings)
+    except HcnaError as error:
+        return Check(
+            id="store",
+            level="fail",
+            found=str(error),
+            fix=f"start that server, or correct store.url: {settings.store_name}",
+        )
+    return judge_store(settings.store_name, risks, unsafe=settings.store.unsafe)
+
+
+def judge_store(name: str, risks: Sequence[str], *, unsafe: bool) -> Check:
+    """Whether a server keeps what it commits."""
+    if not risks:
+        return Check(id="store", level="ok", found=f"{name} answers and keeps what it commits")
+    return Check(
+        id="store",
+        level="warn" if unsafe else "fail",
+        found=f"{name} may lose what it commits: {' and '.join(risks)}",
+        fix="turn it on for this server, database and role",
+    )
 
 
 def _supervisor_check(settings: Settings) -> Check:

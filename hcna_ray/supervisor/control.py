@@ -144,6 +144,7 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
         ensure_owner_key(settings.keys_dir, now=time.time())
     steps = _Steps(settings.logs_dir / "supervisor.log")
     daemon: int | None = None
+    told: tuple[str, ...] = ()
     deadline = time.monotonic() + wait_s
     while True:
         if daemon is None and RunLock(run_dir).is_free():
@@ -158,6 +159,8 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
                 return None
         elif (info := _running(settings)) is not None:
             return info
+        else:
+            told = _tell_reasons(settings, told, on_step)
         if daemon is not None and (code := reap(daemon)) is not None:
             daemon = None
             if code != EXIT_ALREADY_RUNNING:
@@ -165,6 +168,18 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
         if time.monotonic() >= deadline:
             raise StartFailed(_last_words(settings, f"not ready after {wait_s:g} s"))
         time.sleep(_POLL_S)
+
+
+def _tell_reasons(
+    settings: Settings, told: tuple[str, ...], on_step: Callable[[str], None]
+) -> tuple[str, ...]:
+    """Say why C1 is not ready yet, once each, if that is for something outside."""
+    in_force = _settings_in_force(settings)
+    why = probe.why_not_ready(in_force.api_host, in_force.api_port)
+    if why and why != told and probe.STORE_REASONS.issuperset(why):
+        on_step(f"not ready yet: {', '.join(why)} (see hcna status)")
+        return why
+    return told
 
 
 def down(

@@ -655,7 +655,16 @@ class Supervisor:
             self._say("C1 is ready", "composite.ready")
         self._unready_checks = 0 if self.ready else self._unready_checks + 1
         if self._unready_checks >= _UNREADY_CHECKS and self.bootstrap.process is None:
-            self.bootstrap.wanted = True
+            why = set(probe.why_not_ready(self.settings.api_host, self.settings.api_port))
+            if why and why <= probe.STORE_REASONS:
+                self._wait_for_store(why)
+            else:
+                self.bootstrap.wanted = True
+
+    def _wait_for_store(self, why: set[str]) -> None:
+        """C1 and M1 are there: to deploy them again brings no store back."""
+        if self._unready_checks == _UNREADY_CHECKS:
+            self._say(f"waiting for the task store: {', '.join(sorted(why))}", "store.away")
 
     def _run_bootstrap(self, now: float) -> None:
         job = self.bootstrap

@@ -33,6 +33,9 @@ RAY_TUNING: Mapping[str, str] = {
     # Ray 2.60 refuses another patch level of Python; pickles and protocols do not change with it.
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
     "RAY_TASK_MAX_RETRIES": "0",  # Attempts are counted by us, under our fence.
+    # By default all workers of Ray run at nice 15, the moderator, C1 and the agents among them:
+    # on a busy machine they would get a twentieth of a core. Handlers' processes give way instead.
+    "RAY_worker_niceness": "0",
     "RAY_memory_usage_threshold": "0.90",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

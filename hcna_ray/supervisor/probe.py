@@ -28,9 +28,19 @@ def get_json(host: str, port: int, path: str, *, timeout_s: float) -> tuple[int,
     return response.status, data if isinstance(data, dict) else {}
 
 
+#: Reasons of ``GET /ready`` that end by themselves when the task store is back.
+STORE_REASONS = frozenset({"M1 waits for its task store", "the store cannot be read"})
+
+
 def is_ready(host: str, port: int, *, timeout_s: float = 2.0) -> bool:
     """Whether C1 answers 200 to ``GET /ready``."""
     return get_json(host, port, "/ready", timeout_s=timeout_s)[0] == 200
+
+
+def why_not_ready(host: str, port: int, *, timeout_s: float = 2.0) -> tuple[str, ...]:
+    """Return C1's own reasons; none if it is ready or does not answer."""
+    reasons = get_json(host, port, "/ready", timeout_s=timeout_s)[1].get("reasons")
+    return tuple(str(one) for one in reasons) if isinstance(reasons, list) else ()
 
 
 def online_workers(host: str, port: int, *, timeout_s: float = 2.0) -> int:

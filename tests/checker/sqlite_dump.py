@@ -10,9 +10,9 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from tests.checker import msgpack
@@ -54,6 +54,14 @@ _LATE = {"report.late": "stale", "report.adopted": "adopted"}
 Record = dict[str, Any]
 
 
+class Database(Protocol):
+    """What the records are read from: any connection whose rows know their columns' names."""
+
+    def execute(self, sql: str, /) -> Iterable[Any]:
+        """Run a query."""
+        ...
+
+
 def export(store: Path, target: Path, *, taken_at: float | None = None) -> None:
     """Write a store, as one read transaction sees it, to a file of JSON lines.
 
@@ -68,7 +76,7 @@ def export(store: Path, target: Path, *, taken_at: float | None = None) -> None:
         db.execute("BEGIN")
         now = time.time() if taken_at is None else taken_at
         with target.open("w") as out:
-            for record in _records(db, now):
+            for record in records(db, now, source="sqlite"):
                 out.write(json.dumps(record, separators=(",", ":")) + "\n")
     finally:
         db.close()
@@ -80,12 +88,13 @@ def canonical_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _records(db: sqlite3.Connection, taken_at: float) -> Iterator[Record]:
+def records(db: Database, taken_at: float, *, source: str) -> Iterator[Record]:
+    """Yield every record of a dump, its head first. One transaction must be open."""
     numbers = {row["name"]: row["value"] for row in db.execute("SELECT * FROM number")}
     yield {
         "record": "dump",
         "format": DUMP_FORMAT,
-        "source": "sqlite",
+        "source": source,
         "taken_at": taken_at,
         "generation": numbers.get("generation"),
     }
@@ -129,7 +138,7 @@ def _records(db: sqlite3.Connection, taken_at: float) -> Iterator[Record]:
         yield _task(row)
 
 
-def _fact(row: sqlite3.Row) -> Record:
+def _fact(row: Any) -> Record:
     return {
         "record": "fact",
         "number": row["number"],
@@ -144,7 +153,7 @@ def _fact(row: sqlite3.Row) -> Record:
     }
 
 
-def _late(row: sqlite3.Row) -> Iterator[Record]:
+def _late(row: Any) -> Iterator[Record]:
     """Yield the late report an audit line tells of; its detail begins with the token ``1.2``."""
     if row["action"] not in _LATE:
         return
@@ -160,7 +169,7 @@ def _late(row: sqlite3.Row) -> Iterator[Record]:
     }
 
 
-def _worker(row: sqlite3.Row) -> Record:
+def _worker(row: Any) -> Record:
     body = _unpack(row["body"])
     return {
         "record": "worker",
@@ -172,7 +181,7 @@ def _worker(row: sqlite3.Row) -> Record:
     }
 
 
-def _task(row: sqlite3.Row) -> Record:
+def _task(row: Any) -> Record:
     spec = dict(zip(_SPEC, _unpack(row["body"]), strict=True)) if row["body"] else {}
     payload, metadata = _json(spec.get("payload")), _json(spec.get("metadata"))
     retry = spec.get("retry") or {}

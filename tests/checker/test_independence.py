@@ -14,7 +14,7 @@ from tests.checker.test_histories import tell
 
 HERE = Path(__file__).parent
 #: What test clients need beside the standard library, only where they are.
-ALLOWED = {"recorder.py": {"httpx"}}
+ALLOWED = {"recorder.py": {"httpx"}, "postgres_dump.py": {"psycopg"}}
 #: Refuses whatever is not in the standard library or in the copied folder.
 RUN = """
 import runpy, sys

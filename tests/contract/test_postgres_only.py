@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +21,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcna_ray.core.errors import SchemaTooNew, StoreUnavailable
+from hcna_ray.core.clock import SystemClock
+from hcna_ray.core.errors import SchemaTooNew, StoreFull, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
-from hcna_ray.runtime.messages import Accepted, SubmitBatch
-from hcna_ray.runtime.moderator import Moderator
+from hcna_ray.runtime.messages import (
+    Accepted,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    SubmitBatch,
+    Welcome,
+)
+from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
-from hcna_ray.runtime.requests import Pending
+from hcna_ray.runtime.requests import Pending, Request
+from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.store import postgres as module
 from hcna_ray.store import postgres_session, rows
 from hcna_ray.store.base import KeyClaim
@@ -207,6 +218,31 @@ class TestOpening:
             assert store._live().run("SHOW synchronous_commit") == [("on",)]
         finally:
             server.execute("ALTER SYSTEM RESET synchronous_commit")
+        store.close()
+
+    def test_one_that_begins_to_forget_stores_nothing_until_it_is_put_right(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        put(store, a_task())
+        for name in ("fsync", "full_page_writes"):
+            server.execute(f"ALTER SYSTEM SET {name} = off")
+            server.execute("SELECT pg_reload_conf()")
+            _until_it_says(store, name, "off")
+            with pytest.raises(StoreUnavailable, match="may lose what it commits"):
+                put(store, a_task("t2", seq=2))
+            # Nor does a new connection take it.
+            server.execute(f"SELECT pg_terminate_backend({store._live().pid})")
+            with pytest.raises(StoreUnavailable, match=f"{name} is off|broke"):
+                put(store, a_task("t2", seq=2))
+            with pytest.raises(StoreUnavailable, match=f"{name} is off"):
+                put(store, a_task("t2", seq=2))
+            server.execute(f"ALTER SYSTEM RESET {name}")
+            server.execute("SELECT pg_reload_conf()")
+            _until_it_takes(store)
+        put(store, a_task("t2", seq=2))
+        assert sorted(store.get(["t1", "t2"])) == ["t1", "t2"]
         store.close()
 
     def test_an_old_server_is_refused(
@@ -641,6 +677,22 @@ class TestReconnection:
         store.close()
 
 
+def _until_it_says(store: PostgresTaskStore, name: str, value: str) -> None:
+    """Wait until a changed setting has reached the store's session."""
+    while store._live().run(f"SHOW {name}") != [(value,)]:
+        time.sleep(0.02)
+
+
+def _until_it_takes(store: PostgresTaskStore) -> None:
+    """Wait until the store can be read again."""
+    while True:
+        try:
+            store.next_wake()
+            return
+        except StoreUnavailable:
+            time.sleep(0.02)
+
+
 def _once(first: Any, then: Any) -> Any:
     """Return a method that is ``first`` at its first call and ``then`` at every later one."""
     calls: list[object] = []
@@ -650,6 +702,81 @@ def _once(first: Any, then: Any) -> Any:
         (first if len(calls) == 1 else then)(self)
 
     return method
+
+
+class TestServerThatForgot:
+    """A standby that was behind was promoted, or older files were put back under a live writer."""
+
+    def test_it_is_told_and_nothing_is_given_out_twice(
+        self, frail: tuple[PostgresServer, str], tmp_path: Path
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        put(store, a_task())
+        with store.transaction():
+            store.append_facts([a_fact()])
+        server.stop()
+        old = tmp_path / "older"
+        shutil.copytree(server.data, old)
+        server.start()
+        _until_it_takes(store)
+        put(store, a_task("t2", seq=2))
+        with store.transaction():
+            last = store.append_facts([a_fact("t2"), a_fact("t2")])
+        generation = store.generation()
+        server.stop()
+        shutil.rmtree(server.data)
+        subprocess.run(["cp", "-a", os.fspath(old), os.fspath(server.data)], check=True)
+        _give_to_owner(server)
+        server.start()
+        with pytest.raises(StoreUnavailable, match="lost commits"):
+            _until_reached(store)
+        assert sorted(store.get(["t1", "t2"])) == ["t1"]
+        assert store.generation() == generation + 1
+        assert store.last_seq() == 2, "its number is not given to another task"
+        with store.transaction():
+            assert store.append_facts([a_fact("t1")]) == last + 1
+        reader = store.reader()
+        (line,) = reader.audit(before=None, limit=9)
+        assert (line.entry.action, line.entry.target) == ("store.went_back", "")
+        assert "lost 2 confirmed commits" in line.entry.detail
+        reader.close()
+        store.close()
+        again = PostgresTaskStore(url)
+        assert again.generation() == generation + 1
+        again.close()
+
+    def test_a_server_that_only_restarted_has_forgotten_nothing(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        for turn in range(3):
+            put(store, a_task(f"t{turn}", seq=turn + 1))
+            server.crash()
+            with pytest.raises(StoreUnavailable):
+                put(store, a_task("x", seq=99))
+            server.start()
+            _until_it_takes(store)
+        assert store.generation() == 1
+        store.close()
+
+
+def _give_to_owner(server: PostgresServer) -> None:
+    owner = server.folder.stat()
+    command = ["chown", "-R", f"{owner.st_uid}:{owner.st_gid}", os.fspath(server.data)]
+    subprocess.run(command, check=True)
+    server.data.chmod(0o700)
+
+
+def _until_reached(store: PostgresTaskStore) -> None:
+    """Read until the answer is not that the server is away."""
+    while True:
+        try:
+            store.next_wake()
+            return
+        except ConnectionLost:
+            time.sleep(0.02)
 
 
 class TestRefusals:
@@ -686,7 +813,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("state", "expected"),
         [
-            ("53100", StoreUnavailable),  # disk full
+            ("53100", StoreFull),  # disk full
             ("53300", StoreUnavailable),  # too many connections
             ("40001", StoreUnavailable),  # serialization failure
             ("40P01", StoreUnavailable),  # deadlock
@@ -733,11 +860,11 @@ class TestRefusals:
             with ballast.open("wb") as file:
                 file.write(bytes(16 * 1024 * 1024))
             store = PostgresTaskStore(postgres.url("cramped"))
-            with pytest.raises(StoreUnavailable, match="space") as refusal:
+            with pytest.raises(StoreFull, match="space") as refusal:
                 fill(store, payload_bytes=50_000)
             stored = store.last_seq()
             assert stored > 10
-            assert refusal.value.retry_after_s == 5
+            assert refusal.value.retry_after_s == 10
             assert len(store.get([f"t{i}" for i in range(1, stored + 2)])) == stored
             ballast.unlink()
             put(store, a_task("small", seq=stored + 1))
@@ -778,6 +905,58 @@ class TestModerator:
         names = [f"{letter}{turn}" for letter in "ab" for turn in range(3)]
         assert sorted(store.get(names)) == names
         assert store.size().tasks == 6
+        store.close()
+
+    def test_workers_stay_while_the_server_stands_still(
+        self, frail: tuple[PostgresServer, str]
+    ) -> None:
+        server, url = frail
+        store, clock = PostgresTaskStore(url), SystemClock()
+
+        def publish(outbound: Outbound) -> None:
+            for pending, answer in outbound.answers:
+                pending.resolve(answer)
+
+        writer = WriterThread(
+            lambda: Moderator(
+                store, Policy(), clock=clock, jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+            ),
+            clock,
+            publish=publish,
+            items_max=100,
+        )
+        writer.start()
+
+        def ask(request: Request) -> queue.SimpleQueue[object]:
+            answer: queue.SimpleQueue[object] = queue.SimpleQueue()
+            writer.submit(request, answer.put)
+            return answer
+
+        hello = Hello(
+            worker="W1",
+            node_id="HCNA-W1--test",
+            incarnation="a",
+            cpu=1.0,
+            mem_gb=1.0,
+            gpu=0.0,
+            resources=(),
+            labels=(),
+            task_types=("echo",),
+            address="",
+        )
+        beat = Heartbeat(worker="W1", incarnation="a", telemetry={})
+        assert isinstance(ask(hello).get(timeout=20), Welcome)
+        assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+        with server.standing_still():
+            stuck = ask(SubmitBatch(specs=(a_spec("t1"),)))
+            while store.unconfirmed_s() < 1.0:  # The writer stands in the commit.
+                time.sleep(0.05)
+            assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+            assert stuck.empty()
+        assert stuck.get(timeout=60) == [Accepted("t1", TaskState.QUEUED)]
+        assert ask(beat).get(timeout=20) == HeartbeatReply(known=True)
+        assert store.unconfirmed_s() < 60
+        writer.close()
         store.close()
 
     def test_one_that_was_replaced_is_told_to_exit(self, postgres_url: str) -> None:

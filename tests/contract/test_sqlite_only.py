@@ -278,6 +278,27 @@ class TestDurability:
             reader.close()
             store.close()
 
+    def test_what_the_last_process_left_in_the_log_is_written_anew(self, sqlite_path: Path) -> None:
+        """After a failed fsync the log may be in memory alone: nobody must build on it."""
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, os.fspath(sqlite_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        ) as writer:
+            assert writer.stdout is not None
+            told = int(writer.stdout.readline())
+            writer.send_signal(signal.SIGKILL)
+        store = SqliteTaskStore(sqlite_path)
+        # The database alone, without its log.
+        alone = apsw.Connection(
+            f"file:{sqlite_path}?immutable=1",
+            flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
+        )
+        assert alone.execute("SELECT count(*) FROM task").get == store.last_seq() >= told
+        alone.close()
+        store.close()
+
     @pytest.fixture
     def cramped(self, tmp_path: Path) -> Iterator[tuple[SqliteTaskStore, Path]]:
         """A store on a disk of four mebibytes, half taken by a file beside it.

@@ -13,12 +13,15 @@ import psycopg
 import pytest
 
 from hcna_ray.cli.main import main
+from hcna_ray.config import load_settings
 from hcna_ray.core.errors import StoreUnavailable
 from hcna_ray.core.models import Hold, Outcome, TaskState, Token
 from hcna_ray.store.base import Counter, KeyClaim
+from hcna_ray.store.info import describe_store
 from hcna_ray.store.migrate import CopyDiffers, SourceInUse, StoreNotEmpty, copy_store
 from hcna_ray.store.postgres import PostgresTaskReader, PostgresTaskStore, StoreInUse
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
+from hcna_ray.supervisor.checks import store_check
 from tests.contract.test_task_store import everything, full_task
 from tests.support.builders import (
     T0,
@@ -242,6 +245,39 @@ class TestCommands:
         told_again = capfd.readouterr()
         assert "copy into an empty database" in told_again.err
         assert postgres.password not in "".join([*told, *told_again, json.dumps(after)])
+
+    def test_info_and_doctor_tell_what_a_commit_is_worth(
+        self,
+        postgres: PostgresServer,
+        postgres_url: str,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        monkeypatch.setenv("HCNA_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HCNA_STORE__URL", postgres_url)
+        settings, database = load_settings(), postgres_url.rpartition("/")[2]
+        found = describe_store(settings)
+        assert (found.durability, found.risks) == (
+            "every commit is synced to the server's disk; no standby is waited for",
+            (),
+        )
+        assert store_check(settings).level == "ok"
+        postgres.execute(f"ALTER DATABASE {database} SET synchronous_commit = off")
+        found = describe_store(settings)
+        assert found.durability == "commits may be lost: synchronous_commit is off"
+        check = store_check(settings)
+        assert (check.level, check.found) == (
+            "fail",
+            f"{settings.store_name} may lose what it commits: synchronous_commit is off",
+        )
+        monkeypatch.setenv("HCNA_STORE__UNSAFE", "true")
+        assert store_check(load_settings()).level == "warn"
+        url = postgres_url.replace(f":{postgres.port}/", ":1/")
+        monkeypatch.setenv("HCNA_STORE__URL", url)
+        check = store_check(load_settings())
+        assert check.level == "fail"
+        assert "cannot be reached" in check.found
+        assert "p%40ss" not in f"{check.found}{check.fix}"
 
     def test_the_password_may_come_from_libpq(
         self,

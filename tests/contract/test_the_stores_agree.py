@@ -24,6 +24,7 @@ from hcna_ray.store.base import Counter, KeyClaim, TaskReader, TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
 from hcna_ray.store.postgres import PostgresTaskStore
 from hcna_ray.store.sqlite import SqliteTaskStore
+from tests.support import observed
 from tests.support.builders import (
     T0,
     a_fact,
@@ -293,43 +294,12 @@ class PostgresTwins(Twins):
 
 def inside(store: TaskStore) -> list[object]:
     """What the writer sees."""
-    lanes = store.ready_lanes()
-    return [
-        store.generation(),
-        store.last_seq(),
-        store.get(NAMES),
-        lanes,
-        {lane: store.heads(lane, 3) for lane in lanes},
-        store.leased(),
-        store.due(T0 + 3, 4),
-        store.next_wake(),
-        store.size(),
-        [store.ordering_line(key, 3) for key in ("k1", "k2")],
-        [store.held_by_concurrency(key, 3) for key in ("k1", "k2")],
-        [store.dependents(name, 3) for name in NAMES],
-        store.task_states(NAMES),
-        store.settlements(5),
-        store.workers(),
-        store.paused(),
-    ]
+    return observed.inside(store, NAMES, ["k1", "k2"])
 
 
 def view(reader: TaskReader) -> list[object]:
     """What a reader sees."""
-    return [
-        reader.get(NAMES),
-        reader.ended(ids=NAMES, limit=99),
-        reader.open_count(ids=NAMES),
-        [reader.batch_exists(key) for key in ("k1", "k2")],
-        [reader.attempts(name) for name in NAMES],
-        reader.facts(after=0, limit=99),
-        reader.audit(before=None, limit=99),
-        reader.counters(),
-        reader.depth(),
-        reader.page(TaskFilter(), before_seq=None, limit=99),
-        reader.workers(),
-        reader.paused(),
-    ]
+    return observed.view(reader, NAMES, ["k1", "k2"])
 
 
 @pytest.fixture(params=[SqliteTwins, PostgresTwins])

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hcna_ray.core.models import FailureKind, Needs, Outcome, TaskState
+from hcna_ray.core.models import FailureKind, Needs, Outcome, TaskState, Token
 from hcna_ray.runtime import host as host_module
 from hcna_ray.runtime.journal import RunnerFiles, process_birth, read_note
 from hcna_ray.runtime.messages import ReportKind
+from hcna_ray.runtime.output import output_file
 from tests.support.paper_worker import Desk
-from tests.support.workshop import Workshop, install_handlers
+from tests.support.workshop import OUTPUT_BYTES, Workshop, install_handlers
 
 KILLS = 200
 
@@ -77,6 +78,36 @@ async def test_a_long_attempt_holds_up_nobody(shop: Workshop) -> None:
 
     assert shop.desk.task("long").state is TaskState.RUNNING
     assert {outcome for name in names for outcome in outcomes(shop, name)} == {Outcome.COMPLETED}
+
+
+async def test_what_an_attempt_prints_is_kept_beside_what_others_print(shop: Workshop) -> None:
+    shop.start_agent("a")
+    for name in ("t1", "t2"):
+        shop.submit(name, task_type="rig.print")
+        await shop.ended(name)
+
+    for name in ("t1", "t2"):
+        kept = output_file(shop.outputs, name, Token(1, 1)).read_text().splitlines()
+        assert sorted(kept) == ["an error", "by a child", f"printed by {name}", "written"]
+
+
+async def test_a_flood_is_cut_and_holds_up_nobody(shop: Workshop) -> None:
+    shop.start_agent("a")
+    shop.submit("flood", task_type="rig.flood")
+    await shop.running("flood")
+    kept = output_file(shop.outputs, "flood", Token(1, 1))
+    await shop.until(lambda: kept.exists() and kept.stat().st_size == OUTPUT_BYTES)
+
+    names = [f"t{n}" for n in range(20)]
+    shop.submit(*names, task_type="rig.effect")
+    await shop.ended(*names)
+    assert shop.desk.task("flood").state is TaskState.RUNNING
+    shop.cancel("flood")
+    await shop.ended("flood")
+
+    assert kept.stat().st_size == OUTPUT_BYTES
+    assert b"cut here" in kept.read_bytes()[-100:]
+    assert {path.name for path in shop.outputs.iterdir()} == {kept.name}
 
 
 async def test_a_cancel_interrupts_a_handler_that_sleeps(shop: Workshop) -> None:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -49,12 +49,11 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.store.artifacts import ArtifactStore
-from hcna_ray.store.sqlite import SqliteTaskReader
 from tests.checker.recorder import Caller, History
 from tests.checker.sqlite_dump import export
 from tests.support.c1 import ADMIN_KEY, URL, FixedKeys
 from tests.support.checked_tasks import TASK_TYPES
-from tests.support.moderator_process import SocketLink, SocketModerator
+from tests.support.moderator_process import SocketLink, SocketModerator, Where, open_reader
 from tests.support.workshop import NoArtifacts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,6 +68,8 @@ POLICY: dict[str, Any] = {
 #: Two clocks of one machine: time.time and its steady copy, which the kernel may slew apart.
 CLOCK_ERROR_S = 0.05
 DRAIN_S = 30.0
+#: How long an agent waits for the answer to a heartbeat, as over Ray.
+HEARTBEAT_S = 4.0
 #: How soon the moderator's process, started again at once, must accept.
 ACCEPTING_S = 10.0
 
@@ -87,9 +88,11 @@ def install_tasks(folder: Path) -> None:
 class ModeratorProcess:
     """Starts the moderator, kills it, starts it again."""
 
-    def __init__(self, store: Path, socket: Path, log: Path) -> None:
+    def __init__(
+        self, store: Where, socket: Path, log: Path, policy: dict[str, Any] | None = None
+    ) -> None:
         self._command = [sys.executable, "-m", "tests.support.moderator_process"]
-        self._command += [str(store), str(socket), json.dumps(POLICY)]
+        self._command += [str(store), str(socket), json.dumps(policy or POLICY)]
         self._socket, self._log = socket, log
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -171,7 +174,7 @@ class Worker:
         return welcome
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
-        reply: HeartbeatReply = await self._link.ask(beat)
+        reply: HeartbeatReply = await self._link.ask(beat, timeout_s=HEARTBEAT_S)
         return reply
 
     async def exchange(self, exchange: Exchange) -> Grant:
@@ -197,6 +200,9 @@ class Worker:
 
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         return self._start(-1, name, offer)
+
+    def withdraw(self, name: str) -> None:
+        raise AssertionError(f"{name} begins in time")
 
     def _start(self, slot: int, name: str, offer: Offer | None) -> Awaitable[None]:
         host = asyncio.create_task(self._serve(slot, name, offer))
@@ -252,13 +258,13 @@ class _Ids:
         return f"batch-{ULID()}"
 
 
-def application(home: Path, store: Path, link: SocketLink, **limits: Any) -> FastAPI:
+def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> FastAPI:
     """Build C1 around the moderator's process; its artifacts lie in ``home``."""
     settings = Settings(home=home, limits=LimitSettings(resend_s=5.0, **limits))
     bounds = settings.limits
     return build_app(
         moderator=SocketModerator(link, store),
-        reader=lambda: SqliteTaskReader(store),
+        reader=lambda: open_reader(store),
         registry=load_registry(),
         keys=FixedKeys(),
         artifacts=ArtifactStore(
@@ -278,7 +284,7 @@ def application(home: Path, store: Path, link: SocketLink, **limits: Any) -> Fas
 
 
 @asynccontextmanager
-async def composite(home: Path, store: Path, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
+async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
     """Run C1 around the moderator's process."""
     app = application(home, store, link)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -293,16 +299,22 @@ async def composite(home: Path, store: Path, link: SocketLink) -> AsyncIterator[
 class Load:
     """What clients do to it: everything that the checker knows the rules of."""
 
-    def __init__(self, folder: Path, http: httpx.AsyncClient, seed: int, tasks: int) -> None:
-        self._folder, self._http, self._seed = folder, http, seed
+    def __init__(
+        self, folder: Path, http: httpx.AsyncClient, seed: int, tasks: int, *, name: str = "c"
+    ) -> None:
+        self._folder, self._http, self._seed, self._name = folder, http, seed, name
         self._tasks = tasks
+        self.effects = folder / "effects.jsonl"
         self.ids: set[str] = set()
+        #: While set, clients whose request is refused try another one, and count it as none.
+        self.patient = False
+        self._clients = 0
         self._nonces = 0
 
     def _body(self, draw: random.Random, *, at_once: bool = False) -> dict[str, Any]:
         self._nonces += 1
         nonce = f"n-{self._seed}-{self._nonces}"
-        payload: dict[str, Any] = {"effects": str(self._folder / "effects.jsonl"), "nonce": nonce}
+        payload: dict[str, Any] = {"effects": str(self.effects), "nonce": nonce}
         body: dict[str, Any] = {
             "task_type": draw.choices(TASK_TYPES, (1, 3))[0],
             "payload": payload,
@@ -331,15 +343,29 @@ class Load:
             body["depends_on"] = [draw.choice(sorted(self.ids))]
         return body
 
+    @property
+    def over(self) -> bool:
+        """Whether every client has done what it had to."""
+        return not self._clients
+
     async def client(self, number: int) -> None:
         """Be one client: submit, ask, cancel, repeat, send again under the same key."""
+        self._clients += 1
+        try:
+            await self._be_client(number)
+        finally:
+            self._clients -= 1
+
+    async def _be_client(self, number: int) -> None:
         draw = random.Random(f"{self._seed}-{number}")
-        history = History(self._folder / "history.jsonl", f"c{number}", "owner")
+        history = History(self._folder / "history.jsonl", f"{self._name}{number}", "owner")
         caller = Caller(self._http, history)
         mine: list[str] = []
-        for turn in range(self._tasks):
+        turn = 0
+        while turn < self._tasks:
+            turn += 1
             body = self._body(draw)
-            key = f"k-{self._seed}-{number}-{turn}" if draw.random() < 0.3 else None
+            key = f"k-{self._seed}-{number}-{self._nonces}" if draw.random() < 0.3 else None
             sends = 2 if key and draw.random() < 0.5 else 1
             answers = await asyncio.gather(*(caller.submit(body, key=key) for _ in range(sends)))
             for answer in answers:
@@ -348,6 +374,10 @@ class Load:
                     self.ids.add(mine[-1])
                 else:
                     await asyncio.sleep(0.05)
+            if self.patient and not any(answer.status_code == 202 for answer in answers):
+                turn -= 1
+                await asyncio.sleep(0.3)
+                continue
             if key and draw.random() < 0.2:
                 await caller.submit({**body, "priority": 1}, key=key)
             if mine:
@@ -391,9 +421,9 @@ class Load:
             await caller.get(task)
 
 
-async def moving(store: Path) -> int:
+async def moving(store: Where) -> int:
     """Return how many tasks have not ended and will by themselves (W9 does not exist)."""
-    reader = SqliteTaskReader(store)
+    reader = open_reader(store)
     try:
         where = TaskFilter(states=(TaskState.SCHEDULED, TaskState.QUEUED, TaskState.RUNNING))
         found = reader.page(where, before_seq=None, limit=10_000)
@@ -414,9 +444,42 @@ async def moving(store: Path) -> int:
         stuck = more
 
 
-async def run(folder: Path, seed: int, tasks: int) -> None:
-    """Make the run and leave its evidence."""
-    home, store, socket = folder / "home", folder / "queue.db", folder / "m1"
+#: What is done to a run in its middle; returns what the schedule tells of it.
+Trouble = Callable[[ModeratorProcess, Load], Awaitable[list[dict[str, Any]]]]
+
+
+async def kill_the_moderator(process: ModeratorProcess, load: Load) -> list[dict[str, Any]]:
+    """SIGKILL, and start it again."""
+    process.kill()
+    fault = {"kind": "kill", "target": "moderator", "at": time.time()}
+    await asyncio.sleep(0.2)
+    await process.start()
+    return [fault]
+
+
+async def run(
+    folder: Path,
+    seed: int,
+    tasks: int,
+    *,
+    store: Where | None = None,
+    trouble: Trouble = kill_the_moderator,
+    canaries: Sequence[str] = (),
+    without: Mapping[str, str] | None = None,
+) -> None:
+    """Make the run and leave its evidence.
+
+    Args:
+        folder: Where to; it does not exist yet.
+        seed: Of what the clients do.
+        tasks: How many they submit, about.
+        store: By default a new SQLite file. The evidence of a database is dumped by its owner.
+        trouble: What happens when four tenths of them are accepted.
+        canaries: Secrets that must not be found in the evidence.
+        without: Checks for which there will be no evidence, and why.
+    """
+    home, socket = folder / "home", folder / "m1"
+    store = store or folder / "queue.db"
     home.mkdir(parents=True)
     install_tasks(folder / "site")
     process = ModeratorProcess(store, socket, folder / "moderator.log")
@@ -432,10 +495,7 @@ async def run(folder: Path, seed: int, tasks: int) -> None:
             clients = [asyncio.create_task(load.client(number)) for number in range(6)]
             while len(load.ids) < 0.4 * tasks:  # noqa: ASYNC110 - clients set no events
                 await asyncio.sleep(0.01)
-            process.kill()
-            faults.append({"kind": "kill", "target": "moderator", "at": time.time()})
-            await asyncio.sleep(0.2)
-            await process.start()
+            faults += await trouble(process, load)
             await asyncio.gather(*clients)
             await load.meddle()
             end = time.monotonic() + DRAIN_S
@@ -453,12 +513,19 @@ async def run(folder: Path, seed: int, tasks: int) -> None:
         for link in links:
             await link.close()
         process.kill()
-    write_schedule(folder, seed, started, drained_at, faults)
-    export(store, folder / "store.jsonl")
+    write_schedule(folder, seed, started, drained_at, faults, canaries, without)
+    if isinstance(store, Path):
+        export(store, folder / "store.jsonl")
 
 
 def write_schedule(
-    folder: Path, seed: int, started: float, drained: float, faults: list[dict[str, Any]]
+    folder: Path,
+    seed: int,
+    started: float,
+    drained: float,
+    faults: list[dict[str, Any]],
+    canaries: Sequence[str] = (),
+    without: Mapping[str, str] | None = None,
 ) -> None:
     """Say what was done, and with which settings."""
     schedule = {
@@ -473,7 +540,8 @@ def write_schedule(
         "effects_task_types": list(TASK_TYPES),
         "faults": faults,
         "bounds_s": {"moderator_accepting": ACCEPTING_S},
-        "canaries": [ADMIN_KEY],
+        "canaries": [ADMIN_KEY, *canaries],
+        "without": dict(without or {}),
     }
     (folder / "schedule.json").write_text(json.dumps(schedule, indent=2))
 

@@ -1,7 +1,8 @@
-"""The moderator and its SQLite store in a process of their own, without Ray: made to be killed.
+"""The moderator and its store in a process of their own, without Ray: made to be killed.
 
 ``python -m tests.support.moderator_process STORE SOCKET POLICY`` answers pickled requests on a Unix
-socket; `SocketModerator` is the other end, and a `hcna_ray.api.ports.ModeratorPort`.
+socket; `SocketModerator` is the other end, and a `hcna_ray.api.ports.ModeratorPort`. ``STORE`` is a
+SQLite file, or the URL of a PostgreSQL database.
 """
 
 from __future__ import annotations
@@ -44,10 +45,27 @@ from hcna_ray.runtime.requests import (
     RetryMany,
 )
 from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.store.base import TaskReader, TaskStore
+from hcna_ray.store.postgres import PostgresTaskReader, PostgresTaskStore
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
+
+#: A SQLite file, or the URL of a PostgreSQL database.
+Where = Path | str
 
 _LENGTH = struct.Struct("<I")
 CALL_TIMEOUT_S = 30.0
+
+
+def open_writer(where: Where) -> TaskStore:
+    """Open a store as the actor of the product does."""
+    if isinstance(where, Path):
+        return SqliteTaskStore(where)
+    return PostgresTaskStore(where, open_wait_s=2.0)
+
+
+def open_reader(where: Where) -> TaskReader:
+    """Open a reader beside whoever writes there."""
+    return SqliteTaskReader(where) if isinstance(where, Path) else PostgresTaskReader(where)
 
 
 async def _read(reader: asyncio.StreamReader) -> Any:
@@ -63,22 +81,32 @@ def _write(writer: asyncio.StreamWriter, value: Any) -> None:
 class _Server:
     """Answers requests with what the writer thread commits."""
 
-    def __init__(self, store: Path, policy: Policy) -> None:
+    def __init__(self, store: Where, policy: Policy) -> None:
         self._loop = asyncio.get_running_loop()
         clock, draw = SystemClock(), random.SystemRandom()
 
         def build() -> Moderator:
-            return Moderator(
-                SqliteTaskStore(store),
-                policy,
-                clock=clock,
-                jitter=lambda: draw.uniform(-1.0, 1.0),
-                free_bytes=lambda: shutil.disk_usage(store.parent).free,
-            )
+            writer = open_writer(store)
+            try:
+                moderator = Moderator(
+                    writer,
+                    policy,
+                    clock=clock,
+                    jitter=lambda: draw.uniform(-1.0, 1.0),
+                    free_bytes=lambda: shutil.disk_usage(disk).free,
+                )
+                reader = open_reader(store)
+                self._feed = ChangeFeed(reader.last_fact())
+                reader.close()
+            except BaseException:
+                writer.close()
+                raise
+            return moderator
 
+        disk = store.parent if isinstance(store, Path) else Path.cwd()
+        self._feed = ChangeFeed(0)
         self._writer = WriterThread(build, clock, publish=self._publish, items_max=4096)
-        self._writer.start()
-        self._feed = ChangeFeed(SqliteTaskReader(store).last_fact())
+        self._writer.begin()
         self._calls: set[asyncio.Task[None]] = set()
 
     def _publish(self, outbound: Outbound) -> None:
@@ -106,13 +134,19 @@ class _Server:
             answer: object = await self._feed.after(*request)
         else:
             done: asyncio.Future[object] = self._loop.create_future()
-            self._writer.submit(request, done.set_result)
+
+            def resolve(found: object) -> None:
+                # As in the product: a parked call of a refused batch is answered, and again later.
+                if not done.done():
+                    done.set_result(found)
+
+            self._writer.submit(request, resolve)
             answer = await done
         if not writer.is_closing():
             _write(writer, (number, answer))
 
 
-async def _main(store: Path, socket: Path, policy: Policy) -> None:
+async def _main(store: Where, socket: Path, policy: Policy) -> None:
     server = _Server(store, policy)
     async with await asyncio.start_unix_server(server.serve, socket, limit=1 << 26) as listening:
         await listening.serve_forever()
@@ -130,7 +164,9 @@ class SocketLink:
         self._reading: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
-    async def ask(self, request: Request | tuple[int, float]) -> Any:
+    async def ask(
+        self, request: Request | tuple[int, float], *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> Any:
         """Send a request and return its answer.
 
         Raises:
@@ -143,7 +179,7 @@ class SocketLink:
             writer = await self._open()
             self._waiting[number] = answer
             _write(writer, (number, request))
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 found = await answer
         except (OSError, TimeoutError) as error:
             raise ModeratorUnavailable(f"the moderator did not answer ({error!r})", 1) from error
@@ -188,7 +224,7 @@ class SocketLink:
 class SocketModerator:
     """`hcna_ray.api.ports.ModeratorPort` over a `SocketLink`."""
 
-    def __init__(self, link: SocketLink, store: Path) -> None:
+    def __init__(self, link: SocketLink, store: Where) -> None:
         """Use a connection, and the store for what a replica's own reader finds."""
         self._link, self._store = link, store
 
@@ -204,7 +240,7 @@ class SocketModerator:
         return TaskState(await self._link.ask(Retry(task_id=task_id, principal=principal)))
 
     async def retry_many(self, query: ReplayQuery, *, principal: str) -> ReplayReply:
-        reader = SqliteTaskReader(self._store)
+        reader = open_reader(self._store)
         try:
             found = reader.page(query.where, before_seq=None, limit=query.limit)
         finally:
@@ -250,4 +286,6 @@ class SocketModerator:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), Path(sys.argv[2]), Policy(**json.loads(sys.argv[3]))))
+    given = sys.argv[1]
+    place: Where = given if given.startswith("postgresql:") else Path(given)
+    asyncio.run(_main(place, Path(sys.argv[2]), Policy(**json.loads(sys.argv[3]))))

@@ -181,6 +181,23 @@ class PostgresServer:
             assert time.monotonic() < end, "the server's processes do not end"
             time.sleep(0.01)
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop every process of the server in its tracks, and let them go on afterwards."""
+        assert self._process is not None
+        server = self.pid
+        os.kill(server, signal.SIGSTOP)  # From here on it starts no more of them.
+        stopped = [server, *_children(server)]
+        for pid in stopped[1:]:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            # Whoever ran it as another user stops with it, and must go on too.
+            for pid in (*stopped, self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def remove(self) -> None:
         """Stop the server and delete its data."""
         self.stop(signal.SIGQUIT)

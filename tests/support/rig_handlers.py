@@ -80,6 +80,25 @@ def family(_payload: BaseModel, ctx: TaskContext) -> None:
     time.sleep(60.0)
 
 
+@task("rig.print", payload=AnyPayload)
+def say(_payload: BaseModel, ctx: TaskContext) -> None:
+    """Print a little, in every way there is."""
+    print("printed by", ctx.task_id)  # noqa: T201
+    print("an error", file=sys.stderr)  # noqa: T201
+    os.write(1, b"written\n")
+    subprocess.run(["echo", "by a child"], check=True)
+    _note(ctx)
+
+
+@task("rig.flood", payload=AnyPayload)
+def flood(_payload: BaseModel, ctx: TaskContext) -> None:
+    """Print one line without end, and have a child do so."""
+    subprocess.Popen(["tr", "\\0", "x"], stdin=open("/dev/zero", "rb"))  # noqa: SIM115
+    _note(ctx)
+    while True:
+        print("y" * 1000, end="")  # noqa: T201
+
+
 @task("rig.exit", payload=AnyPayload)
 def leave(_payload: BaseModel, ctx: TaskContext) -> None:
     """End the whole process, as a crashing library does."""

@@ -33,6 +33,8 @@ from hcna_ray.runtime.requests import Pending, Reports
 from tests.support.paper_worker import WAITING, Desk
 
 REPOSITORY = Path(__file__).parents[2]
+#: What one attempt may print here.
+OUTPUT_BYTES = 1 << 20
 #: No process has such an id: hosts here are coroutines, and a signal to one must reach nobody.
 FIRST_PID = 1 << 30
 
@@ -80,6 +82,9 @@ class _Host:
                 "result_bytes_max": 1 << 18,
                 "outbox": str(shop.outbox),
                 "log": str(shop.home / "worker.log"),
+                "outputs": str(shop.outputs),
+                "output_bytes": OUTPUT_BYTES,
+                "outputs_bytes_max": 1 << 30,
             }
         )
         self.host = SlotHost(
@@ -143,6 +148,7 @@ class Workshop:
     def __init__(self, home: Path, desk: Desk) -> None:
         self.home, self.desk = home, desk
         self.outbox = home / "outbox"
+        self.outputs = home / "outputs"
         #: What agents said of hosts that ended, and what hosts reported, as far as it arrived.
         self.gone: list[SlotGone] = []
         self.reported: list[tuple[Report, ...]] = []
@@ -227,7 +233,15 @@ class Workshop:
             gpu=0.0,
             resources=(),
             labels=(),
-            task_types=("rig.block", "rig.effect", "rig.exit", "rig.family", "rig.stubborn"),
+            task_types=(
+                "rig.block",
+                "rig.effect",
+                "rig.exit",
+                "rig.family",
+                "rig.flood",
+                "rig.print",
+                "rig.stubborn",
+            ),
             reports=reports,
         )
 
@@ -328,6 +342,9 @@ class Workshop:
 
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         return self._start(name, -1, offer)
+
+    def withdraw(self, name: str) -> None:
+        self.hosts[name].crash()
 
     def _start(self, name: str, slot: int, offer: Offer | None) -> Awaitable[None]:
         host = self.hosts[name] = _Host(self, name, slot, offer)

@@ -28,6 +28,10 @@ _VERSIONS = ("hcna-ray", "ray", "fastapi", "pydantic", "apsw")
 Depth = dict[tuple[str, TaskState], int]
 
 
+#: Why C1 is not ready although nothing needs to be deployed again.
+M1_WAITS, STORE_AWAY = "M1 waits for its task store", "the store cannot be read"
+
+
 async def _depth(call: Call) -> Depth | None:
     """Return queue depths, or ``None`` when the store cannot be read."""
     try:
@@ -88,9 +92,10 @@ async def ready(call: Call) -> Response:
     glance, depth = await _look(call)
     reasons = []
     if glance is None:
-        reasons.append("M1 does not answer")
+        away = call.services.cache.store_away
+        reasons.append(M1_WAITS if away else "M1 does not answer")
     if depth is None:
-        reasons.append("the store cannot be read")
+        reasons.append(STORE_AWAY)
     return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
 

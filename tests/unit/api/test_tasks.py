@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hcna_ray.api.schemas import SubmitOut, TaskOut, TasksOut
-from hcna_ray.core.errors import DiskFull, Overloaded, StoreUnavailable
+from hcna_ray.core.errors import DiskFull, Overloaded, StoreFull, StoreUnavailable
 from hcna_ray.runtime.messages import ReportKind
 from tests.support.c1 import Composite
 
@@ -219,6 +219,7 @@ async def test_the_trace_goes_along_and_a_broken_one_is_dropped(c1: Composite) -
         (Overloaded("full", 3), 503),
         (StoreUnavailable("read-only", 3), 503),
         (DiskFull("full", 3), 507),
+        (StoreFull("full", 3), 507),
     ],
 )
 async def test_what_cannot_be_accepted_now_says_when_to_come_back(

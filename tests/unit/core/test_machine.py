@@ -356,6 +356,19 @@ def test_a_returned_lease_counts_nothing_and_keeps_the_place() -> None:
     assert (fact.kind, fact.worker, fact.detail) == ("returned", "W1", "slot is busy")
 
 
+def test_what_was_handed_out_too_often_and_never_began_is_given_up() -> None:
+    task = a_granted_task()
+    event = LeaseReturned(at=NOW, token=token_of(task), reason="never started", give_up=True)
+
+    step = advance(task, event)
+
+    assert (step.task.state, step.task.failures, step.task.losses) == (TaskState.FAILED, 0, 0)
+    assert step.task.error == TaskError(kind=FailureKind.LOST, message="never started")
+    assert step.attempts == ()
+    stopping = advance(task, CancelRequested(at=NOW)).task
+    assert advance(stopping, event).task.state is TaskState.CANCELLED
+
+
 def test_an_attempt_starts_once() -> None:
     task = a_granted_task()
     event = AttemptStarted(at=NOW + 1, token=token_of(task))

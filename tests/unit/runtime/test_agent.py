@@ -37,6 +37,9 @@ from hcna_ray.runtime.journal import (
     write_stops,
 )
 from hcna_ray.runtime.messages import (
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Exchange,
     Goodbye,
     Grant,
@@ -95,6 +98,9 @@ class World:
         #: Whether new members attach by themselves.
         self.attaching = True
         self.startable = True
+        #: Heavy attempts that Ray was asked to take back, and whether it does.
+        self.withdrawn: list[str] = []
+        self.obedient = True
         #: What the moderator answers to hellos and heartbeats instead.
         self.refusal: HcnaError | None = None
         self.byes: list[Goodbye] = []
@@ -193,6 +199,12 @@ class World:
 
     def start_heavy(self, offer: Offer, name: str) -> Awaitable[None]:
         return self._start(HEAVY_SLOT, name, offer)
+
+    def withdraw(self, name: str) -> None:
+        self.withdrawn.append(name)
+        member = next(one for one in self.members if one.name == name)
+        if self.obedient:
+            member.ended.set_exception(RuntimeError("TaskCancelled"))
 
     def _start(self, slot: int, name: str, offer: Offer | None) -> Awaitable[None]:
         if not self.startable:
@@ -638,6 +650,102 @@ def test_a_heavy_attempt_that_had_started_is_lost_with_its_process(play: Any) ->
         await asyncio.sleep(2.0)
 
         assert kinds(world.gone[0].reports) == [("started", "t1"), ("lost", "t1")]
+
+    play(scenario)
+
+
+# -- what does not begin ---------------------------------------------------------------------------
+
+
+def unstarted(task_id: str, slot: int, reason: str = UNSTARTED) -> Stop:
+    return Stop(task_id, Token(1, 1), slot, reason)
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_what_ray_never_starts_is_withdrawn_and_comes_back(play: Any, obedient: bool) -> None:
+    async def scenario(world: World) -> None:
+        world.attaching, world.obedient = False, obedient
+        world.grant(an_offer("t1"))
+        world.grant(stops=(unstarted("t1", HEAVY_SLOT),))
+        await asyncio.sleep(1.0)
+
+        (heavy,) = heavy_members(world)
+        assert world.withdrawn == [heavy.name]
+        # Should Ray begin it all the same, it ends at once.
+        assert not await world.agent.attach(heavy.name, heavy.pid)
+        if not obedient:
+            heavy.ended.set_result(None)
+            await asyncio.sleep(1.0)
+        (gone,) = world.gone
+        (report,) = gone.reports
+        assert (report.kind, report.task_id) == (ReportKind.RETURNED, "t1")
+        assert report.error is not None
+        assert report.error.type == NOT_STARTED
+
+    play(scenario)
+
+
+def test_a_heavy_attempt_whose_process_does_not_begin_is_ended(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.grant(an_offer("t1"))
+        await asyncio.sleep(0.5)
+        (heavy,) = heavy_members(world)
+        world.grant(stops=(unstarted("t1", HEAVY_SLOT),))
+        await asyncio.sleep(1.0)
+
+        assert (heavy.pid, signal.SIGKILL) in world.killed
+        (report,) = world.gone[0].reports
+        assert report.error is not None
+        assert (report.kind, report.error.type) == (ReportKind.RETURNED, NOT_STARTED)
+
+    play(scenario)
+
+
+def test_a_heavy_attempt_that_has_begun_is_left_alone(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.grant(an_offer("t1"))
+        await asyncio.sleep(0.5)
+        (heavy,) = heavy_members(world)
+        world.executor(heavy).start("t1")
+        world.grant(stops=(unstarted("t1", HEAVY_SLOT),))
+        await asyncio.sleep(1.0)
+
+        assert (world.killed, world.withdrawn, world.gone) == ([], [], [])
+
+    play(scenario)
+
+
+def test_a_slot_that_does_not_answer_is_ended(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        slot, other = world.slots
+        world.grant(stops=(unstarted("t1", slot.slot),))
+        await asyncio.sleep(agent_module.STUCK_S + 1.0)
+        assert world.orders(slot) == [("t1", UNSTARTED)]
+        world.grant(stops=(unstarted("t1", slot.slot, STUCK),))
+        await asyncio.sleep(0.1)
+
+        assert [pid for pid, _ in world.killed] == [slot.pid]
+        assert other in world.slots
+
+    play(scenario)
+
+
+def test_a_slot_that_was_not_asked_before_is_not_ended(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        slot = world.slots[0]
+        world.grant(
+            stops=(unstarted("t1", slot.slot), unstarted("t1", slot.slot, STUCK)),
+        )
+        await asyncio.sleep(1.0)
+        world.grant(stops=(unstarted("t2", slot.slot, STUCK),))
+        for number in range(agent_module.ORDERS_KEPT + 1):
+            world.grant(stops=(Stop(f"o{number}", Token(1, 1), slot.slot, UNSTARTED),))
+        await asyncio.sleep(agent_module.STUCK_S + 1.0)
+        # By now the oldest order is forgotten.
+        world.grant(stops=(unstarted("o0", slot.slot, STUCK),))
+        await asyncio.sleep(1.0)
+
+        assert world.killed == []
 
     play(scenario)
 

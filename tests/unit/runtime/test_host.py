@@ -29,6 +29,9 @@ from hcna_ray.runtime.journal import (
 )
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Exchange,
     Grant,
     Offer,
@@ -642,6 +645,108 @@ def test_an_order_for_what_has_not_started_reaches_its_executor(play: Any) -> No
 
         assert puppet.stops() == [("t2", "cancel")]
         assert bench.signals(puppet) == [signal.SIGTERM]  # The first is not the one that must go.
+
+    play(scenario)
+
+
+# -- what does not begin ---------------------------------------------------------------------------
+
+
+def test_an_executor_that_does_not_begin_is_ended_and_the_slot_goes_on(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        puppet = await bench.granted("t1", "t2")
+        await asyncio.sleep(host_module.START_LOOKS * host_module.WATCH_S - 0.1)
+        assert bench.signals(puppet) == []
+        await asyncio.sleep(1.0)
+
+        assert signal.SIGKILL in bench.signals(puppet)
+        assert bench.outcomes() == [("returned", "t1"), ("returned", "t2")]
+        assert {one.error and one.error.type for one in bench.sent} == {NOT_STARTED}
+        assert (await bench.granted("t3")) is not puppet
+
+    play(scenario)
+
+
+def test_an_executor_that_begins_one_after_the_other_is_left_alone(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        offers = [an_offer(f"t{number}") for number in range(4)]
+        puppet = await bench.granted(*offers)
+        almost = host_module.START_LOOKS * host_module.WATCH_S - 1.0
+        for offer in offers:
+            await asyncio.sleep(almost)
+            puppet.say(channel.REPORTS, puppet.start(offer), puppet.complete(offer))
+        # What it is done with is not confirmed; there is nothing left that it should begin.
+        bench.reporting = False
+        await asyncio.sleep(2 * almost)
+
+        assert bench.signals(puppet) == []
+
+    play(scenario)
+
+
+def test_what_waits_behind_a_stubborn_attempt_is_given_back_in_the_executors_stead(
+    play: Any, tmp_path: Path
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        first, second, third = (an_offer(f"t{number}") for number in (1, 2, 3))
+        puppet = await bench.granted(first, second, third)
+        puppet.say(channel.REPORTS, puppet.start(first))
+        await asyncio.sleep(1.0)
+        order = StopOrder(task_id="t2", generation=1, attempt=1, reason=UNSTARTED)
+        write_stops(RunnerFiles(tmp_path, NAME), [order])
+        await asyncio.sleep(1.0)
+
+        assert puppet.stops() == [("t2", UNSTARTED)]
+        assert bench.outcomes() == [("started", "t1"), ("returned", "t2")]
+        assert bench.signals(puppet) == []
+        (await bench.granted()).say(channel.IDLE)
+        await asyncio.sleep(0.1)
+        held = {task_id for task_id, _ in bench.exchanges[-1].holding}
+        assert held == {"t1", "t3"}
+        # Later orders leave that one where the executor sees it, and are obeyed themselves.
+        bench.host._stop(Stop("t1", Token(1, 1), 0, "cancel"))
+        bench.host._stop(Stop("t3", Token(1, 1), 0, UNSTARTED))
+        assert set(puppet.stops()) == {("t1", "cancel"), ("t3", UNSTARTED)}
+
+    play(scenario)
+
+
+def test_an_order_not_to_begin_is_void_once_it_has(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        offer = an_offer("t1")
+        puppet = await bench.granted(offer)
+        puppet.say(channel.REPORTS, puppet.start(offer))
+        await asyncio.sleep(0.5)
+        for reason in (UNSTARTED, UNSTARTED, STUCK):
+            bench.host._stop(Stop("t1", Token(1, 1), 0, reason))
+        await asyncio.sleep(20.0)
+
+        assert (bench.outcomes(), bench.signals(puppet)) == ([("started", "t1")], [])
+        bench.die(puppet)  # And should it die, that is what is said of it.
+        await asyncio.sleep(0.1)
+        assert bench.sent[-1].kind == ReportKind.LOST
+        assert bench.sent[-1].error is not None
+        assert bench.sent[-1].error.kind is FailureKind.POISON
+
+    play(scenario)
+
+
+def test_what_cannot_be_forbidden_is_not_given_back(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(files: RunnerFiles, orders: list[StopOrder]) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
+
+    async def scenario(bench: Bench) -> None:
+        first = an_offer("t1")
+        puppet = await bench.granted(first, "t2")
+        puppet.say(channel.REPORTS, puppet.start(first))
+        await asyncio.sleep(0.5)
+        monkeypatch.setattr(host_module, "write_stops", full)
+        bench.host._stop(Stop("t2", Token(1, 1), 0, UNSTARTED))
+        await asyncio.sleep(5.0)
+
+        assert bench.outcomes() == [("started", "t1")]
 
     play(scenario)
 

@@ -19,6 +19,7 @@ from hcna_ray.core.errors import (
 from hcna_ray.core.models import (
     HEAVY_SLOT,
     FailureKind,
+    Hold,
     Needs,
     OnDisconnect,
     RetryPolicy,
@@ -27,7 +28,7 @@ from hcna_ray.core.models import (
     WorkerState,
 )
 from hcna_ray.runtime.messages import Accepted, Grant, Refused, ReportKind, SubmitBatch
-from hcna_ray.runtime.requests import MarkWorker, PauseQueue, Query, Retry, SendIntent
+from hcna_ray.runtime.requests import MarkWorker, PauseQueue, Query, Reports, Retry, SendIntent
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
@@ -902,6 +903,31 @@ def test_operations_leave_an_audit_line(desk: Desk, w1: PaperWorker) -> None:
     assert [line.entry.action for line in lines] == ["worker.cordon", "task.cancel"]
 
 
+def test_a_newcomer_does_not_overtake_a_line_whose_front_ends_in_its_batch(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("parent")
+    (parent,) = w1.granted()
+    w1.report(w1.started(parent))
+    desk.submit_ids("t1", "t2", ordering_key="k", depends_on=("parent",))
+    desk.submit_ids("t3", ordering_key="k")
+    w1.exchange(1)
+
+    # The parent's failure ends the two at the front, in the batch that brings a fourth.
+    desk.apply(
+        SubmitBatch(specs=(a_spec("t4", ordering_key="k"),)),
+        Reports(
+            worker="W1",
+            incarnation="a",
+            reports=(w1.ended(parent, ReportKind.FAILED, error=BOOM),),
+        ),
+    )
+
+    assert [desk.task(name).state for name in ("t1", "t2")] == [TaskState.FAILED] * 2
+    assert desk.task("t3").lease is not None
+    assert desk.task("t4").hold is Hold.ORDERING
+
+
 def test_old_tasks_are_pruned(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1")
     (offer,) = w1.granted()
@@ -910,6 +936,25 @@ def test_old_tasks_are_pruned(desk: Desk, w1: PaperWorker) -> None:
     desk.tick(60.0)
 
     assert desk.store.get(["t1"]) == {}
+
+
+def test_nobody_waits_for_a_task_that_only_its_key_remembers(desk: Desk, w1: PaperWorker) -> None:
+    first = a_spec("t1", principal="me", idempotency_key="k1")
+    desk.submit(first)
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer), w1.ended(offer))
+    desk.tick(8 * 86400.0)
+    desk.tick(60.0)
+
+    # The same pair once more, under new ids: the first one's key is still held, its task is gone.
+    again, child = desk.submit(
+        a_spec("t2", principal="me", idempotency_key="k1"), a_spec("t3", depends_on=("t2",))
+    )
+
+    assert again == Accepted("t1", TaskState.QUEUED, True)
+    assert isinstance(child, Refused)
+    assert child.error.code == "dependency_not_found"
+    assert desk.store.get(["t3"]) == {}
 
 
 def test_counters_say_what_happened(desk: Desk, w1: PaperWorker) -> None:

@@ -29,7 +29,7 @@ from hcna_ray.runtime.journal import (
     read_note,
     write_stops,
 )
-from hcna_ray.runtime.messages import DISK_FAILED, DRAINED, Offer, Report, ReportKind
+from hcna_ray.runtime.messages import DISK_FAILED, DRAINED, UNSTARTED, Offer, Report, ReportKind
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 from tests.support.paper_worker import PaperClock
 
@@ -626,6 +626,24 @@ def test_a_loss_by_order_says_by_which(bench: Bench, reason: str, type_: str | N
 
     assert error is not None
     assert (error.kind, error.type) == (FailureKind.LOST, type_)
+
+
+def test_an_order_not_to_begin_is_for_what_has_not_begun(bench: Bench) -> None:
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        orders = [
+            StopOrder(task_id=task_id, generation=1, attempt=1, reason=UNSTARTED)
+            for task_id in ("t1", "t2")
+        ]
+        write_stops(bench.files, orders)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"cancelled": ctx.cancelled}
+
+    bench.handle("t1", work)
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    assert the(reports, ReportKind.COMPLETED, "t1").result == b'{"cancelled":false}'
+    assert the(reports, ReportKind.RETURNED, "t2")
 
 
 # -- the note and the disk -------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import Fact, Task, TaskState
+from hcna_ray.runtime import writer as writer_module
 from hcna_ray.runtime.messages import Accepted, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
@@ -282,3 +283,59 @@ def test_half_a_request_that_met_trouble_is_not_committed() -> None:
 
     assert [type(answer) for _pending, answer in outbound.answers] == [StoreUnavailable]
     assert store.get(["t1", "t2"]) == {}
+
+
+class TestOpening:
+    """What happens until there is a moderator."""
+
+    def test_a_store_that_is_away_is_tried_again_and_everybody_is_told(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(writer_module, "OPEN_AGAIN_S", 0.01)
+        store, away = MemoryTaskStore(), threading.Event()
+        away.set()
+
+        def build() -> Any:
+            if away.is_set():
+                raise StoreUnavailable("connection refused", 5)
+            return Moderator(
+                store, Policy(), clock=PaperClock(), jitter=lambda: 0.0, free_bytes=lambda: 1 << 40
+            )
+
+        office = Office(SlowModerator(), build=build)
+        assert office.writer.begin() is False
+        for _ in range(3):
+            office.ask(Query(name="status"))
+        for _ in range(3):
+            assert office.answered.acquire(timeout=WAIT_S)
+        assert {str(one) for one in office.answers} == {
+            "M1 cannot open its task store: connection refused"
+        }
+        assert all(isinstance(one, StoreUnavailable) for one in office.answers)
+        office.answers.clear()
+        away.clear()
+        while not office.answers or isinstance(office.answers[-1], StoreUnavailable):
+            office.ask(SubmitBatch(specs=(a_spec("t1"),)))
+            assert office.answered.acquire(timeout=WAIT_S)
+        assert office.answers[-1] == [Accepted("t1", TaskState.QUEUED)]
+        office.writer.close()
+        assert office.exits == []
+
+    def test_it_can_be_stopped_while_it_waits(self) -> None:
+        def build() -> Any:
+            raise StoreUnavailable("connection refused", 5)
+
+        office = Office(SlowModerator(), build=build)
+        office.writer.begin()
+        office.writer.close()
+        office.ask(Query(name="status"))
+        assert isinstance(office.answers[-1], ModeratorUnavailable)
+
+    def test_a_bug_ends_the_process(self) -> None:
+        def build() -> Any:
+            raise ValueError("impossible")
+
+        office = Office(SlowModerator(), build=build)
+        assert office.writer.begin() is False
+        assert office.exited.wait(WAIT_S)
+        assert office.exits == [EXIT_BUG]
