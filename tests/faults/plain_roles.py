@@ -52,7 +52,7 @@ from hcna_ray.store.migrations import Migration
 from hcna_ray.store.sqlite import SqliteTaskStore
 from hcna_ray.supervisor.backup import backup, restore
 from tests.support import moderator_process
-from tests.support.checked_run import application
+from tests.support.checked_run import HEARTBEAT_S, application
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.moderator_process import SocketLink
 from tests.support.workshop import NoArtifacts
@@ -161,7 +161,7 @@ class _Link:
         return welcome
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
-        reply: HeartbeatReply = await self._link.ask(beat)
+        reply: HeartbeatReply = await self._link.ask(beat, timeout_s=HEARTBEAT_S)
         return reply
 
     async def exchange(self, exchange: Exchange) -> Grant:
@@ -193,6 +193,7 @@ class _Slots:
         self._home = Path(arguments["home"])
         self._spawner = SpawnerLink(Path(arguments["spawner"]), Path(arguments["failpoints"]))
         self._opened: asyncio.Task[None] | None = None
+        self._withdrawn: set[str] = set()
 
     def start_slot(self, slot: int, name: str) -> Awaitable[None]:
         return self._start(slot, name, None)
@@ -201,13 +202,15 @@ class _Slots:
         return self._start(-1, name, base64.b64encode(pickle.dumps(offer)).decode())
 
     def withdraw(self, name: str) -> None:
-        """Take a start back; here every one begins at once."""
-        raise AssertionError(f"{name} begins in time")
+        """Have a process that was not started yet never be."""
+        self._withdrawn.add(name)
 
     async def _start(self, slot: int, name: str, offer: str | None) -> None:
         if self._opened is None:
             self._opened = asyncio.create_task(self._spawner.open())
         await self._opened
+        if name in self._withdrawn:
+            raise RuntimeError("it was withdrawn")
         worker = self._arguments["worker"]
         more = {"slot": slot, "name": name, "offer": offer}
         kept = ("worker", "incarnation", "home", "moderator_socket", "attach_socket")

@@ -27,6 +27,7 @@ import httpx
 from hcna_ray.core.errors import StoreUnavailable
 from tests.checker.recorder import Caller, History, steady_now
 from tests.checker.sqlite_dump import export
+from tests.faults.programme import commit
 from tests.faults.spawner import SpawnerLink
 from tests.support.c1 import ADMIN_KEY
 from tests.support.checked_run import moving
@@ -293,7 +294,7 @@ class PlainStack:
         schedule = {
             "format": "hcna.schedule.v1",
             "seed": self.seed,
-            "commit": "working tree",
+            "commit": commit(),
             "started_at": self.started,
             "drained_at": drained_at,
             "clock_error_s": CLOCK_ERROR_S,

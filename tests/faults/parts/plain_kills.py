@@ -14,7 +14,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +25,7 @@ from tests.checker.__main__ import check
 from tests.checker.findings import violations
 from tests.checker.report import CLEAN, as_table, verdict
 from tests.faults import plain_files
+from tests.faults.checking import own_environment
 from tests.faults.plain_stack import WORKERS, PlainClients, PlainStack, eventually
 from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
 from tests.faults.spawner import SpawnerProcess
@@ -208,14 +208,9 @@ class PlainKills:
     @contextmanager
     def open(self, folder: Path) -> Iterator[RunCase]:
         """Start the spawner."""
-        path, variable = list(sys.path), os.environ.get("PYTHONPATH")
-        install_tasks(folder / "site")
-        environment = dict(os.environ)
-        sys.path[:] = path
-        if variable is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = variable
+        with own_environment():
+            install_tasks(folder / "site")
+            environment = dict(os.environ)
         environment |= {"HCNA_TEST": "1", "HCNA_FAILPOINTS": str(folder)}
         with ExitStack() as opened:
             spawner = SpawnerProcess(folder, environment, ROOT)
