@@ -53,7 +53,7 @@ def haproxy_binary() -> str:
         chosen: str = package.get_haproxy_binary()
         return chosen
     brought = Path(str(package.__file__)).parent / "bin" / "haproxy"
-    found = shutil.which(brought) or shutil.which("haproxy")
+    found = shutil.which(str(brought)) or shutil.which("haproxy")
     if found is None:
         raise FileNotFoundError(f"{brought} is no program, and no haproxy is on the PATH")
     return found
