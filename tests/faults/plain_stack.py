@@ -53,6 +53,7 @@ START_S = 30.0
 DRAIN_S = 45.0
 _REQUEST_S = 20.0
 _AGAIN_S = 0.05
+_OVER = ("completed", "failed", "cancelled", "expired")
 #: Ends of a process that a kill, or nobody, explains.
 _EXPECTED = (-signal.SIGKILL, 0)
 
@@ -289,6 +290,10 @@ class PlainStack:
             await asyncio.sleep(0.1)
         return time.time()
 
+    async def left(self) -> int:
+        """Return how many tasks have not ended that would by themselves."""
+        return await moving(self.store)
+
     def write_evidence(self, drained_at: float, **more: Any) -> None:
         """Write the schedule, and the store's dump."""
         schedule = {
@@ -487,6 +492,18 @@ class PlainClients:
                         break
                     await asyncio.sleep(_AGAIN_S)
                 await caller.cancel(task)
+
+    async def watch(self) -> None:
+        """GET every task until it was seen ended, before anybody may delete it."""
+        caller = self._caller("watcher")
+        over: set[str] = set()
+        while True:
+            for task in [one for one in self.ids if one not in over]:
+                with suppress(httpx.TransportError):
+                    seen = await caller.get(task)
+                    if seen.status_code == 404 or seen.json().get("status") in _OVER:
+                        over.add(task)
+            await asyncio.sleep(_AGAIN_S)
 
     async def look(self) -> None:
         """GET every task."""

@@ -39,6 +39,8 @@ BACK_S = 10.0
 #: How long a point may wait for a process to come by.
 REACHED_S = 6.0
 PER_CASE = 10
+#: A run that drains for longer than this says so: somebody waited for a lease to end.
+SLOW_S = 12.0
 
 #: Points of a process that works, by the process and the number of arrivals that are tried.
 WORKING: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
@@ -264,6 +266,8 @@ async def _run(case: Case, folder: Path, spawner: Path) -> Outcome:
         clients.start()
         if any(point.startswith("artifact.") for point in case.options["failpoints"]):
             stack.spawn(clients.upload())
+        if retention is not None:
+            stack.spawn(clients.watch())
         await eventually(lambda: len(clients.ids) >= 8, 20.0)
         draw = random.Random(case.seed)
         for kill in case.options["kills"]:
@@ -277,7 +281,10 @@ async def _run(case: Case, folder: Path, spawner: Path) -> Outcome:
             out.counts[LINE] += one.done
             await asyncio.sleep(draw.uniform(0.05, 0.3))
         clients.busy = False
+        rested = time.time()
         drained = await stack.drain()
+        if drained - rested > SLOW_S:
+            out.notes.append(f"{drained - rested:.0f} s to drain, {await stack.left()} left")
         await clients.look()
         await clients.look_at_uploads()
         await clients.close()
