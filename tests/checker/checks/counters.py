@@ -129,7 +129,7 @@ def _taken_back(run: Run, facts: list[Fact]) -> set[Token | None]:
         fact.token
         for fact in facts
         for one in run.restores()
-        if fact.kind == "lost" and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
+        if fact.kind in CLOSING and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
     }
 
 
@@ -212,10 +212,11 @@ def _ends_shown(run: Run) -> int:
     for facts in run.facts_by_task.values():
         ended = False
         for _, group in itertools.groupby(facts, key=lambda fact: fact.at):
-            before = ended
+            ends = False
             for fact in group:
+                ends |= fact.kind in TERMINAL
                 ended = fact.kind in TERMINAL or (ended and fact.kind != "replayed")
-            shown += ended and not before
+            shown += ended and ends
     return shown
 
 

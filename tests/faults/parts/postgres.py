@@ -129,6 +129,8 @@ _TROUBLES: dict[str, Callable[[_Ground], Awaitable[None]]] = {
     "moderator-killed": _moderator_killed,
     "both-killed": _both_killed,
 }
+#: The case with Ray: see `tests.faults.postgres_whole`.
+WHOLE = "whole"
 #: How long the server is away: shorter than a worker waits, and longer.
 _AWAY_S = {"server-stopped": (2.0, 20.0, 50.0), "server-stands-still": (3.0, 40.0)}
 
@@ -141,7 +143,7 @@ class _Postgres:
     only_when_named = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
-        """Each trouble, thrice; the slice has the two that leave most in doubt."""
+        """Each trouble, thrice, and Ray under it once; the slice has what leaves most in doubt."""
         if size is Size.SLICE:
             chosen = [("server-killed", 1.0), ("commits-cut-after", 0.0)]
             return [self._case(name, away, seed, 0, tasks=90) for name, away in chosen]
@@ -150,7 +152,14 @@ class _Postgres:
             for name in _TROUBLES
             for away in _AWAY_S.get(name, (1.0,))
             for turn in range(3)
-        ]
+        ] + [self._whole(seed)]
+
+    def _whole(self, seed: int) -> Case:
+        return Case(
+            name="whole-computer",
+            seed=random.Random(f"{seed}-whole").getrandbits(31),
+            options={"trouble": WHOLE, "tasks": 200, "away_at_start_s": 30.0, "away_s": 20.0},
+        )
 
     def _case(self, trouble: str, away_s: float, seed: int, turn: int, *, tasks: int) -> Case:
         return Case(
@@ -168,6 +177,12 @@ class _Postgres:
                 keeper.submit(server.start).result()
 
                 def run(case: Case, evidence: Path) -> Outcome:
+                    if case.options["trouble"] == WHOLE:
+                        from tests.faults.postgres_whole import whole
+
+                        outcome = whole(server, keeper, case, evidence)
+                        outcome.counts[LINE] = 1
+                        return outcome
                     return _run(server, keeper, case, evidence)
 
                 yield run
