@@ -382,9 +382,11 @@ class Moderator:
             turn.writes.append(lambda: self._prune(turn.now))
 
     def _prune(self, now: float) -> None:
+        """Delete what has been kept long enough; what one batch cannot take goes with the next."""
         ended_before = now - self._policy.retention_s
         keys_before = ended_before - self._policy.idempotency_s
-        self._store.prune(ended_before, keys_before, PRUNE_MAX)
+        if self._store.prune(ended_before, keys_before, PRUNE_MAX) >= PRUNE_MAX:
+            self._pruned -= PRUNE_PERIOD_S
         failpoints.hit("moderator.prune.written")
 
     # -- looking in ------------------------------------------------------------------------------
