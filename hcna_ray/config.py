@@ -381,10 +381,10 @@ class LeaseSettings(_Section):
                 f"ttl_s ({self.ttl_s:g}) must be at least three times heartbeat_s "
                 f"({self.heartbeat_s:g}): two lost heartbeats must be survivable"
             )
-        if not self.heartbeat_s < self.self_stop_s < self.ttl_s:
+        if not self.heartbeat_s < self.self_stop_s <= self.ttl_s - self.heartbeat_s:
             raise ValueError(
                 f"self_stop_s ({self.self_stop_s:g}) must lie between heartbeat_s "
-                f"({self.heartbeat_s:g}) and ttl_s ({self.ttl_s:g}): "
+                f"({self.heartbeat_s:g}) and ttl_s ({self.ttl_s:g}) less heartbeat_s: "
                 "a worker stops before its tasks are given to another"
             )
         if self.gone_after_s < self.ttl_s + self.grace_s:

@@ -412,6 +412,7 @@ CODES = {
     "moderator_unavailable": "M1 does not answer. Reads go on.",
     "worker_unavailable": "The worker that an intent was for is away, or does not answer.",
     "store_unavailable": "The store cannot be read or written.",
+    "store_damaged": "The store's file is not what was written: keep it, and restore a backup.",
     "store_full": "There is no space left where the store lies.",
     "disk_full": "Less free space than `limits.disk_free_bytes_min`.",
     "internal": "Something unexpected; `log_id` finds it in `composite.log`.",

@@ -93,7 +93,12 @@ def parts(everything: bool) -> list[Part]:
             pytest=["tests/unit", "--ignore=tests/unit/core"],
         ),
         Part(name="contract", kind="contract", budget_s=420, pytest=["tests/contract"]),
-        Part(name="checker", kind="checker", budget_s=180, pytest=["tests/checker"]),
+        Part(
+            name="checker",
+            kind="checker",
+            budget_s=180,
+            pytest=["tests/checker", "tests/seeded_bugs"],
+        ),
         Part(
             name="property",
             kind="property",

@@ -7,6 +7,7 @@ set -euo pipefail
 wanted=(
   curl:curl git:git ss:iproute2 sshd:openssh-server rsync:rsync nft:nftables iptables:iptables
   ps:procps sudo:sudo faketime:faketime initdb:postgresql systemd-analyze:systemd
+  strace:strace
 )
 # Some of them lie where only root's PATH looks, or nobody's.
 PATH=$PATH:/usr/sbin:/sbin

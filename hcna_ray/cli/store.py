@@ -1,4 +1,4 @@
-"""``store``: what keeps the tasks, moving it to a PostgreSQL server and back, and going on.
+"""``store``: what keeps the tasks, checking it, moving it to PostgreSQL and back, and going on.
 
 These commands work on the store itself, not through C1.
 """
@@ -17,7 +17,7 @@ from hcna_ray.cli.terminal import AsJson, CommandFailed, UsageProblem, paper, pr
 
 store_app = typer.Typer(
     cls=DefaultGroup.of("info", when_empty=True),
-    help="Look at the task store, move it, or go on with a restored database.",
+    help="Look at the task store, check it, move it, or go on with a restored database.",
     rich_markup_mode=None,
 )
 
@@ -48,6 +48,20 @@ def info(as_json: AsJson = False) -> None:
     out.print(escape(found.durability), style="red" if found.risks else None)
     if found.writer:
         out.print(f"last opened for writing by {escape(found.writer)}")
+
+
+@store_app.command()
+def check(as_json: AsJson = False) -> None:
+    """Read the whole store and compare its tables with their indexes, beside whoever writes."""
+    from hcna_ray.config import load_settings
+    from hcna_ray.store.info import check_store
+
+    settings = load_settings()
+    tasks = check_store(settings)
+    if as_json:
+        print_json({"store": settings.store_name, "tasks": tasks, "damaged": False})
+        return
+    paper().print(f"{escape(settings.store_name)}: {tasks} tasks read, nothing is damaged")
 
 
 @store_app.command()

@@ -16,6 +16,7 @@
     │   ├── ModeratorUnavailable
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
+    │   │   ├── StoreDamaged  its file contradicts itself: only a backup helps
     │   │   └── StoreFull
     │   ├── QuotaExceeded
     │   └── DiskFull
@@ -196,6 +197,21 @@ class StoreUnavailable(CannotAccept):
     """The durable store cannot be written."""
 
     code = "store_unavailable"
+
+
+class StoreDamaged(StoreUnavailable):
+    """The durable store is not what was written: nothing may be built on it."""
+
+    code = "store_damaged"
+
+    def __init__(self, message: str, retry_after_s: int = 600) -> None:
+        super().__init__(message, retry_after_s)
+
+    def __str__(self) -> str:
+        return (
+            f"the task store is damaged: {self.message}; stop hcna-ray, keep its files, "
+            "and restore a backup (hcna restore)"
+        )
 
 
 class StoreFull(StoreUnavailable):

@@ -194,6 +194,8 @@ class WorkerAgent:
         self._members: dict[str, _Member] = {}
         self._numbers = itertools.count()
         self._confirmed = clock.elapsed()
+        #: What the moderator counts the leases from: the call it knows to have been answered.
+        self._renewed = self._confirmed
         self._connected = False
         #: Set when an exchange was told that the moderator does not know this worker.
         self._forgotten = asyncio.Event()
@@ -288,8 +290,11 @@ class WorkerAgent:
                 reply = await self._link.heartbeat(self._beat())
                 failpoints.hit("agent.heartbeat.answered")
                 if reply.known:
-                    self._confirmed = asked
+                    # The call said that the one before was answered; of this one nobody knows yet.
+                    self._renewed, self._confirmed = self._confirmed, asked
                     self._standing_back = False
+                    if self._confirmed - self._renewed > 2 * self._settings.heartbeat_s:
+                        continue  # After a silence, the next call renews what this one could not.
                     self._unfence()
                 else:
                     self._connected = False
@@ -343,7 +348,7 @@ class WorkerAgent:
             if not path.name.startswith(f"{self._settings.incarnation}."):
                 path.unlink(missing_ok=True)  # An earlier life's orders to its members.
         self._connected = True
-        self._confirmed = asked
+        self._renewed = self._confirmed = asked
         log.info(
             "Connected to M1 %s at %s",
             welcome.moderator_node_id,
@@ -681,11 +686,22 @@ class WorkerAgent:
             if self._goodbye_request() not in (None, self._old_request):
                 await self._say_goodbye()
                 return
-            silence = self._clock.elapsed() - self._confirmed
-            if silence > self._settings.self_stop_s and not self._fenced:
+            if self._must_stop() and not self._fenced:
                 self._fence()
             self._balance()
             await asyncio.sleep(WATCH_S)
+
+    def _must_stop(self) -> bool:
+        """Whether the moderator may hand this worker's attempts to others before long.
+
+        It counts a lease from the call before the last one that was answered. Usually a heartbeat
+        lies between the two; after an answer that came after a long silence much more may.
+        """
+        now, stop_s = self._clock.elapsed(), self._settings.self_stop_s
+        return (
+            now - self._confirmed > stop_s
+            or now - self._renewed > stop_s + self._settings.heartbeat_s
+        )
 
     def _goodbye_request(self) -> tuple[int, int] | None:
         """Return what tells one request of the supervisor from another; ``None`` without one."""

@@ -59,6 +59,7 @@ def ensure_ca(directory: Path, *, now: datetime) -> Pair:
             a new authority would lock out every machine that has joined.
     """
     pair = Pair(directory / "ca.pem", directory / "ca.key")
+    unfinished = directory / "ca.key.new"
     with locked_dir(directory):
         if not pair.cert.exists() and not pair.key.exists():
             key = ec.generate_private_key(ec.SECP256R1())
@@ -71,9 +72,14 @@ def ensure_ca(directory: Path, *, now: datetime) -> Pair:
                     x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
                 )
             )
-            # The key first: a certificate without it could not be told from a lost key.
-            write_private(pair.key, _key_text(key))
+            # Under its name the key comes last: whoever is interrupted leaves no half that could
+            # not be told from a lost one.
+            write_private(unfinished, _key_text(key))
             write_private(pair.cert, _cert_text(builder.sign(key, hashes.SHA256())))
+        if unfinished.exists() and pair.cert.exists():
+            if not pair.key.exists():
+                write_private(pair.key, unfinished.read_text(encoding="ascii"))
+            unfinished.unlink()
         _load_cert(pair.cert)
         _load_key(pair.key)
     return pair

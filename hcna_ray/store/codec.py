@@ -8,12 +8,12 @@ what was accepted under the old one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import msgspec
 
-from hcna_ray.core.errors import SchemaTooNew
+from hcna_ray.core.errors import SchemaTooNew, StoreDamaged
 from hcna_ray.core.models import (
     Needs,
     OnDisconnect,
@@ -23,6 +23,8 @@ from hcna_ray.core.models import (
     TaskSpec,
     WorkerRecord,
 )
+
+_T = TypeVar("_T")
 
 #: First byte of everything written now.
 FORM = b"\x01"
@@ -113,6 +115,7 @@ def unpack_spec(blob: bytes) -> TaskSpec:
 
     Raises:
         SchemaTooNew: a newer hcna-ray wrote it.
+        StoreDamaged: nobody wrote it so.
     """
     (
         id_,
@@ -140,7 +143,7 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         traceparent,
         webhook,
         metadata,
-    ) = _decode_spec(_body(blob))
+    ) = _decoded(_decode_spec, _body(blob))
     return TaskSpec(
         id=id_,
         task_type=task_type,
@@ -177,7 +180,7 @@ def pack_error(error: TaskError | None) -> bytes | None:
 
 def unpack_error(blob: bytes | None) -> TaskError | None:
     """Return the error that `pack_error` wrote."""
-    return None if blob is None else _decode_error(_body(blob))
+    return None if blob is None else _decoded(_decode_error, _body(blob))
 
 
 def pack_progress(progress: Progress | None) -> bytes | None:
@@ -187,7 +190,7 @@ def pack_progress(progress: Progress | None) -> bytes | None:
 
 def unpack_progress(blob: bytes | None) -> Progress | None:
     """Return the progress that `pack_progress` wrote."""
-    return None if blob is None else _decode_progress(_body(blob))
+    return None if blob is None else _decoded(_decode_progress, _body(blob))
 
 
 def pack_worker(record: WorkerRecord) -> bytes:
@@ -197,7 +200,7 @@ def pack_worker(record: WorkerRecord) -> bytes:
 
 def unpack_worker(blob: bytes) -> WorkerRecord:
     """Return the record that `pack_worker` wrote."""
-    return _decode_worker(_body(blob))
+    return _decoded(_decode_worker, _body(blob))
 
 
 def needs_to_json(needs: Needs) -> str:
@@ -207,7 +210,7 @@ def needs_to_json(needs: Needs) -> str:
 
 def needs_from_json(text: str) -> Needs:
     """Return the needs that `needs_to_json` wrote."""
-    return _decode_needs(text)
+    return _decoded(_decode_needs, text)
 
 
 def to_json(items: Iterable[str] | Iterable[int]) -> str:
@@ -219,3 +222,10 @@ def _body(blob: bytes) -> Any:
     if blob[:1] != FORM:
         raise SchemaTooNew(blob[0], FORM[0])
     return memoryview(blob)[1:]
+
+
+def _decoded(decode: Callable[[Any], _T], raw: Any) -> _T:
+    try:
+        return decode(raw)
+    except msgspec.DecodeError as error:
+        raise StoreDamaged(f"a value in it cannot be read ({error})") from error

@@ -9,7 +9,9 @@ from typing import Any
 import apsw
 
 from hcna_ray.config import Settings
+from hcna_ray.core.models import TaskFilter
 from hcna_ray.store.factory import open_reader
+from hcna_ray.store.sqlite import SqliteTaskReader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,33 @@ def risks_of(settings: Settings) -> tuple[str, ...]:
 
 _Look = tuple[str, int, int, int, dict[str, Any]]
 
+
+def check_store(settings: Settings) -> int:
+    """Read all of a SQLite store and compare its tables with their indexes.
+
+    Takes about a second for 100 000 tasks, beside whoever writes. A PostgreSQL server checks its
+    pages itself, where it was set up with checksums.
+
+    Returns:
+        How many tasks could be read.
+
+    Raises:
+        StoreDamaged: something in it contradicts itself or cannot be read.
+        StoreUnavailable: there is none yet, or it cannot be reached.
+    """
+    reader = open_reader(settings)
+    try:
+        if isinstance(reader, SqliteTaskReader):
+            reader.check()
+        count, before = 0, None
+        while page := reader.page(TaskFilter(), before_seq=before, limit=_PAGE):
+            count, before = count + len(page), page[-1].seq
+    finally:
+        reader.close()
+    return count
+
+
+_PAGE = 1000
 _SCHEMA = "SELECT max(number) FROM schema_migration"
 _GENERATION = "SELECT value FROM number WHERE name = 'generation'"
 

@@ -1,8 +1,9 @@
 """The embedded default: one SQLite file, written by the moderator and read by anybody.
 
 Durability is ``journal_mode=WAL`` with ``synchronous=FULL``: a commit has been fsynced when it
-returns. What the scheduler asks on every round (lanes, size, sequences) is kept in memory by the
-writer and written with the transaction that changed it, so its cost does not grow with the queue.
+returns. A file that contradicts itself is not opened. What the scheduler asks on every round
+(lanes, size, sequences) is kept in memory by the writer and written with the transaction that
+changed it, so its cost does not grow with the queue.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from urllib.parse import quote
 import apsw
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import NotFound, StoreFull, StoreTooOld, StoreUnavailable
+from hcna_ray.core.errors import (
+    NotFound,
+    StoreDamaged,
+    StoreFull,
+    StoreTooOld,
+    StoreUnavailable,
+)
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -41,11 +48,16 @@ from hcna_ray.store.base import (
 from hcna_ray.store.bookkeeping import Bookkeeper, Change
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
+from hcna_ray.store.sqlite_log import Index, lost_commits, read_index
 
 #: Older libraries can corrupt a WAL database that one connection checkpoints while another commits.
 SQLITE_MIN = (3, 51, 3)
 #: Bound of the write-ahead log.
 WAL_BYTES_MAX = 64 * 1024 * 1024
+
+#: A larger database is not read through before it is opened: that takes seconds (about 4 ms a
+#: mebibyte), and the moderator has to be back soon. `hcna store check` and each backup do it.
+CHECK_BYTES_MAX = 512 * 1024 * 1024
 
 _PAGE_BYTES = 4096
 _BUSY_MS = 5000
@@ -153,6 +165,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             StoreTooOld: the SQLite library is older than the WAL-reset fix.
             SchemaTooNew: a newer hcna-ray wrote the file.
             SchemaChanged: an applied migration was edited.
+            StoreDamaged: the file or its log is not what was written.
             StoreUnavailable: the disk refused.
             OSError: the file cannot be created.
         """
@@ -161,14 +174,19 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         # Before SQLite does, so that there is no moment at which others can read it.
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         failpoints.hit("store.file.created")
+        before = read_index(self.path)
         try:
             db = apsw.Connection(os.fspath(self.path), vfs=vfs, statementcachesize=512)
         except apsw.Error as error:
             raise _translated(error) from error
         try:
+            # Else closing would carry a damaged log over, and delete it.
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             _Connection.__init__(self, db, cache_bytes=64 * 1024 * 1024)
             Bookkeeper.__init__(self)
             self._broken = False
+            self._check(before)
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
             self._configure(bytes_max, wal_bytes_max)
             # After a failed fsync the kernel keeps pages that are on no disk and counts them as
             # clean: nobody writes them again. So what the last process left in the log may be read
@@ -179,6 +197,22 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         except BaseException:
             db.close()
             raise
+
+    def _check(self, before: Index | None) -> None:
+        """Refuse a file that contradicts itself.
+
+        Pages have no checksums: a bit that flipped inside a value is not noticed here.
+        """
+        self._run("SELECT count(*) FROM sqlite_schema")  # SQLite looks at the log.
+        after = read_index(self.path)
+        why = lost_commits(self.path, before, 0 if after is None else after.frames)
+        if why is not None:
+            raise StoreDamaged(f"{self.path}: {why}")
+        ((pages,),) = self._run("PRAGMA page_count")
+        if pages * _PAGE_BYTES <= CHECK_BYTES_MAX:
+            ((found,), *_) = self._run("PRAGMA quick_check(1)")
+            if found != "ok":
+                raise StoreDamaged(f"{self.path}: {found}")
 
     def _configure(self, bytes_max: int | None, wal_bytes_max: int) -> None:
         if self._run("PRAGMA journal_mode = WAL") != [("wal",)]:
@@ -582,6 +616,16 @@ class SqliteTaskReader(_Connection):
             db.close()
             raise
 
+    def check(self) -> None:
+        """Compare every table with its indexes. Reads everything.
+
+        Raises:
+            StoreDamaged: they contradict each other.
+        """
+        ((found,), *_) = self._run("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise StoreDamaged(str(found))
+
     def get(self, ids: Iterable[str]) -> dict[str, Task]:
         """Return the tasks that exist among ``ids``."""
         found = map(rows.task_from_row, self._run(_BY_ID, (codec.to_json(ids),)))
@@ -776,6 +820,8 @@ def _translated(error: apsw.Error) -> Exception:
     """Return what the contract says for an error of SQLite; unexpected ones stay as they are."""
     if isinstance(error, apsw.IOError) and _extended(error) in _FSYNC_FAILED:
         return _SyncFailed(errno.EIO, f"the task store could not be synced to disk: {error}")
+    if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+        return StoreDamaged(str(error))
     if isinstance(error, apsw.FullError):
         return StoreFull(f"the task store's disk is full: {error}", 10)
     if isinstance(error, _REFUSED):

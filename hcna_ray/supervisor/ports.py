@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hcna_ray.config import LOOPBACK, MIB, Settings
 from hcna_ray.supervisor.processes import Marker
+from hcna_ray.supervisor.serve_proxy import VARIABLE, serve_proxy_path
 
 #: Settings of Ray that we ship, the same on every node. Detection of a silent node takes
 #: period + n * timeout + (n - 1) * period = 25 s at most instead of 65 s. Our own sessions notice
@@ -99,8 +100,12 @@ def ray_environment(settings: Settings) -> dict[str, str]:
     """Return the variables that every Ray process and every driver of this instance needs."""
     serve = temp_dir_of(settings) / "serve"
     port = settings.port
+    proxy = serve_proxy_path(settings.run_dir)
+    # Only on M1's machine is it there, and not where programs may not be run from the home.
+    program = {VARIABLE: str(proxy)} if os.access(proxy, os.X_OK) else {}
     return {
         **RAY_TUNING,
+        **program,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(settings.keys_dir / "ray.token"),
         "AUTOSCALER_METRIC_PORT": str(port("autoscaler_metrics")),

@@ -328,7 +328,7 @@ class TestDurability:
             fill(store, payload_bytes=50_000)
         stored = store.last_seq()
         assert stored
-        assert refusal.value.retry_after_s == 5
+        assert refusal.value.retry_after_s == 10
         assert store.size().tasks == store.last_seq() == stored
         ballast.unlink()
         self.still_well(store, stored)

@@ -102,6 +102,11 @@ class Clients:
         """Submit a small task all the time, to see from when on they are accepted."""
         self._probing = on
 
+    def submit_one(self, seconds: float, worker: str) -> str | None:
+        """Submit a task that only one worker may take; return its id if it was accepted."""
+        work = self._submit_one(seconds, worker)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * _REQUEST_S)
+
     def look(self, timeout_s: float) -> None:
         """GET every task that was accepted since the last time."""
         self._call(self._look(), timeout_s)
@@ -277,6 +282,21 @@ class Clients:
                 await caller.cancel(task)
         except httpx.TransportError:
             return
+
+    async def _submit_one(self, seconds: float, worker: str) -> str | None:
+        self._nonces += 1
+        nonce = f"n-{self._seed}-{self._nonces}"
+        payload = {"effects": self._effects, "nonce": nonce, "seconds": seconds}
+        body = {
+            "task_type": TASK_TYPES[-1],
+            "payload": payload,
+            "metadata": {"nonce": nonce},
+            "requires": {"worker": worker},
+        }
+        try:
+            return await self._submit(self._looker, body, None)
+        except httpx.TransportError:
+            return None
 
     async def _look(self) -> None:
         wanted = self.ids[self._looked :]

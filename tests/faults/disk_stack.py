@@ -44,6 +44,9 @@ POLICY: dict[str, Any] = {
 }
 START_S = 30.0
 DRAIN_S = 60.0
+#: Longer than a restart takes on a busy machine: a batch whose fate is unknown is asked about
+#: until it is known.
+RESEND_S = 60.0
 #: Between the end of a process and its next start.
 RESTART_S = 0.1
 #: Answers that a client may get while a disk fails.
@@ -68,6 +71,8 @@ class Stack:
     faults: list[dict[str, Any]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    #: Added to the moderator's environment.
+    environment: dict[str, str] = field(default_factory=dict)
     #: Goes before the command of the next start: a strace.
     prefix: list[str] = field(default_factory=list)
 
@@ -92,6 +97,7 @@ class Stack:
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
+                env={**os.environ, **self.environment},
             )
         self.prefix = []
 
@@ -148,7 +154,9 @@ class Stack:
             working = asyncio.create_task(self.worker.run())
             home = self.folder / "home"
             home.mkdir(exist_ok=True)
-            self.http = await stack.enter_async_context(composite(home, self.store, links[1]))
+            self.http = await stack.enter_async_context(
+                composite(home, self.store, links[1], resend_s=RESEND_S)
+            )
             self.probe = self._caller("probe")
             supervising = asyncio.create_task(self.supervise())
             clients = [asyncio.create_task(self._client(number)) for number in range(self.clients)]
@@ -334,7 +342,13 @@ class Injection:
         """Let the process alone again."""
         if self._strace.poll() is None:
             self._strace.send_signal(signal.SIGINT)
-        self._strace.wait(timeout=30)
+        try:
+            self._strace.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            # Now and then strace waits for ever for a process that ends while it is being made to
+            # fail, and the process for strace.
+            self._strace.kill()
+            self._strace.wait()
 
 
 def struck_in(log: Path) -> int:

@@ -145,7 +145,7 @@ class Source:
             self._offer()
         told.ended_at = time.time()
         end = loop.time() + LAST_S
-        while self._out and loop.time() < end:
+        while self._out and loop.time() < end:  # noqa: ASYNC110 - once, at the end
             await asyncio.sleep(0.01)
         watch.cancel()
         for wire in list(self._wires):

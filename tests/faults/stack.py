@@ -137,15 +137,19 @@ class Stack:
 
     # -- up ----------------------------------------------------------------------------------------
 
-    def raise_up(self, per_second: float) -> None:
-        """Start M1 and the workers, and let the clients begin."""
+    def raise_up(self, per_second: float, settings: Mapping[str, Any]) -> None:
+        """Start M1 and the workers, and let the clients begin.
+
+        Args:
+            per_second: Submissions, roughly.
+            settings: More of M1's settings than that it does not work itself.
+        """
         hosts = ["m1", *self.workers]
         with ThreadPoolExecutor(len(hosts)) as pool:
             list(pool.map(self._furnish, hosts))
         m1 = self.rig["m1"]
-        m1.write(
-            "/root/.hcna/hcna.yaml", "moderator: {local_worker: never}\nray: {profile: tiny}\n"
-        )
+        own = {"moderator": {"local_worker": "never"}, "ray": {"profile": "tiny"}, **settings}
+        m1.write("/root/.hcna/hcna.yaml", json.dumps(own))
         # The kernel's own relay: a program would be one more thing that dies.
         m1.at_boot(
             "door",
@@ -161,8 +165,10 @@ class Stack:
         assert eventually(key.exists, 60), "M1's supervisor does not start"
         assert eventually(self.is_ready, 180, 0.5), "M1 does not come up"
         code = self.computer.code_in(self.computer.hcna("m1", "invite --uses 0").out)
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            list(pool.map(lambda host: self._join(host, code), self.workers))
+        # One after the other: a raylet whose agents take 15 s to start, as they may when several
+        # machines start on two cores, ends itself.
+        for host in self.workers:
+            self._join(host, code)
         assert eventually(self.all_online, 120, 0.5), "not all workers come online"
         self._clients = Clients(
             self.folder,
@@ -368,7 +374,8 @@ class Stack:
             told = [json.dumps(one) for one in self.faults[since:]]
             out.violations.append("faults of this epoch: " + "; ".join(told))
             self.keep_logs(case_folder)
-        out.notes.append(str(found["verdict"]))
+        looks = sum(one["examined"] for one in found["checks"])
+        out.notes.append(f"{looks} looks of the checker")
         return out
 
     def _write_schedule(
@@ -452,12 +459,19 @@ def measure(stack: Stack, run: Run, faults: Sequence[dict[str, Any]]) -> dict[st
 
 
 @contextmanager
-def stack(folder: Path, *, seed: int, workers: Sequence[str], per_second: float) -> Iterator[Stack]:
+def stack(
+    folder: Path,
+    *,
+    seed: int,
+    workers: Sequence[str],
+    per_second: float,
+    settings: Mapping[str, Any] | None = None,
+) -> Iterator[Stack]:
     """Bring up a composite computer for cases to share."""
     with Rig.up(("m1", *workers), base=folder.resolve()) as rig:
         one = Stack(rig, folder, seed, workers)
         try:
-            one.raise_up(per_second)
+            one.raise_up(per_second, settings or {})
         except BaseException:
             one.keep_logs(folder)
             raise

@@ -166,6 +166,7 @@ class Worker:
         self.ahead_s = self.draw.choice((0.0, 0.0, -3600.0, 40.0, 3600.0))
         self.up_cut = self.down_cut = False
         self.cut_until = self.paused_until = 0.0
+        self.pause_at = float("inf")
         self.dead_until: float | None = None
         self.inbox: list[Callable[[], None]] = []
         self.leftovers: list[Report] = []
@@ -598,7 +599,8 @@ class Town:
             folder: Empty; gets the evidence.
             seed: All that is random follows from it.
             options: ``faults`` (kinds that happen, with their weight), ``policy``, ``load`` (tasks
-                a second), ``power`` (whether a kill of the moderator is a power cut).
+                a second), ``power`` (whether a kill of the moderator is a power cut),
+                ``clock_steps``.
         """
         chosen = options or {}
         self.folder, self.seed = folder, seed
@@ -617,6 +619,8 @@ class Town:
         self.weights: dict[str, float] = chosen.get("faults", {})
         self.fault_every_s = float(chosen.get("every_s", 12.0))
         self.load = float(chosen.get("load", 1.2))
+        #: By how much the moderator's wall clock is put.
+        self.clock_steps: tuple[float, ...] = chosen.get("clock_steps", (0.0,))
         self.power = bool(chosen.get("power", False))
         self.free_bytes = 1 << 40
         self.steps = self.commits = self.lives = 0
@@ -790,6 +794,8 @@ class Town:
             self.waiting[Pending(call.request, _unused)] = call  # Until its deadline.
         elif self.moderator is None:
             self._lose(call)
+        elif isinstance(call.request, Heartbeat) and (reply := self.moderator.renew(call.request)):
+            self._deliver(call, reply)  # Without the store, as the writer's second thread does.
         else:
             self.outgoing.append(call)
 
@@ -1049,6 +1055,10 @@ class Town:
                 self._cut(worker, draw.choice(("both", "up", "down")), draw.uniform(0.3, 4.0))
             case "pause":
                 self._pause(worker, draw.uniform(1.0, MARGIN_S))
+            case "cut, then pause":
+                # It stands still just when it should be stopping what it runs.
+                self._cut(worker, draw.choice(("both", "up", "down")), 60.0)
+                worker.pause_at = true + draw.uniform(14.0, 24.0)
             case "long pause":
                 self._pause(worker, draw.uniform(22.0, 60.0))
             case "kill slot":
@@ -1062,7 +1072,7 @@ class Town:
                         back, power=kind == "worker loses power", polite=kind == "stop worker"
                     )
             case "step clock":
-                self.clock.stepped += draw.choice((-3600.0, -300.0, -40.0, 40.0, 300.0, 3600.0))
+                self.clock.stepped += draw.choice(self.clock_steps)
             case "pause queue":
                 self._pause_queue(draw.random() < 0.5)
             case _:
@@ -1092,6 +1102,9 @@ class Town:
         if all_of_it:
             self.disk.dies_in, self.disk.failing_syncs = None, 0
         for worker in self.workers:
+            if true >= worker.pause_at:
+                worker.pause_at = float("inf")
+                self._pause(worker, MARGIN_S)
             if all_of_it or true >= worker.cut_until:
                 worker.up_cut = worker.down_cut = False
             if all_of_it and worker.dead_until is not None:

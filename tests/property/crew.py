@@ -41,6 +41,7 @@ HEARTBEAT_S = 5.0
 BEAT_TIMEOUT_S = 4.0
 CALL_TIMEOUT_S = 15.0
 EXCHANGE_TIMEOUT_S = 35.0
+GOODBYE_S = 20.0
 
 Key = tuple[str, Token]
 
@@ -172,6 +173,8 @@ class Worker:
         self.gone: list[tuple[Member, tuple[Report, ...]]] = []
         self.telling: Call | None = None
         self.parting: Call | None = None
+        #: Since when it has been about to say goodbye.
+        self.leaving: float | None = None
         self.channel = deque()
 
     def end(self, *, journals: bool) -> None:
@@ -363,6 +366,8 @@ class Worker:
 
     def part(self) -> None:
         """Stop in good order: end everything, say goodbye, and be off when it is answered."""
+        if self.leaving is None:
+            self.leaving = self.elapsed
         if self.parting is not None and self.parting.waits(self.elapsed):
             return
         if not self.connected:
@@ -401,7 +406,8 @@ class Worker:
     def finish(self, member: Member, run: Run, how: str, number: int) -> None:
         """End an attempt of itself; ``number`` makes its result unlike any other."""
         run.over = True
-        kind, more = ReportKind.COMPLETED, {}
+        kind = ReportKind.COMPLETED
+        more: dict[str, Any]
         if how == "completed":
             more = {"result": result_of(run.key, number)}
         elif how == "lost":
@@ -447,6 +453,9 @@ class Worker:
         if not self.on or self.paused:
             return
         now = self.elapsed
+        if self.leaving is not None and now - self.leaving > GOODBYE_S:
+            self.end(journals=True)  # Its silence tells the moderator as well.
+            return
         silent_since = self.silent_since()
         if now - silent_since > SELF_STOP_S and not self.fenced:
             self.fenced, self.fenced_at = True, silent_since + SELF_STOP_S

@@ -361,6 +361,9 @@ class OfficeWorld:
         # The loops of an agent do not forget: a beat is never long overdue.
         if elapsed - one.heard_at >= 5.0 or not one.connected:
             one.beat()
+        if one.leaving is not None:
+            one.part()
+            return
         if one.gone:
             one.tell_gone()
         runs = [
@@ -577,6 +580,9 @@ class OfficeWorld:
             one.begin()
         if one.elapsed - one.heard_at >= 5.0 or not one.connected:
             one.beat()
+        if one.leaving is not None:
+            one.part()
+            return
         one.tell_gone()
         for member in list(one.members):
             for run in list(member.runs.values()):

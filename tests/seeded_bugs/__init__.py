@@ -7,6 +7,7 @@ it; its line ``Seen by:`` names the parts of the fault programme that are meant 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -66,19 +67,24 @@ def all_bugs() -> dict[str, Bug]:
 def apply(bug: Bug, tree: Path) -> None:
     """Apply a patch to a copy of the tree.
 
-    One line of context is enough, so that edits nearby do not make a patch useless.
+    One line of context is enough, or in the end what is replaced alone, so that edits nearby do not
+    make a patch useless.
 
     Raises:
         ValueError: it does not fit any more.
     """
-    done = subprocess.run(
-        ["git", "apply", "-C1", str(bug.path)],
-        cwd=tree,
-        # The copy is no repository, and must not be taken for a part of one around it.
-        env={"GIT_CEILING_DIRECTORIES": str(tree.parent), "PATH": "/usr/bin:/bin:/usr/local/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ValueError(f"{bug.name} does not apply: {done.stderr.strip()}")
+    told = ""
+    for context in (1, 0):
+        done = subprocess.run(
+            ["git", "apply", f"-C{context}", str(bug.path)],
+            cwd=tree,
+            # The copy is no repository, and must not be taken for a part of one around it.
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return
+        told = done.stderr.strip()
+    raise ValueError(f"{bug.name} does not apply: {told}")

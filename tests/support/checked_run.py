@@ -68,6 +68,8 @@ POLICY: dict[str, Any] = {
 #: Two clocks of one machine: time.time and its steady copy, which the kernel may slew apart.
 CLOCK_ERROR_S = 0.05
 DRAIN_S = 30.0
+#: How long C1 sends a batch again to a moderator that does not answer.
+RESEND_S = 5.0
 #: How long an agent waits for the answer to a heartbeat, as over Ray.
 HEARTBEAT_S = 4.0
 #: How soon the moderator's process, started again at once, must accept.
@@ -258,9 +260,11 @@ class _Ids:
         return f"batch-{ULID()}"
 
 
-def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> FastAPI:
+def application(
+    home: Path, store: Where, link: SocketLink, *, resend_s: float = RESEND_S
+) -> FastAPI:
     """Build C1 around the moderator's process; its artifacts lie in ``home``."""
-    settings = Settings(home=home, limits=LimitSettings(resend_s=5.0, **limits))
+    settings = Settings(home=home, limits=LimitSettings(resend_s=resend_s))
     bounds = settings.limits
     return build_app(
         moderator=SocketModerator(link, store),
@@ -284,9 +288,11 @@ def application(home: Path, store: Where, link: SocketLink, **limits: Any) -> Fa
 
 
 @asynccontextmanager
-async def composite(home: Path, store: Where, link: SocketLink) -> AsyncIterator[httpx.AsyncClient]:
+async def composite(
+    home: Path, store: Where, link: SocketLink, *, resend_s: float = RESEND_S
+) -> AsyncIterator[httpx.AsyncClient]:
     """Run C1 around the moderator's process."""
-    app = application(home, store, link)
+    app = application(home, store, link, resend_s=resend_s)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     async with (

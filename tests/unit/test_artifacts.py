@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hcna_ray.core.errors import DiskFull, Invalid, NotFound, Overloaded
+from hcna_ray.core.errors import DiskFull, Invalid, NotFound, Overloaded, StoreUnavailable
 from hcna_ray.store.artifacts import (
     Artifact,
     ArtifactStore,
@@ -181,6 +181,46 @@ def test_a_disk_that_fills_up_leaves_the_upload_where_it_stood(
     assert found.received == 100
     store.append(SHA, offset=100, size=len(DATA), data=DATA[100:])
     assert store.path(SHA).read_bytes() == DATA
+
+
+def test_what_a_failed_fsync_was_about_does_not_count_as_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = a_store(tmp_path)
+    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+
+    def fails(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "no disk")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StoreUnavailable):
+        store.append(SHA, offset=100, size=len(DATA), data=DATA[100:300])
+    with pytest.raises(StoreUnavailable):
+        store.put(b"other")
+    monkeypatch.undo()
+
+    found = store.progress(SHA, len(DATA))
+    assert isinstance(found, Upload)
+    assert found.received == 100
+    assert store.put(b"other").size == 5
+
+
+def test_an_artifact_that_was_here_is_synced_before_it_is_acknowledged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever renamed it may have died before the sync of its directory."""
+    store = a_store(tmp_path)
+    path = store.path(store.put(DATA).sha256)
+    synced: list[str] = []
+    real = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store.put(DATA)
+    assert str(path.parent) in synced
 
 
 def test_a_local_file_is_taken_in(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_the_offset_moves_every_port(tmp_path: Path) -> None:
         ("worker: {zzz: 1}", ["worker.zzz", "known: labels, listen_address"]),
         ("lease: {ttl_s: -3}", ["lease.ttl_s = -3", "> 0", "<= 3600", "default 30"]),
         ("lease: {ttl_s: 14}", ["lease:", "ttl_s (14)", "three times heartbeat_s (5)"]),
-        ("lease: {self_stop_s: 31}", ["self_stop_s (31)", "ttl_s (30)"]),
+        ("lease: {self_stop_s: 26}", ["self_stop_s (26)", "ttl_s (30)"]),
         ("lease: {ttl_s: .nan}", ["lease.ttl_s"]),
         ("lease: {ttl_s: 30, ttl_s: 40}", ["not valid YAML in line 1", "'ttl_s' is given twice"]),
         ("lease: [1", ["not valid YAML"]),

@@ -129,7 +129,7 @@ def _taken_back(run: Run, facts: list[Fact]) -> set[Token | None]:
         fact.token
         for fact in facts
         for one in run.restores()
-        if fact.kind == "lost" and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
+        if fact.kind in CLOSING and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
     }
 
 

@@ -14,12 +14,14 @@ from random import Random
 from hcna_ray.core import diagram
 from hcna_ray.core.events import EVENT_TYPES
 from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.property import office_walk
 from tests.property.task_world import STEPS_PER_WORLD, TaskWorld, drive
 from tests.property.walk import walk
 from tests.property.world import Tally
 
 HYPOTHESIS = "model steps, Hypothesis"
 WALK = "model steps, random walk"
+MODERATOR = "moderator steps, random walk"
 #: Steps from which on a case is expected to have reached everything that can be reached.
 ENOUGH = 50_000
 
@@ -37,9 +39,13 @@ class Model:
         """Twenty cases of each kind; the slice has one of each walk."""
         if size is Size.SLICE:
             # The Hypothesis steps of `make test` are those of tests/property.
-            return _cases("walk", 1, 60_000, seed)
+            return [
+                *_cases("walk", 1, 30_000, seed),
+                *_cases("moderator", 1, 6_000, seed),
+            ]
         return [
             *_cases("hypothesis", 20, 50_000, seed),
+            *_cases("moderator", 20, 20_000, seed),
             *_cases("walk", 20, 500_000, seed),
         ]
 
@@ -62,7 +68,11 @@ def _cases(kind: str, count: int, steps: int, seed: int) -> list[Case]:
 
 def run(case: Case, folder: Path) -> Outcome:
     """Make a case's steps."""
-    kinds: dict[str, Callable[[Case], Outcome]] = {"hypothesis": _hypothesis, "walk": _walk}
+    kinds: dict[str, Callable[[Case], Outcome]] = {
+        "hypothesis": _hypothesis,
+        "walk": _walk,
+        "moderator": _moderator,
+    }
     return kinds[str(case.options["kind"])](case)
 
 
@@ -96,6 +106,16 @@ def _walk(case: Case) -> Outcome:
     walked = walk(case.seed, int(case.options["steps"]))
     outcome = Outcome(violations=walked.violations, counts={WALK: walked.tally.steps})
     return _complete(outcome, walked.tally)
+
+
+def _moderator(case: Case) -> Outcome:
+    tally = office_walk.walk(case.seed, int(case.options["steps"]))
+    seen = ", ".join(f"{count} {what}" for what, count in sorted(tally.seen.items()))
+    return Outcome(
+        violations=tally.violations,
+        counts={MODERATOR: tally.steps},
+        notes=[f"{tally.worlds} worlds: {seen}"],
+    )
 
 
 def _complete(outcome: Outcome, tally: Tally) -> Outcome:

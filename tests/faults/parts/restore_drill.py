@@ -1,252 +1,155 @@
-"""Backups made under load, restored elsewhere; and those who lived through it.
+"""The drill on whole machines: M1 and one worker burn, the other worker lives on.
 
-Quick cases: a moderator in a process, C1 and a worker with real executors, without Ray. A backup is
-made while all are busy, the moderator is killed some time later, and another one starts on what
-was restored, on the same socket: clients and worker go on, with tokens of before. The drill is the
-same on whole machines: M1's home is gone, so is one worker's, and both come back from archives.
+Backups are made under load, with keys and certificates. Then the homes of M1 and of W2 are gone,
+both hosts come back empty, and what the archives hold is restored on them. W1 has had attempts
+running all the time, under tokens of before.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
+import json
 import shutil
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from hcna_ray.config import LimitSettings, RaySettings, Settings
-from hcna_ray.supervisor.backup import backup, restore
-from hcna_ray.supervisor.backup import check as read_archive
-from tests.checker.inputs import Dump, Fact, Reader
-from tests.checker.recorder import Caller, History
 from tests.checker.sqlite_dump import export
-from tests.faults.checking import check, own_environment, write_schedule
+from tests.faults.parts.restores import LINE, RTO_S, WORDS, judge_restored
 from tests.faults.programme import Case, Outcome, RunCase, Size
-from tests.support import checked_run
+from tests.faults.stack import Stack, eventually, stack
+from tests.rig.computer import HCNA, HOME
 
-LINE = "backups restored"
-WORDS = "correct horse battery staple"
-#: G13: for a million tasks.
-RTO_S = 600.0
-#: How many of the quick cases.
-FULL, SLICE = 10, 2
-_TASKS = 90
-#: Attempts that run at the moment of the backup, and on through the restore.
-_LONG = 3
+_LOAD_S = 25.0
+#: Between the backup and the fire.
+_AFTER_S = 10.0
+_ARCHIVES = "/data/archives"
+_WORDS_FILE = "/etc/hcna-words"
+_SEALED = f"--with-keys --passphrase-file {_WORDS_FILE}"
+_BACK_S = 120.0
 
 
 class RestoreDrill:
     """See this module."""
 
     name = "restore_drill"
-    title = "backups under load, restored on empty machines beside workers that lived on"
-    budget_s = 600.0
-    needs_root = False
+    title = "M1 and a worker lose their homes under load and come back from their archives"
+    budget_s = 420.0
+    needs_root = True
     only_when_named = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
-        """Return the quick cases, and the drill on whole machines."""
-        quick = [
-            Case(name=f"quick-{number:02}", seed=seed * 100 + number)
-            for number in range(1, 1 + (SLICE if size is Size.SLICE else FULL))
-        ]
-        return quick if size is Size.SLICE else [*quick, Case(name="whole", seed=seed)]
+        """Return the drill."""
+        return [] if size is Size.SLICE else [Case(name="drill", seed=seed)]
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[RunCase]:
-        """Share nothing but a folder."""
+        """Bring up M1 and two workers for each case: they do not come out as they went in."""
 
         def run(case: Case, own: Path) -> Outcome:
-            if case.name == "whole":
-                from tests.faults.restore_whole import whole
-
-                return whole(case, own, folder)
-            with own_environment():
-                return asyncio.run(quick(case, own))
+            with stack(folder, seed=case.seed, workers=("w1", "w2"), per_second=5.0) as on:
+                return _Drill(on, own).run()
 
         yield run
 
 
-def settings_of(home: Path) -> Settings:
-    """Return the settings of a machine without anything else on it."""
-    return Settings(
-        home=home,
-        limits=LimitSettings(disk_free_bytes_min=0),
-        ray=RaySettings(temp_dir=home / "ray"),  # Others' Ray is none of this home's.
-    )
+class _Drill:
+    def __init__(self, on: Stack, folder: Path) -> None:
+        self._on, self._folder = on, folder
+        self._troubles: list[str] = []
+        self._times: dict[str, list[float]] = {}
 
+    def run(self) -> Outcome:
+        """Have load, back up, burn, restore, go on, judge."""
+        on = self._on
+        on.clients.go_on()
+        time.sleep(_LOAD_S)
+        for name in ("m1", "w2"):
+            on.rig[name].write(_WORDS_FILE, f"{WORDS}\n", mode=0o600)
+            on.rig[name].sh(f"mkdir -p {_ARCHIVES}")
+        long_ones = [on.clients.submit_one(20.0, "W1") for _ in range(2)]
+        time.sleep(2.0)
+        self._hcna("w2", f"backup --worker W2 --to {_ARCHIVES}/w2.tar.zst {_SEALED}")
+        backup_at = time.time()
+        made = self._hcna("m1", f"backup --to {_ARCHIVES}/m1.tar.zst {_SEALED}")
+        self._times["backup of M1 under load"] = [float(made["took_s"])]
+        time.sleep(_AFTER_S)
 
-async def quick(case: Case, folder: Path) -> Outcome:
-    """Back up, go on, kill, restore, go on."""
-    out = Outcome()
-    draw = random.Random(case.seed)
-    first, second = settings_of(folder / "m1"), settings_of(folder / "spare")
-    store, spare = folder / "m1" / "queue.db", folder / "spare" / "queue.db"
-    socket, home = folder / "socket", folder / "home"
-    home.mkdir()
-    store.parent.mkdir()
-    checked_run.install_tasks(folder / "site")
-    process = checked_run.ModeratorProcess(store, socket, folder / "moderator.log")
-    await process.start()
-    links = [checked_run.SocketLink(socket) for _ in range(4)]
-    workers = [
-        checked_run.Worker(name, home, link)
-        for name, link in zip(("W1", "W2"), links, strict=False)
-    ]
-    agents = [asyncio.create_task(worker.agent.run()) for worker in workers]
-    started_at = time.time()
-    try:
-        async with checked_run.composite(home, store, links[2]) as http:
-            load = checked_run.Load(folder, http, case.seed, _TASKS // 6)
-            await busy(load, Caller(http, History(folder / "history.jsonl", "long", "owner")))
-            clients = [asyncio.create_task(load.client(number)) for number in range(6)]
-            enough = draw.uniform(0.2, 0.5) * _TASKS
-            while len(load.ids) < enough:  # noqa: ASYNC110 - clients set no events
-                await asyncio.sleep(0.01)
-            backup_at = time.time()
-            made = await asyncio.to_thread(
-                backup, first, to=folder / "a.tar.zst", now=backup_at, passphrase=WORDS
-            )
-            await asyncio.sleep(draw.uniform(0.1, 0.6))
-            killed_at = time.time()
-            process.kill()
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
-        export(store, folder / "before-1.jsonl")
-        archive = Path(made.path)
-        await asyncio.to_thread(read_archive, archive, WORDS)
-        # Nothing of it is there any more.
-        shutil.rmtree(store.parent)
+        self._burn("m1", "w2")
+        home = on.rig["m1"].file(HOME)
+        export(home / "queue.db", self._folder / "before-1.jsonl")
+        for name in ("m1", "w2"):
+            on.rig[name].file("/etc/systemd/enabled/hcna-" + name).unlink()
+            shutil.rmtree(on.rig[name].file(HOME))
+
+        on.rig.boot(["m1", "w2"])
         begun = time.time()
-        report = await asyncio.to_thread(restore, second, archive, now=begun, passphrase=WORDS)
-        restored_at = time.time()
-        process = checked_run.ModeratorProcess(spare, socket, folder / "moderator.log")
-        await process.start()
-        accepting_at = time.time()
-        async with checked_run.composite(home, spare, links[3]) as http:
-            again = checked_run.Load(folder, http, case.seed + 50, _TASKS // 12, name="again")
-            again.ids |= stored(spare)
-            await asyncio.gather(*(again.client(number) for number in range(3)))
-            end = time.monotonic() + checked_run.DRAIN_S
-            while await checked_run.moving(spare) and time.monotonic() < end:  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
-            drained_at = time.time()
-            again.ids = stored(spare)
-            await again.look()
-    finally:
-        for agent in agents:
-            agent.cancel()
-        await asyncio.gather(*agents, return_exceptions=True)
-        for worker in workers:
-            await worker.end()
-        for link in links:
-            await link.close()
-        process.kill()
-    export(spare, folder / "store.jsonl")
-    write_schedule(
-        folder,
-        case.seed,
-        started_at=started_at,
-        drained_at=drained_at,
-        settings=checked_run.POLICY,
-        workers=["W1", "W2"],
-        canaries=[checked_run.ADMIN_KEY],
-        faults=[
-            {"kind": "kill", "target": "moderator", "at": killed_at},
-            {"kind": "restore", "target": "M1", "at": restored_at, "backup_at": backup_at},
-        ],
-        measured=[{"name": "restored", "from": begun, "to": accepting_at, "max_s": RTO_S}],
-    )
-    assert report.point is not None
-    assert report.generation is not None
-    judge_restored(out, folder, last_fact=report.point.last_fact, generation=report.generation)
-    check(out, folder)
-    out.counts = {LINE: 1}
-    out.times_s = {"quick restore: accepting again": [accepting_at - begun]}
-    return out
-
-
-async def busy(load: checked_run.Load, caller: Caller) -> None:
-    """Have some attempts run for longer than it takes to restore."""
-    ids = []
-    for number in range(_LONG):
-        nonce = f"long-{number}"
-        payload = {"effects": str(load.effects), "nonce": nonce, "seconds": 8.0}
-        answer = await caller.submit(
-            {"task_type": "check.work", "payload": payload, "metadata": {"nonce": nonce}}
+        report = self._hcna("m1", f"restore {_ARCHIVES}/m1.tar.zst {_SEALED}")
+        restored = on.note(
+            "restore",
+            "M1",
+            time.time(),
+            backup_at=backup_at,
+            last_fact=report["point"]["last_fact"],
         )
-        if answer.status_code == 202:
-            ids.append(answer.json()["task_id"])
-    for task in ids:
-        for _ in range(200):
-            if (await caller.get(task)).json()["status"] != "queued":
-                break
-            await asyncio.sleep(0.02)
-
-
-def stored(store: Path) -> set[str]:
-    """Return the ids of all tasks in a store."""
-    opened = sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)
-    try:
-        return {str(one) for (one,) in opened.execute("SELECT id FROM task")}
-    finally:
-        opened.close()
-
-
-def judge_restored(out: Outcome, folder: Path, *, last_fact: int, generation: int) -> None:
-    """Hold the restored store against what was lost: a prefix, a fence, and all accounted for.
-
-    Args:
-        out: Takes what is found.
-        folder: ``before-1.jsonl`` and ``store.jsonl``.
-        last_fact: Number of the last line of the log that the backup holds.
-        generation: What every token is to begin with from now on.
-    """
-    before, after = read_dump(folder / "before-1.jsonl"), read_dump(folder / "store.jsonl")
-    kept = [_line(one) for one in before.facts if one.number <= last_fact]
-    back = [_line(one) for one in after.facts if one.number <= last_fact]
-    if kept != back:
-        out.violations.append(
-            f"what was restored is no prefix: {len(kept)} lines were in the log up to {last_fact}, "
-            f"{len(back)} are back, {len(set(kept) ^ set(back))} differ"
+        on.clients.probe(True)
+        on.computer.systemctl("m1", "enable --now hcna-m1")
+        self._hcna("w2", f"restore {_ARCHIVES}/w2.tar.zst {_SEALED}")
+        on.computer.systemctl("w2", "enable --now hcna-w2")
+        self._until_back(begun, float(restored["at"]))
+        on.clients.probe(False)
+        for worker in ("W1", "W2"):
+            self._works(worker)
+        drained = on.settle()
+        # What is gone needs not be looked for; that it is gone is in the evidence.
+        stored = {str(one) for (one,) in on.query("SELECT id FROM task")}
+        on.clients.ids[:] = [one for one in on.clients.ids if one in stored]
+        out = on.judge(self._folder, drained, 0)
+        out.violations = self._troubles + out.violations
+        out.times_s |= self._times
+        out.notes.append(f"attempts of 20 s that ran on W1 through all of it: {len(long_ones)}")
+        last_fact, generation = int(report["point"]["last_fact"]), int(report["generation"])
+        judge_restored(
+            out,
+            self._folder,
+            last_fact=last_fact,
+            generation=generation,
+            restored_at=float(restored["at"]),
         )
-    older = [one.token for one in before.facts if one.token is not None]
-    if older and generation <= max(older)[0]:
-        out.violations.append(f"generation {generation} is not above {max(older)}")
-    ended = 0
-    for fact in after.facts:
-        if fact.number <= last_fact or fact.token is None or fact.token[0] == generation:
-            continue
-        if fact.detail and fact.detail.startswith("a backup of "):
-            ended += 1  # What the restore itself ended.
+        out.counts = {LINE: 2}
+        return out
+
+    def _hcna(self, host: str, arguments: str) -> dict[str, Any]:
+        done = self._on.rig[host].sh(f"{HCNA} {arguments} --json", timeout_s=180)
+        return dict(json.loads(done.out))
+
+    def _burn(self, *hosts: str) -> None:
+        at = time.time()
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            list(pool.map(lambda name: self._on.rig[name].unplug(), hosts))
+        self._on.note("reboot", "head", at)
+        self._on.note("reboot", "W2", at)
+
+    def _until_back(self, begun: float, restored_at: float) -> None:
+        on = self._on
+        accepted = eventually(lambda: on.clients.accepted_after(restored_at), RTO_S, 0.1)
+        if accepted is None:
+            self._troubles.append(f"M1 does not accept {RTO_S:g} s after its restore")
         else:
-            out.violations.append(f"an old token changed something: {fact.text}")
-    accepted = {one.task: one.number for one in before.facts if one.kind == "accepted"}
-    gone = {task for task in before.tasks if task not in after.tasks}
-    wrong = {task for task in gone if accepted[task] <= last_fact}
-    if wrong:
-        out.violations.append(f"accepted before the backup, and gone: {sorted(wrong)[:5]}")
-    out.notes.append(
-        f"{len(back)} log lines and {len(accepted) - len(gone)} tasks are back, {len(gone)} "
-        f"accepted after the backup are gone; {ended} leases ended by the restore, "
-        f"{len(after.rows['late'])} late reports on record"
-    )
+            self._times["restore of M1 begun: accepting again"] = [accepted - begun]
+        if eventually(on.all_online, _BACK_S, 0.5):
+            self._times["restore of M1 begun: all workers back"] = [time.time() - begun]
+        else:
+            self._troubles.append(f"online are only {sorted(on.online())}")
 
-
-def _line(fact: Fact) -> tuple[object, ...]:
-    return (fact.number, fact.task, fact.kind, fact.at, fact.state, fact.token, fact.worker)
-
-
-def read_dump(path: Path) -> Dump:
-    """Return a dump."""
-    reader = Reader(path.parent)
-    dump = reader.dump([path])
-    assert dump is not None, reader.problems[:3]
-    return dump
+    def _works(self, worker: str) -> None:
+        """A task that only this worker may take is done."""
+        task = self._on.clients.submit_one(0.0, worker)
+        ended = f"SELECT 1 FROM task WHERE id = '{task}' AND state = 'completed'"
+        if task is None or not eventually(lambda: self._on.query(ended), _BACK_S, 0.2):
+            self._troubles.append(f"{worker} does not work after the restore")
 
 
 PART = RestoreDrill()

@@ -28,7 +28,6 @@ from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, StoreUnavailable
 from hcna_ray.core.models import Token
-from hcna_ray.runtime import actors
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.host import HostSettings, SlotHost
 from hcna_ray.runtime.journal import RunnerFiles, StopOrder, read_journal, read_stops, write_stops
@@ -72,11 +71,16 @@ PATIENCE_S = 20.0
 
 _DISK = {"kill moderator": 1, "kill in commit": 4, "full disk": 2, "failed sync": 1, "low disk": 1}
 _WORKERS = {"kill slot": 2, "kill worker": 1, "worker loses power": 1, "stop worker": 1, "pause": 1}
-_NETWORK = {"partition": 4, "flap": 3, "pause": 3, "long pause": 1}
+_NETWORK = {"partition": 4, "flap": 3, "pause": 3, "cut, then pause": 2, "long pause": 1}
 TOWNS: dict[str, dict[str, Any]] = {
     "disk": {"faults": {**_DISK, **_WORKERS}, "power": True, "every_s": 8},
     "network": {"faults": {**_NETWORK, **_WORKERS, "kill moderator": 1}, "every_s": 6},
-    "clock": {"faults": {"step clock": 4, "partition": 1, "kill moderator": 1}, "every_s": 15},
+    # Not an hour forward: run time is watched on the wall clock, so it ends what runs (F21).
+    "clock": {
+        "faults": {"step clock": 4, "partition": 1, "kill moderator": 1},
+        "clock_steps": (-3600.0, -300.0, -40.0, 40.0, 120.0),
+        "every_s": 15,
+    },
     "prune": {
         "faults": {**_WORKERS, "partition": 1, "kill moderator": 1, "pause queue": 2},
         "policy": {"retention_s": 40.0, "idempotency_s": 600.0},
@@ -276,6 +280,47 @@ def steady_clock(folder: Path, seed: int) -> Outcome:
             broken.append(f"a step of {step:g} s moved the steady clock by {inside - before:g} s")
         if abs(moved - step) > PATIENCE_S:
             broken.append(f"the wall clock was put by {step:g} s and moved by {moved:g} s")
+    return Outcome(violations=broken, counts={LINE: 1})
+
+
+def leases_end_in_time(folder: Path, seed: int) -> Outcome:
+    """A lease ends 30 s and 5 s of grace after the last renewal that was answered: not before.
+
+    However the wall clock is put meanwhile, and whether the worker is silent, or heard and not
+    answered. A new moderator gives a whole lease time again.
+    """
+    del folder
+    draw, broken = random.Random(seed), []
+    with _quietly():
+        for how in ("silent", "unanswered", "restart"):
+            desk = Desk()
+            worker, other = PaperWorker(desk), PaperWorker(desk, "W2")
+            desk.submit_ids("t1")
+            (offer,) = worker.granted()
+            worker.report(worker.started(offer))
+            for _ in range(draw.randrange(1, 4)):
+                desk.tick(5.0)
+                worker.heartbeat()
+            since = desk.clock.elapsed()
+            for _ in range(100):
+                desk.tick(0.5)
+                other.heartbeat()
+                if draw.random() < 0.3:
+                    desk.clock.step(draw.choice((-600.0, -40.0, 40.0, 100.0)))
+                waited = desk.clock.elapsed() - since
+                if how == "unanswered" and waited % 5.0 == 0.0:
+                    beat = Heartbeat(
+                        worker="W1", incarnation="a", telemetry={}, unanswered_s=waited
+                    )
+                    desk.ask(beat)
+                if how == "restart" and waited == 10.0:
+                    desk.restart()
+                    since, how = desk.clock.elapsed(), "silent to a new moderator"
+                if desk.task("t1").lease is None:
+                    break
+            waited = desk.clock.elapsed() - since
+            if not 35.0 <= waited <= 36.0:
+                broken.append(f"the lease of a worker that was {how} ended after {waited:g} s")
     return Outcome(violations=broken, counts={LINE: 1})
 
 
@@ -815,6 +860,8 @@ def self_stop_counts_from_the_question(folder: Path, seed: int) -> Outcome:
 def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
     """Whatever is handed to Ray is handed over with the order not to repeat it."""
     del seed
+    from hcna_ray.runtime import actors  # Brings Ray, which takes seconds.
+
     asked: list[dict[str, Any]] = []
 
     class Task:
@@ -827,7 +874,7 @@ def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
 
     processes = actors._RayProcesses.__new__(actors._RayProcesses)
     processes._worker, processes._home, processes._incarnation = "W1", str(folder), "W1-1"
-    processes._here = None  # type: ignore[assignment]
+    processes._here, processes._heavy = None, {}
     offer = Offer("t1", "echo", Token(1, 1), b"{}", 1.0, None, None, None, (("cpu", 1.0),))
 
     def remote(*args: Any, **options: Any) -> Any:
@@ -836,7 +883,8 @@ def ray_repeats_nothing(folder: Path, seed: int) -> Outcome:
 
     with mock.patch.object(actors.ray, "remote", remote):
         processes.start_slot(0, "slot")
-        processes.start_heavy(offer, "heavy")
+        heavy: Any = processes.start_heavy(offer, "heavy")
+        heavy.close()  # A coroutine that nobody awaits.
         actors._create(object, "actor", "M1")
     tasks = [one for one in asked if "max_retries" in one]
     broken = [
@@ -859,6 +907,7 @@ SCENARIOS: dict[str, Scenario] = {
     "answers-follow-commits": answers_follow_commits,
     "failed-fsync-ends-the-process": failed_fsync_ends_the_process,
     "steady-clock": steady_clock,
+    "leases-end-in-time": leases_end_in_time,
     "restored-tokens-are-new": restored_tokens_are_new,
     "artifact-is-durable-before-its-name": artifact_is_durable_before_its_name,
     "ray-repeats-nothing": ray_repeats_nothing,

@@ -63,7 +63,7 @@ _HEAD = ("gcs", "head-raylet")
 _ROLES = ("moderator", "c1", "agent", "slot", "executor")
 _PER_EPOCH = 12
 #: How long a failpoint may wait for somebody to come by.
-_REACHED_S = 8.0
+_REACHED_S, _RESTARTED_S = 8.0, 20.0
 SLICE_KILLS = ("moderator", "executor", "c1", "slot", "agent")
 
 
@@ -201,7 +201,7 @@ class _Kill:
             place = worker if place == "worker" else "m1"
             target = _target(first, place, on)
             on.kill_one(place, text, None, lambda: on.note("kill", target, time.time()))
-        found = eventually(who, _REACHED_S, 0.02)
+        found = eventually(who, _RESTARTED_S if first else _REACHED_S, 0.02)
         on.disarm()
         found = found or who()
         if found is None:

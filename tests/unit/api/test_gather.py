@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
-from hcna_ray.api.gather import Gatherer
-from hcna_ray.core.errors import ModeratorUnavailable, Overloaded
-from hcna_ray.core.models import TaskSpec
-from hcna_ray.runtime.messages import Accepted
+from hcna_ray.api.gather import FULL_S, Gatherer
+from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, QueueFull
+from hcna_ray.core.models import TaskSpec, TaskState
+from hcna_ray.runtime.messages import Accepted, Refused
 from tests.support.builders import T0
 from tests.support.fake_moderator import FakeModerator
 
@@ -77,6 +78,49 @@ async def test_what_does_not_fit_into_the_buffer_is_refused_at_once() -> None:
     moderator.gate.set()
     await asyncio.gather(*held)
     assert await gatherer.submit([spec("t2")])
+
+
+async def test_that_the_queue_is_full_is_repeated_for_a_moment_without_asking() -> None:
+    moderator = FakeModerator(queue_tasks_max=1)
+    gatherer = a_gatherer(moderator)
+    await gatherer.submit([spec("t0")])
+    (answer,) = await gatherer.submit([spec("t1")])
+    assert isinstance(answer, Refused)
+    asked = len(moderator.batches)
+
+    for number in range(3):
+        with pytest.raises(QueueFull) as refusal:
+            await gatherer.submit([spec(f"u{number}")])
+        assert refusal.value.retry_after_s == answer.error.retry_after_s
+    assert len(moderator.batches) == asked
+
+    moderator.desk.cancel("t0")
+    moderator.desk.clock.advance(FULL_S)
+    (answer,) = await gatherer.submit([spec("t2")])
+    assert isinstance(answer, Accepted)
+
+
+async def test_a_repetition_under_a_key_is_answered_also_while_the_queue_is_full() -> None:
+    moderator = FakeModerator(queue_tasks_max=1)
+    gatherer = a_gatherer(moderator)
+    keyed = dataclasses.replace(spec("t0"), principal="p", idempotency_key="k", fingerprint="f")
+    await gatherer.submit([keyed])
+    await gatherer.submit([spec("t1")])
+
+    (answer,) = await gatherer.submit([dataclasses.replace(keyed, id="t2")])
+
+    assert answer == Accepted("t0", TaskState.QUEUED, True)
+
+
+async def test_what_is_too_large_for_the_room_left_says_nothing_about_others() -> None:
+    moderator = FakeModerator(queue_bytes_max=1000)
+    gatherer = a_gatherer(moderator)
+    (large,) = await gatherer.submit([dataclasses.replace(spec("t0"), payload=bytes(2000))])
+    assert isinstance(large, Refused)
+
+    (small,) = await gatherer.submit([spec("t1")])
+
+    assert isinstance(small, Accepted)
 
 
 async def test_a_lost_answer_is_asked_for_again_with_the_same_batch() -> None:

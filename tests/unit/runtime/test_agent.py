@@ -837,6 +837,34 @@ def test_the_time_of_a_slow_answer_is_not_time_won(play: Any) -> None:
     play(scenario)
 
 
+def test_one_answer_after_a_long_silence_wins_little_time(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moderator does not know yet that it was heard: it counts from the answer before."""
+
+    async def scenario(world: World) -> None:
+        answer = world.heartbeat
+
+        async def answer_once(beat: Heartbeat) -> HeartbeatReply:
+            reply = await answer(beat)
+            world.away = True
+            return reply
+
+        known = world.beats[-1]
+        world.away = True
+        await asyncio.sleep(known + 19.0 - world.clock.elapsed())
+        monkeypatch.setattr(world, "heartbeat", answer_once)
+        world.away = False
+        await asyncio.sleep(1.0)
+        assert world.beats[-1] > known + 18.0
+        # The lease ends 30 s after what the moderator knows, and is given away 5 s later.
+        await asyncio.sleep(known + 25.5 - world.clock.elapsed())
+
+        assert [world.orders(one) for one in world.slots] == [[("", "fenced")]] * 2
+
+    play(scenario)
+
+
 def test_lifting_a_fence_leaves_other_orders_and_survives_a_full_disk(
     play: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -478,6 +478,10 @@ def test_a_silent_worker_loses_its_leases_and_late_reports_change_nothing(
 
     late = w1.report(w1.ended(offer, result=b'{"late":true}'))
     assert late.applied == 0
+    # What it did is on record, under its token.
+    (entry,) = [one.entry for one in desk.store.reader().audit(before=None, limit=10)]
+    assert (entry.action, entry.target) == ("report.late", "t1")
+    assert entry.detail.startswith(f"{offer.token[0]}.{offer.token[1]} completed")
     w2.report(w2.ended(second, result=b'{"second":true}'))
     task = desk.task("t1")
     assert (task.result, task.losses) == (b'{"second":true}', 1)

@@ -8,6 +8,7 @@ from ssl import PEM_cert_to_DER_cert
 import pytest
 from cryptography import x509
 
+from hcna_ray.security import certs
 from hcna_ray.security.certs import (
     CA_LIFE,
     RENEW_BEFORE,
@@ -18,6 +19,7 @@ from hcna_ray.security.certs import (
     ensure_server,
     fingerprint,
 )
+from hcna_ray.security.keys import write_private
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
@@ -48,6 +50,37 @@ def test_half_an_authority_is_not_replaced(tmp_path: Path) -> None:
 
     with pytest.raises(CertificateBroken, match=r"ca\.key"):
         ensure_ca(tmp_path, now=NOW)
+
+
+def test_an_authority_without_its_certificate_is_not_replaced(tmp_path: Path) -> None:
+    ensure_ca(tmp_path, now=NOW).cert.unlink()
+
+    with pytest.raises(CertificateBroken, match=r"ca\.pem"):
+        ensure_ca(tmp_path, now=NOW)
+
+
+@pytest.mark.parametrize("written", range(3))
+def test_an_authority_whose_making_was_interrupted_is_made_at_the_next_call(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = written
+
+    def interrupted(path: Path, text: str) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        write_private(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(certs, "write_private", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ensure_ca(tmp_path, now=NOW)
+
+    pair = server(tmp_path)
+
+    cert(pair.cert).verify_directly_issued_by(cert(tmp_path / "ca.pem"))
+    assert sorted(path.name for path in tmp_path.glob("ca.*")) == ["ca.key", "ca.pem"]
 
 
 def test_an_authority_that_cannot_be_read_is_left_alone(tmp_path: Path) -> None:

@@ -686,6 +686,25 @@ class TestHome:
         assert set(old.get(["t1", "t2"])) == {"t1", "t2"}
         old.close()
 
+    def test_a_store_and_its_log_stay_together_over_an_interrupted_restore(
+        self, m1: Settings, archive: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (m1.home / "queue.db-wal").write_bytes(b"")
+
+        def interrupted(name: str) -> None:
+            if name == "restore.aside.moved":
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("hcna_ray.failpoints.hit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                restore(m1, archive, force=True, now=T0 + 1)
+        report = restore(m1, archive, force=True, now=T0 + 60)
+
+        aside = m1.home / "queue.db.set-aside-20260101T000001Z"
+        assert str(aside) in report.set_aside
+        assert aside.with_name(f"{aside.name}-wal").exists()
+
     def test_present_keys_and_settings_are_kept(self, m1: Settings, archive: Path) -> None:
         key = read_client_key(m1.keys_dir)
         (m1.home / "hcna.yaml").write_text("# mine\n")
@@ -864,6 +883,19 @@ class TestWorker:
         aside = w2.data_dir / "set-aside-20260101T000000Z"
         assert (aside / "newer").read_text() == "newer"
         assert (w2.data_dir / "run.sh").exists()
+
+    def test_two_restores_within_a_second_keep_both_asides(
+        self, w2: Settings, tmp_path: Path
+    ) -> None:
+        archive = Path(backup(w2, to=tmp_path, worker="W2", now=T0).path)
+        for _ in range(3):
+            (w2.data_dir / "run.sh").write_text("newer")
+            restore(w2, archive, force=True, now=T0)
+        asides = sorted(path.name for path in w2.data_dir.glob("set-aside-*"))
+        assert asides == ["set-aside-20260101T000000Z-3"]  # It holds the others.
+        last = w2.data_dir / asides[0]
+        assert (last / "run.sh").read_text() == "newer"
+        assert (last / "set-aside-20260101T000000Z-2" / "run.sh").read_text() == "newer"
 
     def test_it_is_run_on_that_machine(self, w2: Settings, m1: Settings, tmp_path: Path) -> None:
         with pytest.raises(BackupRefused, match="on that machine"):
