@@ -201,6 +201,15 @@ def one_key_one_task(run: Run) -> Outcome:
         if len(bodies) > 1:
             shown = list(bodies.values())[:2]
             out.report(ops[0].id, f"key {name[1]!r} was accepted for two bodies", *shown)
+    sent: dict[tuple[str, str], list[Op]] = defaultdict(list)
+    for op in run.submits():
+        if op.key is not None:
+            sent[op.principal, op.key].append(op)
+    for ops in sent.values():
+        for op in ops:
+            hashes = {other.body_hash for other in ops if other is not op}
+            if op.status == 409 and op.body_hash and not hashes - {op.body_hash}:
+                out.report(op.id, f"key {op.key!r} is refused to the only one who used it", op)
     for task, ops in owners.items():
         names = {(op.principal, op.key) if op.key else ("", op.where) for op in ops}
         if len(names) > 1:

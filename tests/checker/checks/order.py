@@ -50,6 +50,7 @@ def in_order(run: Run) -> Outcome:
     _pins(run, dump, out)
     _ordering_keys(dump, out)
     _concurrency_keys(run, dump, out)
+    _parents(run, dump, out)
     _places(run, dump, out)
     _Dispatch(run, dump, out).follow()
     return out
@@ -156,6 +157,26 @@ def _concurrency_keys(run: Run, dump: Dump, out: Outcome) -> None:
                 out.report(fact.task, f"more than {limit} leases of concurrency key {key!r}", fact)
         elif fact.kind in CLOSING:
             live[key].discard(fact.task)
+
+
+def _parents(run: Run, dump: Dump, out: Outcome) -> None:
+    """Nothing is granted before all that it depends on has completed.
+
+    Unless it was replayed: whoever takes a rejected task back means it to run.
+    """
+    completed = {fact.task: fact for fact in reversed(dump.facts) if fact.kind == "completed"}
+    for row in dump.tasks.values():
+        facts = run.facts_by_task.get(row.id, [])
+        first = next((fact for fact in facts if fact.kind in ("granted", "replayed")), None)
+        if first is None or first.kind == "replayed":
+            continue
+        for parent in row.get("depends_on", []):
+            if parent not in run.facts_by_task:
+                continue  # Pruned: a parent without dependents may be.
+            out.examined += 1
+            done = completed.get(parent)
+            if done is None or done.number > first.number:
+                out.report(row.id, f"was granted, and {parent} had not completed", row, first)
 
 
 def _places(run: Run, dump: Dump, out: Outcome) -> None:
