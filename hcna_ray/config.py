@@ -105,6 +105,22 @@ def without_password(url: str) -> str:
     return f"{scheme}://{user}@{place}" if user else f"{scheme}://{place}"
 
 
+def without_secrets(url: str) -> str:
+    """Return a store's URL for a command line: all of it but the passwords."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "sqlite":
+        return url
+    place, _, options = rest.partition("?")
+    credentials, at, host = place.rpartition("@")
+    kept = [
+        pair
+        for pair in options.split("&")
+        if pair and pair.partition("=")[0].lower() not in ("password", "sslpassword")
+    ]
+    user = credentials.partition(":")[0]
+    return f"{scheme}://{user}{at}{host}{'?' if kept else ''}{'&'.join(kept)}"
+
+
 def short_name(node_id: str) -> str:
     """Return role and index of a node id: ``HCNA-W1--prod--home--v1.0`` is ``W1``."""
     return NodeName.parse(node_id).short

@@ -57,6 +57,9 @@ POINTS: Mapping[str, str] = {
     "copy.table.sent": "one table was sent to PostgreSQL and not compared",
     "copy.store.compared": "all of a store is in PostgreSQL, COMMIT comes next",
     "copy.store.committed": "all of a store is in PostgreSQL, nobody was told",
+    "copy.back.sent": "one table was written to a SQLite file and not compared",
+    "copy.file.compared": "all of a store is in a SQLite file beside its place",
+    "copy.file.named": "all of a store is in its SQLite file, nobody was told",
     # Artifacts.
     "artifact.part.flushed": "a part of an upload is on the disk, nobody was answered",
     "artifact.rename.before": "an artifact is complete and flushed under another name",

@@ -174,7 +174,9 @@ def describe(manifest: Manifest) -> list[str]:
     point = manifest.point
     keys = ", keys and certificates (sealed)" if manifest.sealed else ", no keys"
     lines = [f"{manifest.node_id}, {clock(manifest.created_at)}, hcna-ray {manifest.version}{keys}"]
-    if point is not None:
+    if manifest.on_server:
+        lines.append(f"tasks: in PostgreSQL, not in it; artifacts: {manifest.artifacts}")
+    elif point is not None:
         tasks = ", ".join(f"{count} {state}" for state, count in point.tasks.items()) or "none"
         lines.append(f"tasks: {tasks}; artifacts: {manifest.artifacts}")
         lines.append(f"generation {point.generation}, last fact {point.last_fact}")
@@ -189,7 +191,9 @@ def describe(manifest: Manifest) -> list[str]:
 def told(report: RestoreReport) -> list[str]:
     """Say what a restore did, and what its owner must know."""
     point, made = report.point, clock(report.created_at)
-    if point is None or report.ended is None:
+    if report.on_server:
+        lines = [f"{report.artifacts} artifacts of {made} are back; the tasks are not in a backup"]
+    elif point is None or report.ended is None:
         lines = [f"{report.files} files of {made} are back"]
     else:
         lines = [

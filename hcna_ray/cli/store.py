@@ -1,4 +1,4 @@
-"""``store``: what keeps the tasks, checking it, and moving it to a PostgreSQL server.
+"""``store``: what keeps the tasks, checking it, moving it to PostgreSQL and back, and going on.
 
 These commands work on the store itself, not through C1.
 """
@@ -17,7 +17,7 @@ from hcna_ray.cli.terminal import AsJson, CommandFailed, UsageProblem, paper, pr
 
 store_app = typer.Typer(
     cls=DefaultGroup.of("info", when_empty=True),
-    help="Look at the task store, check it, or move it to PostgreSQL.",
+    help="Look at the task store, check it, move it, or go on with a restored database.",
     rich_markup_mode=None,
 )
 
@@ -70,55 +70,112 @@ def migrate(
         str | None,
         typer.Option(
             metavar="URL",
-            help="postgresql://user@host/database, without a password. Default DATABASE_URL.",
+            help="postgresql://user@host/database, without a password; default DATABASE_URL. "
+            "Or sqlite:///FILE, for the way back.",
         ),
     ] = None,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FILE", help="SQLite file; default the one in HCNA_HOME."),
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FILE|URL",
+            help="SQLite file, default the one in HCNA_HOME. With --to sqlite: the database, "
+            "default the one that the settings name.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy the SQLite store into an empty PostgreSQL database: all of it, compared, or nothing.
 
-    Stop the cluster first (hcna down). A password comes from DATABASE_URL, PGPASSWORD or
-    ~/.pgpass: on a command line everybody on this machine could read it.
+    With --to sqlite:///FILE the other way round. Stop the cluster first (hcna down). A password
+    comes from DATABASE_URL, PGPASSWORD or ~/.pgpass: on a command line everybody on this machine
+    could read it.
     """
     import os
 
     from hcna_ray.config import POSTGRES_SCHEMES, load_settings, without_password
-    from hcna_ray.store.migrate import CopiedTable, copy_store
+    from hcna_ray.store.migrate import CopiedTable, copy_back, copy_store
     from hcna_ray.store.postgres_session import secrets_of
 
-    if to is not None and secrets_of(to):
-        raise UsageProblem(
-            "the password in --to can be seen by everybody on this machine; change it, then put "
-            "the URL into DATABASE_URL, or the password alone into PGPASSWORD or ~/.pgpass",
-            "hcna store migrate --help",
-        )
-    url = to or os.environ.get("DATABASE_URL", "")
-    if not url.startswith(POSTGRES_SCHEMES):
-        raise UsageProblem(
-            "there is no target: --to or DATABASE_URL must be postgresql://user@host/database",
-            "hcna store migrate --help",
-        )
+    for option, value in (("--to", to), ("--from", source)):
+        if value is not None and secrets_of(value):
+            raise UsageProblem(
+                f"the password in {option} can be seen by everybody on this machine; change it, "
+                "then put the URL into DATABASE_URL, or the password alone into PGPASSWORD or "
+                "~/.pgpass",
+                "hcna store migrate --help",
+            )
     settings = load_settings()
-    file = source or settings.store_path or settings.home / "queue.db"
     console = talk()
 
     def on_table(table: CopiedTable) -> None:
         console.print(f"[dim]{table.name}: {table.rows} rows, {table.sha256[:16]}[/dim]")
 
-    if not file.is_file():
-        raise CommandFailed(f"there is no SQLite store at {file}", "hcna store migrate --from FILE")
-    copied = copy_store(file, url, unsafe=settings.store.unsafe, on_table=on_table)
-    shown = without_password(url)
+    if to is not None and to.startswith("sqlite:///"):
+        url = source or settings.store_url
+        if not url.startswith(POSTGRES_SCHEMES):
+            raise UsageProblem(
+                "there is no source: --from, store.url or DATABASE_URL must be "
+                "postgresql://user@host/database",
+                "hcna store migrate --help",
+            )
+        file = Path(to.removeprefix("sqlite://"))
+        copied = copy_back(url, file, unsafe=settings.store.unsafe, on_table=on_table)
+        old, new = without_password(url), to
+        then = "take it out of store.url and DATABASE_URL"
+        if file != settings.home / "queue.db":
+            then = f"set store.url to {to} and take the other out of DATABASE_URL"
+    else:
+        url = to or os.environ.get("DATABASE_URL", "")
+        if not url.startswith(POSTGRES_SCHEMES):
+            raise UsageProblem(
+                "there is no target: --to or DATABASE_URL must be postgresql://user@host/database",
+                "hcna store migrate --help",
+            )
+        file = Path(source) if source else settings.store_path or settings.home / "queue.db"
+        if not file.is_file():
+            raise CommandFailed(
+                f"there is no SQLite store at {file}", "hcna store migrate --from FILE"
+            )
+        copied = copy_store(file, url, unsafe=settings.store.unsafe, on_table=on_table)
+        old, new = str(file), without_password(url)
+        then = "set store.url to it (or DATABASE_URL)"
     if as_json:
-        print_json({"from": str(file), "to": shown, "tables": [asdict(table) for table in copied]})
+        print_json({"from": old, "to": new, "tables": [asdict(table) for table in copied]})
         return
     total = sum(table.rows for table in copied)
-    paper().print(f"{total} rows in {len(copied)} tables copied and compared: {escape(shown)}")
+    paper().print(f"{total} rows in {len(copied)} tables copied and compared: {escape(new)}")
     console.print(
-        f"Next: set store.url to it (or DATABASE_URL) and hcna up. Keep {escape(str(file))} as a "
-        "backup, and never start on it again: both would hand out the same tasks"
+        f"Next: {escape(then)} and hcna up. Keep {escape(old)} as a backup, and never start on it "
+        "again: both would hand out the same tasks"
     )
+
+
+@store_app.command()
+def restored(as_json: AsJson = False) -> None:
+    """Make a PostgreSQL database go on that was restored from a dump, or copied.
+
+    A dump knows nothing of what was given out after it, so M1 refuses it until this was run: leases
+    end, and the generation and the numbers rise above all that were ever out. Stop M1 first.
+    """
+    import time
+
+    from hcna_ray.cli.backup import clock
+    from hcna_ray.config import load_settings
+    from hcna_ray.supervisor.database import take_over
+
+    found = take_over(load_settings(), now=time.time())
+    if as_json:
+        print_json(asdict(found))
+        return
+    out = paper()
+    out.print(f"{escape(found.store)} goes on; its last entry is of {clock(found.known_at)}")
+    out.print(
+        f"leases ended: {found.ended.returned} returned, {found.ended.lost} lost (they run again, "
+        "and it counts against no task)"
+    )
+    out.print(
+        f"The generation was {found.generation_before} and is {found.generation}: whatever a "
+        "worker still reports of before changes nothing."
+    )
+    talk().print("Next: hcna up")

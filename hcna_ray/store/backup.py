@@ -6,8 +6,8 @@ checksum. Its members, in this order, each of them optional but the first and th
     hcna-backup            format and kind: whatever does not begin with it is no backup
     config/hcna.yaml       settings
     cluster/members.json   who has joined, without tokens
-    store/queue.db         the store as of one commit
-    artifacts/<sha256>     every artifact that this commit refers to
+    store/queue.db         the store as of one commit; not of a store on a database server
+    artifacts/<sha256>     every artifact that this commit refers to; without one, every artifact
     data/...               files of a worker's data directory (``data-long/N``: a long name)
     sealed                 keys and certificates, under a passphrase
     manifest.json          `Manifest`: what there must be, with size and SHA-256 of each
@@ -25,7 +25,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -45,6 +44,7 @@ import zstandard
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.store.generations import generation_above
 
 FORMAT = 1
 PRODUCT = "hcna-ray"
@@ -57,9 +57,6 @@ MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 #: Members that are read into memory, and how large they may be.
 SMALL: Mapping[str, int] = {HEADER: 4096, CONFIG: 1 << 20, MEMBERS: 16 << 20, SEALED: 64 << 20}
 MANIFEST_BYTES_MAX = 512 << 20
-
-#: Facts, or ends, that no system commits more of in a second: see `numbers_to_skip`.
-NUMBERS_PER_S = 1_000_000
 
 #: Later than any clock (the year 5138), and more than JSON readers can count to.
 _TIME_MAX, _NUMBER_MAX = 1e11, 1 << 53
@@ -166,6 +163,12 @@ class Manifest:
     def sealed(self) -> bool:
         """Whether keys and certificates are in it."""
         return any(entry.member == SEALED for entry in self.entries)
+
+    @property
+    def on_server(self) -> bool:
+        """Whether it is an M1's whose tasks are on a database server, so not in it."""
+        members = {entry.member for entry in self.entries}
+        return self.kind == MODERATOR and self.point is None and STORE not in members
 
     @property
     def artifacts(self) -> int:
@@ -436,15 +439,7 @@ def artifacts_present(root: Path) -> dict[str, Path]:
 
 
 def next_generation(point: Point, *, created_at: float, now: float, others: Iterable[int]) -> int:
-    """Return a generation above every one that tokens were made with.
-
-    The store that was lost may have been restored itself after this backup was made, even from this
-    very archive: counting on from the archive's number would give the same one twice, with any
-    step. But only a restore raises the generation, and each restore takes the time of day in
-    milliseconds (or more): so every generation that exists is at most the time of the restore that
-    made it, and this restore is later. Two restores are told apart if their machines' clocks
-    differ by less than the time between them; the generation of a store that is being replaced,
-    where there is one, does not even need that.
+    """Return a generation above every one that tokens were made with: see `generation_above`.
 
     Args:
         point: Of the backup.
@@ -452,18 +447,7 @@ def next_generation(point: Point, *, created_at: float, now: float, others: Iter
         now: Seconds since the epoch.
         others: Generations known from elsewhere, such as that of a store being replaced.
     """
-    known = max([point.generation, *others])
-    return max(int(max(now, created_at) * 1000), known + 1)
-
-
-def numbers_to_skip(*, created_at: float, now: float) -> int:
-    """Return by how much the sequences of facts and ends must leap.
-
-    Readers remember these numbers ("everything after N"). Those that the lost store gave since the
-    backup were fewer than `NUMBERS_PER_S` times the seconds; a second restore of the same archive
-    leaps further than the first one and all that followed it came.
-    """
-    return (math.ceil(max(0.0, now - created_at)) + 1) * NUMBERS_PER_S
+    return generation_above([point.generation, *others], created_at=created_at, now=now)
 
 
 def renumber(path: Path, *, generation: int, skip: int) -> None:

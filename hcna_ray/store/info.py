@@ -70,14 +70,19 @@ def risks_of(settings: Settings) -> tuple[str, ...]:
     """Return for which of its settings the server may lose commits; SQLite has none of them.
 
     Raises:
+        StoreRestored: the database was restored or copied, and nobody has taken it over yet.
         StoreUnavailable: the server cannot be reached.
     """
     if settings.store_path is not None:
         return ()
+    from hcna_ray.store import origin
     from hcna_ray.store.postgres_session import Manners, Session
 
     session = Session(settings.store_url, Manners(name="hcna doctor", read_only=True))
-    session.close()
+    try:
+        origin.check(session)
+    finally:
+        session.close()
     return session.risks
 
 

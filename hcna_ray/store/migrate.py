@@ -1,7 +1,8 @@
-"""Moves a whole task store from SQLite to PostgreSQL, or nothing of it.
+"""Moves a whole task store from SQLite to PostgreSQL or back, or nothing of it.
 
 One transaction on the server holds the copy. Before it is committed every row is read back, and the
-digest over all rows of each table must be the one that the source gave.
+digest over all rows of each table must be the one that the source gave. On the way back the copy is
+a file beside its place until all of it was compared.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import msgspec
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.store import migrations
+from hcna_ray.store.backup import scratch, sync_dir
 from hcna_ray.store.postgres import PostgresTaskStore
 from hcna_ray.store.postgres_session import Manners, Session
 from hcna_ray.store.rows import Row
 from hcna_ray.store.sqlite import require_library
 
 #: Tables that tell of the database itself, not of tasks.
-_OWN = frozenset({"schema_migration", "leader"})
+_OWN = frozenset({"schema_migration", "leader", "origin"})
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -146,6 +148,102 @@ def copy_store(
         db.close()
 
 
+def copy_back(
+    source_url: str,
+    target: Path,
+    *,
+    unsafe: bool = False,
+    on_table: Callable[[CopiedTable], None] = lambda table: None,
+) -> tuple[CopiedTable, ...]:
+    """Copy every table of a PostgreSQL store into a SQLite file that is not there yet.
+
+    The source is held as by a moderator meanwhile and left as it was. Generation and tokens stay as
+    with `copy_store`, so the source must not be used again.
+
+    Args:
+        source_url: The database, which no moderator may work on.
+        target: The file to make; its directory must exist.
+        unsafe: Take a server that may forget what it has committed.
+        on_table: Told of each table that has arrived and was compared.
+
+    Returns:
+        What was copied, when all of it is on the disk and the file has its name.
+
+    Raises:
+        FileExistsError: the file, or the log of one, is there.
+        StoreInUse: a moderator works on the source.
+        StoreRestored: the source was put back, and not taken over yet.
+        CopyDiffers: what arrived is not what was sent.
+        StoreUnavailable: either of them cannot be used now.
+    """
+    require_library()
+    _must_be_free(target)
+    manners = Manners(
+        name="hcna store migrate",
+        statement_s=0,
+        idle_in_transaction_s=0,
+        answer_s=86400.0,
+        unsafe=unsafe,
+    )
+    source = PostgresTaskStore(source_url, unsafe=unsafe, open_wait_s=2.0, manners=manners)
+    try:
+        with scratch(target.parent, ".hcna-copy-") as folder:
+            copy = folder / target.name
+            with source.transaction():
+                copied = tuple(_copy_back_all(source.session, copy, on_table))
+            failpoints.hit("copy.file.compared")
+            # Unlike a rename this never replaces a file that somebody else has made meanwhile.
+            os.link(copy, target)
+            sync_dir(target.parent)
+            failpoints.hit("copy.file.named")
+        return copied
+    except apsw.Error as error:
+        raise StoreUnavailable(f"{target} cannot be written: {error}") from error
+    finally:
+        source.close()
+
+
+def _must_be_free(target: Path) -> None:
+    """Refuse a target that is there, or whose name a log of another file goes with."""
+    for end in ("", "-wal", "-shm", "-journal"):
+        path = target.with_name(f"{target.name}{end}")
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "move this file away first", os.fspath(path))
+
+
+def _copy_back_all(
+    session: Session, path: Path, on_table: Callable[[CopiedTable], None]
+) -> Iterator[CopiedTable]:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    db = apsw.Connection(os.fspath(path), flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        # Nobody else knows the file, and what breaks off is thrown away.
+        db.execute("PRAGMA journal_mode = OFF").fetchall()
+        db.execute("PRAGMA synchronous = OFF")
+        migrations.migrate(db)
+        tables = _tables(db)
+        _must_be_alike(tables, _target_types(session))
+        with db:
+            db.execute("DELETE FROM number")
+            for table in tables:
+                select = _select(table)
+                sent = _Digest(session.stream(select))
+                marks = ", ".join("?" * len(table.columns))
+                names = ", ".join(f'"{column}"' for column in table.columns)
+                db.executemany(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', sent)
+                failpoints.hit("copy.back.sent")
+                copied = _compared(table, sent, _Digest(db.execute(select)))
+                on_table(copied)
+                yield copied
+    finally:
+        db.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _locked(path: Path) -> apsw.Connection:
     """Open a SQLite store for nobody else: in this mode it is one connection's alone."""
     db = apsw.Connection(os.fspath(path), flags=apsw.SQLITE_OPEN_READWRITE)
@@ -167,29 +265,41 @@ def _copy_all(
 ) -> Iterator[CopiedTable]:
     tables = _tables(db)
     types = _target_types(session)
-    expected = {table.name: set(table.columns) for table in tables}
-    found = {name: set(columns) for name, columns in types.items()}
-    if expected != found:
-        raise AssertionError(f"the schemas differ: {expected} and {found}")
+    _must_be_alike(tables, types)
     for table in tables:
         _must_be_empty(session, table)
     for table in tables:
-        names = ", ".join(f'"{column}"' for column in table.columns)
-        key = ", ".join(f'"{column}"' for column in table.key)
-        select = f'SELECT {names} FROM "{table.name}" ORDER BY {key}'
+        select = _select(table)
         sent = _Digest(db.execute(select))
         kinds = [types[table.name][column] for column in table.columns]
         session.copy_in(table.name, table.columns, kinds, sent)
         failpoints.hit("copy.table.sent")
-        arrived = _Digest(session.stream(select))
-        for _row in arrived:
-            pass
-        if (sent.count, sent.sha256) != (arrived.count, arrived.sha256):
-            raise CopyDiffers(table.name, sent.count, arrived.count)
-        copied = CopiedTable(table.name, arrived.count, arrived.sha256)
+        copied = _compared(table, sent, _Digest(session.stream(select)))
         on_table(copied)
         yield copied
     session.script("ANALYZE")
+
+
+def _must_be_alike(tables: Iterable[_Table], types: dict[str, dict[str, str]]) -> None:
+    expected = {table.name: set(table.columns) for table in tables}
+    found = {name: set(columns) for name, columns in types.items()}
+    if expected != found:
+        raise AssertionError(f"the schemas differ: {expected} and {found}")
+
+
+def _select(table: _Table) -> str:
+    names = ", ".join(f'"{column}"' for column in table.columns)
+    key = ", ".join(f'"{column}"' for column in table.key)
+    return f'SELECT {names} FROM "{table.name}" ORDER BY {key}'
+
+
+def _compared(table: _Table, sent: _Digest, arrived: _Digest) -> CopiedTable:
+    """Read to the end what has arrived; return what it is if that is what was sent."""
+    for _row in arrived:
+        pass
+    if (sent.count, sent.sha256) != (arrived.count, arrived.sha256):
+        raise CopyDiffers(table.name, sent.count, arrived.count)
+    return CopiedTable(table.name, arrived.count, arrived.sha256)
 
 
 class _Digest:

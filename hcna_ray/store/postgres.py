@@ -33,9 +33,10 @@ from hcna_ray.core.models import (
     TaskState,
     WorkerRecord,
 )
-from hcna_ray.store import codec, rows
+from hcna_ray.store import codec, origin, rows
 from hcna_ray.store.base import Counter, KeyClaim, Settlement, StoredAudit, StoredFact
 from hcna_ray.store.bookkeeping import Bookkeeper, Change
+from hcna_ray.store.generations import generation_above, numbers_to_skip
 from hcna_ray.store.migrations import known_migrations, missing_migrations
 from hcna_ray.store.postgres_session import (
     Array,
@@ -119,6 +120,7 @@ class PostgresTaskStore(Bookkeeper):
         takeover_s: float = TAKEOVER_S,
         doubt_s: float = DOUBT_S,
         manners: Manners | None = None,
+        restored: bool = False,
     ) -> None:
         """Connect, become the one writer, and bring the schema up to date.
 
@@ -129,8 +131,11 @@ class PostgresTaskStore(Bookkeeper):
             takeover_s: A writer whose session is idle for so long is disconnected and replaced.
             doubt_s: How long to look for the outcome of a commit whose connection broke.
             manners: Timeouts of the session.
+            restored: Take a database that was restored or copied; whoever says so ends its leases,
+                calls `renumber`, and then `settle_in`.
 
         Raises:
+            StoreRestored: the database was restored from a dump, or is a copy of another.
             StoreUnfit: the server is too old, may lose commits, or lets this role do too little.
             StoreInUse: another writer is alive.
             SchemaTooNew: a newer hcna-ray wrote the database.
@@ -153,6 +158,7 @@ class PostgresTaskStore(Bookkeeper):
         self._confirmed = 0
         self._marks: dict[str, int] = {}
         self._unsafe = unsafe
+        self._restored = restored
         self._closed = False
         self._broken = False
         #: Whether whoever uses this store must be told that it holds less than before.
@@ -214,6 +220,7 @@ class PostgresTaskStore(Bookkeeper):
             self._lock(session, time.monotonic() + wait_s)
             if not self._epochs:
                 migrate(session)
+                origin.prepare(session)
                 self._epochs = {epoch for (epoch,) in session.run("SELECT epoch FROM leader")}
             lead = (max(self._epochs), _own_name(), integers(self._epochs))
             _begun, found = session.run_all([Statement("BEGIN"), Statement(_LEAD, lead)])
@@ -223,6 +230,7 @@ class PostgresTaskStore(Bookkeeper):
             forgotten = self._confirmed - found[0][1] if again else 0
             if forgotten > 0:
                 self._outlive(session, forgotten)
+            self._look_around(session, again)
             # Confirmed like any other, so by a synchronous standby too: then what came before is.
             session.commit()
         except BaseException:
@@ -259,6 +267,66 @@ class PostgresTaskStore(Bookkeeper):
             told,
             extra={"action": "store.went_back", "forgotten": forgotten},
         )
+
+    def _look_around(self, session: Session, again: bool) -> None:
+        """Compare where this database is with where it was when it was last written.
+
+        Whoever has been here before knows by the count of commits what is missing, and vouches for
+        the place.
+        """
+        found = origin.look(session)
+        if not again and not self._restored and found.known is not None:
+            if how := found.moved():
+                raise origin.StoreRestored(how)
+            if found.branched():
+                told = (
+                    f"the server's history has branched (timeline {found.known.timeline}, now "
+                    f"{found.now.timeline}), so commits may be lost"
+                )
+                self._renumber(session, now=time.time(), told=told)
+                log.critical(
+                    "%s; the generation is raised", told, extra={"action": "store.went_back"}
+                )
+        if not self._restored:
+            found.settle(session)
+
+    def renumber(self, now: float) -> tuple[int, int]:
+        """Raise the generation above every one that was ever out, and let the numbers leap.
+
+        What was given out after the point that this database is of is unknown to it; its last fact
+        is not younger than that point.
+
+        Args:
+            now: Seconds since the epoch.
+
+        Returns:
+            The generation before and now.
+        """
+        with self.transaction():
+            numbers = self._renumber(self.session, now=now, told=None)
+        self._take_in((), ())
+        return numbers
+
+    def _renumber(self, session: Session, *, now: float, told: str | None) -> tuple[int, int]:
+        ((before, at),) = session.run(_POINT)
+        generation = generation_above([before], created_at=at, now=now)
+        skip = numbers_to_skip(created_at=at, now=now)
+        session.run(_LEAP, (generation, skip))
+        if told is not None:
+            session.run("UPDATE number SET value = value + 1 WHERE name = 'last_audit'")
+            session.run(_NOTE, (told,))
+        return int(before), generation
+
+    def settle_in(self) -> None:
+        """Say that this database, wherever it is now, is the one that goes on."""
+        with self.transaction():
+            origin.look(self.session).settle(self.session)
+        self._restored = False
+
+    def last_known_at(self) -> float:
+        """Return the instant of the last fact; what is stored is at least of then."""
+        ((_generation, at),) = self._run(_POINT)
+        return float(at)
 
     def _lost(self) -> LeadershipLost:
         self._broken = True
@@ -998,6 +1066,15 @@ _LEAD = (
 _RAISE = (
     "UPDATE number AS t SET value = greatest(t.value, n.value) + (t.name = 'generation')::int "
     "FROM unnest(%s, %s) AS n (name, value) WHERE t.name = n.name RETURNING t.name, t.value"
+)
+_POINT = (
+    "SELECT (SELECT value FROM number WHERE name = 'generation'), coalesce("
+    "(SELECT at FROM fact ORDER BY number DESC LIMIT 1), "
+    "(SELECT extract(epoch FROM since)::double precision FROM leader))"
+)
+_LEAP = (
+    "UPDATE number AS t SET value = CASE name WHEN 'generation' THEN %s ELSE value + %s END "
+    "WHERE name IN ('generation', 'last_fact', 'last_end')"
 )
 _NOTE = (
     "INSERT INTO audit (number, at, principal, action, target, outcome, detail) SELECT value, "

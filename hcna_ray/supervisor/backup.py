@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from hcna_ray import failpoints
-from hcna_ray.config import Settings, load_settings
+from hcna_ray.config import Settings, load_settings, without_secrets
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.restore import EndedLeases, end_leases
@@ -55,12 +56,12 @@ from hcna_ray.store.backup import (
     generation_of,
     inspect,
     next_generation,
-    numbers_to_skip,
     renumber,
     scratch,
     snapshot,
     sync_dir,
 )
+from hcna_ray.store.generations import numbers_to_skip
 from hcna_ray.store.sqlite import SqliteTaskStore
 from hcna_ray.supervisor.membership import SCHEMA as MEMBERS_SCHEMA
 from hcna_ray.supervisor.membership import read_members, read_membership
@@ -105,6 +106,8 @@ class RestoreReport:
     artifacts: int
     files: int
     with_keys: bool
+    #: Whether the tasks are on a database server, where nothing was restored.
+    on_server: bool
     #: Where what stood in the way is now.
     set_aside: tuple[str, ...]
     notes: tuple[str, ...]
@@ -154,7 +157,12 @@ def backup(
         with os.fdopen(descriptor, "wb") as stream:
             writer = ArchiveWriter(stream, kind)
             notes = _add_settings(writer, settings, sealed=passphrase is not None)
-            if kind == MODERATOR:
+            if kind == MODERATOR and settings.store_path is None:
+                manifest = _add_artifacts(
+                    writer, artifacts_present(settings.artifacts_dir), manifest
+                )
+                notes += _dump_notes(settings, target)
+            elif kind == MODERATOR:
                 manifest = _add_store(writer, settings, target.parent, manifest)
             else:
                 manifest = _add_data(writer, settings, manifest)
@@ -191,12 +199,6 @@ def _what(settings: Settings, worker: str | None) -> tuple[str, str, str]:
             raise BackupRefused(
                 f"this machine is {membership.name}, and the store is M1's: here it is "
                 f"hcna backup --worker {membership.name}"
-            )
-        if settings.store_path is None:
-            raise BackupRefused(
-                "the tasks are in PostgreSQL, whose own tool makes a consistent copy: "
-                'pg_dump --format=custom --file=hcna.dump "$DATABASE_URL", and after it copy '
-                f"{settings.artifacts_dir}"
             )
         return MODERATOR, settings.moderator.name, settings.moderator.node_id
     name, node_id = settings.worker.name, settings.worker.node_id
@@ -255,10 +257,17 @@ def _add_store(
         with copy.open("rb") as stream:
             writer.add_file(STORE, stream)
         present = artifacts_present(settings.artifacts_dir)
-        named = sorted(artifacts_named(copy, present))
-    damaged = []
+        named = artifacts_named(copy, present)
     # What the commit refers to was stored before it, and artifacts never change.
-    for name in named:
+    named_here = {name: present[name] for name in named}
+    return _add_artifacts(writer, named_here, replace(manifest, point=point))
+
+
+def _add_artifacts(
+    writer: ArchiveWriter, present: Mapping[str, Path], manifest: Manifest
+) -> Manifest:
+    damaged = []
+    for name in sorted(present):
         try:
             stream = present[name].open("rb")
         except FileNotFoundError:
@@ -268,7 +277,31 @@ def _add_store(
             failpoints.hit("backup.artifact.added")
         if entry.sha256 != name:
             damaged.append(name)
-    return replace(manifest, point=point, damaged=tuple(damaged))
+    return replace(manifest, damaged=tuple(damaged))
+
+
+def _dump_notes(settings: Settings, target: Path) -> tuple[str, ...]:
+    """Say what makes the other half of a backup, and which half comes first."""
+    dump = target.with_name(target.name.removesuffix(SUFFIX) + ".dump")
+    again = shlex.join(["hcna", "backup", "--to", str(target.parent)])
+    return (
+        "the tasks are in PostgreSQL and not in this archive, which goes with every dump that was "
+        "begun before it: all that such a dump refers to is here",
+        f"so each time, in this order: {dump_command(settings, dump)} && {again}",
+    )
+
+
+def dump_command(settings: Settings, target: Path) -> str:
+    """Return the command that copies the database; its password comes from elsewhere."""
+    words = ["pg_dump", "--format=custom", "--no-owner", "--no-privileges", f"--file={target}"]
+    return shlex.join([*words, without_secrets(settings.store_url)])
+
+
+def restore_command(settings: Settings) -> str:
+    """Return the command that fills an empty database from a dump."""
+    words = ["pg_restore", "--exit-on-error", "--single-transaction", "--no-owner"]
+    words += ["--no-privileges", f"--dbname={without_secrets(settings.store_url)}"]
+    return f"{shlex.join(words)} FILE.dump"
 
 
 def _place_for_copy(store: Path, beside: Path, *, reserve: int) -> Path:
@@ -516,15 +549,20 @@ class _Plan:
                     f"this machine is {joined.name} of another one, and the backup is an M1's: "
                     "hcna leave first"
                 )
-            if self._settings.store_path is None:
+            if self._settings.store_path is None and self._has_store:
                 raise BackupRefused("the settings name a PostgreSQL store, the backup is SQLite's")
+            if self._settings.store_path is not None and not self._has_store:
+                raise BackupRefused(
+                    "the backup's tasks are in PostgreSQL: set DATABASE_URL (or store.url) to the "
+                    "database first, or hcna up would begin with an empty store"
+                )
 
     def _in_the_way(self) -> list[Path]:
         found: list[Path] = []
-        if self._manifest.kind == MODERATOR:
+        if self._has_store:
             store = self._store_path
             found += [path for path in _store_files(store) if path.exists()]
-        else:
+        elif self._manifest.kind == WORKER:
             data = self._settings.data_dir
             found += [
                 path
@@ -541,6 +579,11 @@ class _Plan:
         return found
 
     @property
+    def _has_store(self) -> bool:
+        """Whether the archive holds a store: an M1's on PostgreSQL does not."""
+        return self._manifest.kind == MODERATOR and not self._manifest.on_server
+
+    @property
     def _store_path(self) -> Path:
         path = self._settings.store_path
         assert path is not None
@@ -551,15 +594,18 @@ class _Plan:
     def carry_out(self) -> RestoreReport:
         """Prepare everything beside its place, then move it in."""
         ended, generation = None, None
-        is_store = self._manifest.kind == MODERATOR
-        place = self._store_path.parent if is_store else self._settings.data_dir
+        is_moderator = self._manifest.kind == MODERATOR
+        if self._has_store:
+            place = self._store_path.parent
+        else:
+            place = self._home if is_moderator else self._settings.data_dir
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
             scratch(self._home, _RESTORE_PREFIX) as at_home,
             scratch(place, _RESTORE_PREFIX) as beside,
         ):
             new_artifacts = self._extract(at_home, beside)
-            if is_store:
+            if self._has_store:
                 generation, ended = self._prepare_store(beside / "queue.db")
             self._pend()
             self._move_aside()
@@ -568,11 +614,12 @@ class _Plan:
             self._put_secrets()
             self._put_config()
             failpoints.hit("restore.config.put")
-            if is_store:
+            if is_moderator:
                 self._put_members()
+            if self._has_store:
                 os.replace(beside / "queue.db", self._store_path)
                 failpoints.hit("restore.store.put")
-            else:
+            elif not is_moderator:
                 self._put_data(beside / "data")
             sync_dir(place)
             sync_dir(self._home)
@@ -581,6 +628,8 @@ class _Plan:
             failpoints.hit("restore.mark.removed")
             sync_dir(self._mark.parent)
         self._note_members()
+        if self._manifest.on_server:
+            self._note_database()
         return RestoreReport(
             kind=self._manifest.kind,
             created_at=self._manifest.created_at,
@@ -591,6 +640,7 @@ class _Plan:
             artifacts=self._manifest.artifacts - len(self._manifest.damaged),
             files=sum(1 for entry in self._manifest.entries if entry.path),
             with_keys=bool(self._secrets),
+            on_server=self._manifest.on_server,
             set_aside=tuple(self._set_aside),
             notes=tuple(self._notes),
         )
@@ -717,6 +767,16 @@ class _Plan:
         for path in sorted(source.iterdir()) if source.is_dir() else ():
             os.rename(path, root / path.name)
             failpoints.hit("restore.data.put")
+
+    def _note_database(self) -> None:
+        made = datetime.fromtimestamp(self._manifest.created_at, UTC).isoformat(timespec="seconds")
+        self._notes += [
+            f"the tasks are in PostgreSQL: {self._settings.store_name}. If that database is lost "
+            f"too, make an empty one and fill it from a dump that was begun before {made}, then "
+            "end what was out:",
+            restore_command(self._settings),
+            "hcna store restored",
+        ]
 
     def _note_members(self) -> None:
         if self._manifest.kind != MODERATOR:

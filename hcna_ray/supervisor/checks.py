@@ -669,12 +669,10 @@ def store_check(settings: Settings) -> Check:
     try:
         risks = risks_of(settings)
     except HcnaError as error:
-        return Check(
-            id="store",
-            level="fail",
-            found=str(error),
-            fix=f"start that server, or correct store.url: {settings.store_name}",
-        )
+        fix = f"start that server, or correct store.url: {settings.store_name}"
+        if error.code == "store_restored":
+            fix = "hcna store restored"
+        return Check(id="store", level="fail", found=str(error), fix=fix)
     return judge_store(settings.store_name, risks, unsafe=settings.store.unsafe)
 
 

@@ -120,6 +120,8 @@ def postgres_template(postgres: PostgresServer) -> str:
     """A database with the newest schema and nothing in it, to be copied."""
     name = postgres.create_database()
     PostgresTaskStore(postgres.url(name)).close()
+    # A copy that remembers where it was made is refused.
+    postgres.execute("DELETE FROM origin", name)
     return name
 
 

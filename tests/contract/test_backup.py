@@ -15,7 +15,8 @@ import pytest
 from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.core.models import OnDisconnect, RetryPolicy, TaskState, Token
 from hcna_ray.runtime.messages import Grant, ReportKind
-from hcna_ray.store.backup import BackupRefused, Point, next_generation, numbers_to_skip
+from hcna_ray.store.backup import BackupRefused, Point, next_generation
+from hcna_ray.store.generations import numbers_to_skip
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor.backup import backup, check, restore
 from tests.support.builders import T0, a_fact, a_task

@@ -1,4 +1,4 @@
-"""A SQLite store moves to PostgreSQL whole, or not at all; and the commands that do it."""
+"""A store moves to PostgreSQL and back whole, or not at all; and the commands that do it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from hcna_ray.core.errors import StoreUnavailable
 from hcna_ray.core.models import Hold, Outcome, TaskState, Token
 from hcna_ray.store.base import Counter, KeyClaim
 from hcna_ray.store.info import describe_store
-from hcna_ray.store.migrate import CopyDiffers, SourceInUse, StoreNotEmpty, copy_store
+from hcna_ray.store.migrate import CopyDiffers, SourceInUse, StoreNotEmpty, copy_back, copy_store
+from hcna_ray.store.origin import StoreRestored
 from hcna_ray.store.postgres import PostgresTaskReader, PostgresTaskStore, StoreInUse
+from hcna_ray.store.postgres_session import Session
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor.checks import store_check
 from tests.contract.test_task_store import everything, full_task
@@ -208,6 +210,128 @@ class TestCopy:
         assert not (tmp_path / "no.db").exists()
 
 
+class TestWayBack:
+    @pytest.fixture
+    def moved(self, source: Path, postgres_url: str) -> str:
+        """A database with something in every table."""
+        copy_store(source, postgres_url)
+        return postgres_url
+
+    def test_everything_arrives(self, source: Path, moved: str, tmp_path: Path) -> None:
+        told: list[str] = []
+        target = tmp_path / "back.db"
+        copied = copy_back(moved, target, on_table=lambda table: told.append(table.name))
+
+        assert {table.name for table in copied} == set(told) == TABLES
+        assert all(table.rows for table in copied)
+        assert target.stat().st_mode & 0o777 == 0o600
+        assert {path.name for path in tmp_path.iterdir()} == {"queue.db", "back.db"}
+        old, new = PostgresTaskStore(moved), SqliteTaskStore(target)
+        readers = PostgresTaskReader(moved), SqliteTaskReader(target)
+        assert everything(new, readers[1]) == everything(old, readers[0])
+        names = ["t1", "t2", "t3", "t4", "t5", *(f"x{i}" for i in range(2500))]
+        assert new.get(names) == old.get(names)
+        assert len(new.get(names)) == 2505
+        key = "c\x00\x01\U0001f600"
+        assert new.held_by_concurrency(key, 9) == old.held_by_concurrency(key, 9) != []
+        assert readers[1].facts(after=0, limit=9999) == readers[0].facts(after=0, limit=9999)
+        # What comes next is numbered alike.
+        for store in (old, new):
+            with store.transaction():
+                assert store.raise_generation() == 3
+                assert store.append_facts([a_fact()]) == 2503
+                assert store.claim_keys([KeyClaim("me", "k", "t9", "f", T0)])["me", "k"].task_id
+                store.save([a_task("t2", seq=4, version=1, lease=a_lease(), batch_id="b")])
+                store.insert([a_task("new", seq=store.last_seq() + 1)])
+                store.push_settlements([("t2", True)])
+        assert new.settlements(9) == old.settlements(9)
+        assert everything(new, readers[1]) == everything(old, readers[0])
+        for thing in (*readers, old, new):
+            thing.close()
+
+    def test_there_and_back_is_the_same_digest(
+        self, source: Path, postgres_url: str, tmp_path: Path
+    ) -> None:
+        there = copy_store(source, postgres_url)
+        assert copy_back(postgres_url, tmp_path / "back.db") == there
+
+    def test_an_empty_store_may_be_copied(self, postgres_url: str, tmp_path: Path) -> None:
+        target = tmp_path / "back.db"
+        assert sum(table.rows for table in copy_back(postgres_url, target)) == 8
+        SqliteTaskStore(target).close()
+
+    def test_a_source_in_use_is_refused(self, moved: str, tmp_path: Path) -> None:
+        store = PostgresTaskStore(moved)
+        with pytest.raises(StoreInUse):
+            copy_back(moved, tmp_path / "back.db")
+        store.close()
+        assert not (tmp_path / "back.db").exists()
+
+    def test_nobody_writes_to_the_source_meanwhile(self, moved: str, tmp_path: Path) -> None:
+        refused = []
+
+        def intrude(table: object) -> None:
+            if not refused:
+                with pytest.raises(StoreInUse) as caught:
+                    PostgresTaskStore(moved, open_wait_s=0.0)
+                refused.append(caught)
+
+        copy_back(moved, tmp_path / "back.db", on_table=intrude)
+        assert refused
+
+    @pytest.mark.parametrize("end", ["", "-wal", "-journal"])
+    def test_a_target_that_is_there_is_refused(self, moved: str, tmp_path: Path, end: str) -> None:
+        (tmp_path / f"back.db{end}").write_bytes(b"mine")
+        with pytest.raises(FileExistsError, match="move this file away"):
+            copy_back(moved, tmp_path / "back.db")
+        assert (tmp_path / f"back.db{end}").read_bytes() == b"mine"
+
+    def test_a_target_that_comes_up_meanwhile_is_not_replaced(
+        self, moved: str, tmp_path: Path
+    ) -> None:
+        def intrude(table: object) -> None:
+            (tmp_path / "back.db").write_bytes(b"mine")
+
+        with pytest.raises(FileExistsError):
+            copy_back(moved, tmp_path / "back.db", on_table=intrude)
+        assert (tmp_path / "back.db").read_bytes() == b"mine"
+
+    def test_a_copy_that_differs_is_not_kept(
+        self, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A number that SQLite keeps as another one: text in a column of numbers."""
+        rows = Session.stream
+
+        def spoiled(session: Session, sql: str, page: int = 1000) -> Iterator[Any]:
+            for row in rows(session, sql, page):
+                changed = [str(value) if type(value) is float else value for value in row]
+                yield tuple(changed) if 'FROM "fact"' in sql else row
+
+        monkeypatch.setattr(Session, "stream", spoiled)
+        with pytest.raises(CopyDiffers, match="fact"):
+            copy_back(moved, tmp_path / "back.db")
+        assert {path.name for path in tmp_path.iterdir()} == {"queue.db"}
+
+    def test_a_copy_that_breaks_off_is_not_kept(self, moved: str, tmp_path: Path) -> None:
+        def cut(table: Any) -> None:
+            if table.name == "task":
+                run(
+                    moved,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE application_name = 'hcna store migrate'",
+                )
+
+        with pytest.raises(StoreUnavailable):
+            copy_back(moved, tmp_path / "back.db", on_table=cut)
+        assert {path.name for path in tmp_path.iterdir()} == {"queue.db"}
+        copy_back(moved, tmp_path / "back.db")
+
+    def test_a_restored_source_is_refused(self, moved: str, tmp_path: Path) -> None:
+        run(moved, "UPDATE origin SET database = 1")
+        with pytest.raises(StoreRestored):
+            copy_back(moved, tmp_path / "back.db")
+
+
 class TestCommands:
     @pytest.fixture(autouse=True)
     def environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +424,32 @@ class TestCommands:
         told = capfd.readouterr().err
         assert "DATABASE_URL" in told
         assert "p%40ss" not in told
+
+    def test_the_way_back(
+        self,
+        source: Path,
+        postgres: PostgresServer,
+        postgres_url: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        copy_store(source, postgres_url)
+        assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 2
+        assert "there is no source" in capfd.readouterr().err
+        monkeypatch.setenv("DATABASE_URL", postgres_url)
+        assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 1
+        assert "move this file away first" in " ".join(capfd.readouterr().err.split())
+        source.rename(source.with_name("old.db"))
+        assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 0
+        told = capfd.readouterr()
+        assert "rows in 14 tables copied and compared" in told.out
+        assert "take it out of store.url and DATABASE_URL" in " ".join(told.err.split())
+        assert "never start on it again" in " ".join(told.err.split())
+        monkeypatch.delenv("DATABASE_URL")
+        assert main(["store", "info", "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["tasks"]["queued"] == 2502
+        assert main(["store", "migrate", "--from", postgres_url, "--to", "sqlite:///x"]) == 2
+        assert postgres.password not in "".join(told)
 
     def test_what_is_missing_is_named(self, capfd: pytest.CaptureFixture[str]) -> None:
         assert main(["store", "migrate"]) == 2

@@ -22,6 +22,7 @@ from hcna_ray.security.keys import write_private
 from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.backup import artifacts_present
 from hcna_ray.store.base import TaskReader
+from hcna_ray.store.migrate import copy_store
 from hcna_ray.store.postgres import PostgresTaskReader
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor.backup import check as check_archive
@@ -377,6 +378,29 @@ async def _copies(work: _Work) -> None:
         work.expect(found == wanted, f"{len(found)} of {len(wanted)} lines after {point}")
 
 
+async def _copies_back(work: _Work) -> None:
+    """The way back: the file has its name when all of it is there, or it is not there at all."""
+    store = work.folder / "queue.db"
+    _filled(store)
+    wanted = _history(SqliteTaskReader(store))
+    server = work.servers.one()
+    url = server.url(server.create_database())
+    copy_store(store, url)
+    for point in work.case.options["failpoints"]:
+        target = work.folder / f"{point}.db"
+        arguments = {"store": str(target), "url": url}
+        done = point == "copy.file.named"
+        for turn in range(1 if done else TIMES):
+            number = (1, 3, 7)[turn] if point == "copy.back.sent" else 1
+            await work.killed_at("copy_back", point, arguments, number)
+            work.expect(target.exists() == done, f"after {point} there is a file, or none")
+        if not done:
+            await work.succeeds("copy_back", arguments, point)
+        found = _history(SqliteTaskReader(target))
+        work.expect(found == wanted, f"{len(found)} of {len(wanted)} lines after {point}")
+        work.expect(_is_whole(target), f"the copy is damaged after {point}")
+
+
 # -- keys and certificates -------------------------------------------------------------------------
 
 
@@ -445,6 +469,7 @@ KINDS: dict[str, tuple[Sequence[str], bool]] = {
         ),
         False,
     ),
+    "copies-back": (("copy.back.sent", "copy.file.compared", "copy.file.named"), False),
     "certificates": (
         (
             "private.file.flushed",
@@ -461,6 +486,7 @@ _WORK: dict[str, Callable[[Any], Awaitable[None]]] = {
     "backups": _backups,
     "restores": _restores,
     "copies": _copies,
+    "copies-back": _copies_back,
     "certificates": _certificates,
 }
 

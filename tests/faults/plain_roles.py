@@ -47,7 +47,7 @@ from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.security.certs import ensure_server
 from hcna_ray.store import migrations
-from hcna_ray.store.migrate import copy_store
+from hcna_ray.store.migrate import copy_back, copy_store
 from hcna_ray.store.migrations import Migration
 from hcna_ray.store.sqlite import SqliteTaskStore
 from hcna_ray.supervisor.backup import backup, restore
@@ -138,6 +138,11 @@ def restored(
 def copied(store: str, url: str) -> None:
     """`hcna store migrate`."""
     copy_store(Path(store), url)
+
+
+def copied_back(store: str, url: str) -> None:
+    """Move a store back."""
+    copy_back(url, Path(store))
 
 
 def certified(home: str) -> None:
@@ -403,5 +408,6 @@ ROLES: dict[str, Callable[..., None]] = {
     "worker-backup": worker_backed_up,
     "restore": restored,
     "copy": copied,
+    "copy_back": copied_back,
     "certify": certified,
 }

@@ -118,6 +118,23 @@ class PostgresServer:
             cursor = db.execute(sql.encode())
             return cursor.fetchall() if cursor.description else []
 
+    def shell(self, command: str) -> str:
+        """Run a command line as an operator would, with this server's programs and password.
+
+        Returns:
+            What it wrote.
+        """
+        path = os.pathsep.join((str(self._bin), os.environ["PATH"]))
+        done = subprocess.run(
+            ["sh", "-euc", command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path, "PGPASSWORD": self.password},
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
     # -- life and death --------------------------------------------------------------------------
 
     def start(self, **settings: str) -> None:

@@ -576,6 +576,27 @@ def test_a_silent_worker_loses_its_leases_and_late_reports_change_nothing(
     assert (task.result, task.losses) == (b'{"second":true}', 1)
 
 
+@pytest.mark.parametrize("by_s", [3600.0, -3600.0, 90_000.0])
+def test_a_running_attempt_keeps_its_age_when_the_clock_is_put(
+    desk: Desk, w1: PaperWorker, by_s: float
+) -> None:
+    desk.submit_ids("t1", timeout_s=60.0)
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+    desk.tick(20.0)
+    desk.clock.step(by_s)
+    for _ in range(6):
+        w1.heartbeat()
+        desk.tick(10.0)
+    assert desk.task("t1").state is TaskState.RUNNING
+
+    for _ in range(2):  # The worker should have stopped it after 60 s, and gets 30 s more.
+        w1.heartbeat()
+        desk.tick(6.0)
+    assert desk.task("t1").error is not None
+    assert desk.task("t1").error.kind is FailureKind.TIMEOUT
+
+
 def test_a_task_may_wait_for_its_silent_worker(desk: Desk, w1: PaperWorker) -> None:
     w2 = PaperWorker(desk, "W2")
     desk.submit_ids("t1", on_disconnect=OnDisconnect.WAIT, wait_max_s=100.0)

@@ -32,7 +32,15 @@ from hcna_ray.security import sealing
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token, read_client_key
 from hcna_ray.security.sealing import PassphraseRefused, SealBroken
 from hcna_ray.store import backup as archives
-from hcna_ray.store.backup import BackupDamaged, BackupRefused, Entry, Folder, Manifest, scratch
+from hcna_ray.store.backup import (
+    STORE,
+    BackupDamaged,
+    BackupRefused,
+    Entry,
+    Folder,
+    Manifest,
+    scratch,
+)
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor import backup as module
 from hcna_ray.supervisor.backup import backup, check, restore
@@ -247,11 +255,19 @@ class TestArchive:
             backup(spare, to=tmp_path, now=T0)
 
     def test_postgresql_is_left_to_its_own_tool(self, m1: Settings, tmp_path: Path) -> None:
-        store = StoreSettings.model_construct(url="postgresql://me:canary@db/hcna")
-        with pytest.raises(BackupRefused, match="pg_dump") as caught:
-            backup(m1.model_copy(update={"store": store}), to=tmp_path, now=T0)
-        assert str(m1.artifacts_dir) in str(caught.value)
-        assert "canary" not in str(caught.value)
+        url = "postgresql://me:canary@db/hcna?sslmode=require"
+        store = StoreSettings.model_construct(url=url)
+        on_server = m1.model_copy(update={"store": store})
+        report = backup(on_server, to=tmp_path / "a.tar.zst", now=T0)
+        assert report.manifest.on_server
+        assert STORE not in {entry.member for entry in report.manifest.entries}
+        assert report.manifest.artifacts == len(list(m1.artifacts_dir.glob("??/*")))
+        first, then = report.notes
+        assert "begun before it" in first
+        assert f"--file={tmp_path / 'a.dump'} 'postgresql://me@db/hcna?sslmode=require'" in then
+        assert then.index("pg_dump") < then.index("hcna backup --to")
+        assert b"canary" not in Path(report.path).read_bytes()
+        assert "canary" not in f"{report}"
 
     def test_a_setting_in_the_environment_is_told(
         self, m1: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
