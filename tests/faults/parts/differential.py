@@ -53,7 +53,7 @@ class Differential:
             quick = stack.enter_context(tempfile.TemporaryDirectory(prefix="hcna-", dir=where))
             server = PostgresServer()
             stack.callback(server.remove)
-            server.start(fsync="off", synchronous_commit="off", full_page_writes="off")
+            server.start()
             found = stack.enter_context(homes(Path(quick), server))
             yield lambda case, _folder: run(case, found)
 
