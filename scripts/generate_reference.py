@@ -410,6 +410,8 @@ CODES = {
     "quota": "The caller's own limit is reached. No route uses it yet.",
     "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
     "moderator_unavailable": "M1 does not answer. Reads go on.",
+    "outcome_unknown": "M1 was asked and did not answer: it may have been done. Send it again with "
+    "the same idempotency key, or look.",
     "worker_unavailable": "The worker that an intent was for is away, or does not answer.",
     "store_unavailable": "The store cannot be read or written.",
     "store_damaged": "The store's file is not what was written: keep it, and restore a backup.",
@@ -509,7 +511,7 @@ REASONS = {
     "queue_paused": "Its queue is paused.",
     "moderator_unavailable": "M1 does not answer, so nothing is placed now.",
     "waiting_worker_return": "It waits for the worker that fell silent (`on_disconnect: wait`).",
-    "waiting_worker": "It names a worker that has never joined.",
+    "waiting_worker": "It names a worker that has never joined, or was forgotten.",
     "no_workers": "No worker has joined yet.",
     "no_healthy_workers": "No worker takes tasks now.",
     "unplaceable": "No worker has what it needs; says which need excludes which worker.",
@@ -541,7 +543,7 @@ def error_codes() -> list[str]:
         ```
 
         `code` is stable and may be matched on; `detail` is for people. `errors` lists
-        `{field, message}` where fields are wrong. 503 and 507 carry `Retry-After`, also as
+        `{field, message}` where fields are wrong. 503, 504 and 507 carry `Retry-After`, also as
         `retry_after_s`: nothing was stored, trying again later is safe.
         """)
     ranked = sorted(CODES, key=lambda code: (found[code], list(CODES).index(code)))

@@ -6,7 +6,10 @@ has said that it can take nothing, that is repeated here for a moment: under ove
 are refused, and a refusal must neither wait for others nor cost the moderator anything.
 
 Ids are minted before a batch is sent and the moderator inserts or returns, so the same batch may be
-sent again after the moderator was lost in the middle of it.
+sent again after the moderator was lost in the middle of it. If no try of such a batch is answered,
+nobody knows whether it is stored, and its callers are told so: 503 is said only where nothing was
+sent. So that it is said where it can be, the moderator is looked for before anything new is sent to
+one that has just failed to answer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from hcna_ray.core.errors import (
     DiskFull,
     HcnaError,
     ModeratorUnavailable,
+    NoAnswer,
     Overloaded,
     QueueFull,
 )
@@ -73,7 +77,7 @@ class Gatherer:
             bytes_max: Their bytes.
             call_items: Tasks in one call; a single larger submission still goes whole.
             call_bytes: Their bytes.
-            resend_s: How long a batch is sent again before its callers are told 503.
+            resend_s: How long a batch is sent again before its callers are told: no answer.
             sleep: Pauses between two tries.
         """
         self._moderator = moderator
@@ -87,6 +91,10 @@ class Gatherer:
         self._closed = False
         #: Why nothing can be taken, and until when that is believed.
         self._full: tuple[CannotAccept, float] | None = None
+        #: Whether a try of the batch at hand may have been carried out.
+        self._asked = False
+        #: Whether the last call was not answered.
+        self._silent = False
         self.items = 0
         self.bytes = 0
         self.calls = 0
@@ -99,8 +107,9 @@ class Gatherer:
 
         Raises:
             Overloaded: the buffer is full; nothing was sent.
-            CannotAccept: the moderator took nothing, or did not answer for ``resend_s``, or has
-                just said that it can take nothing.
+            NoAnswer: it was sent, and for ``resend_s`` nobody answered; it may be stored.
+            CannotAccept: the moderator took nothing, or was away for ``resend_s``, or has just said
+                that it can take nothing.
         """
         if not specs:
             return ()
@@ -150,14 +159,16 @@ class Gatherer:
                 except HcnaError as error:
                     self._fail(group, error)
                     if isinstance(error, ModeratorUnavailable):
-                        self._fail_overdue(error)
+                        self._fail_overdue()
                 except Exception as error:
                     log.exception("batch could not be sent", extra={"action": "gather.failed"})
                     self._fail(group, error)
         finally:
             self._runner = None
             if any(not submission.answer.done() for submission in group):  # Cancelled by `close`.
-                self._fail(group, ModeratorUnavailable("C1 is shutting down", 1))
+                shutting = "C1 is shutting down"
+                kind = NoAnswer if self._asked else ModeratorUnavailable
+                self._fail(group, kind(shutting, 1))
 
     def _take(self) -> list[_Submission]:
         """Take submissions for one call: many that are not atomic, or a single atomic one."""
@@ -177,16 +188,23 @@ class Gatherer:
         batch = SubmitBatch(specs=specs, atomic=group[0].atomic)
         deadline = group[0].since + self._resend_s
         pause = RESEND_PAUSE_S
+        self._asked = False
         while True:
-            self.calls += 1
             try:
-                failpoints.hit("c1.submit.before")
-                results = await self._moderator.submit(batch)
-                failpoints.hit("c1.submit.answered")
+                if self._silent and not self._asked:
+                    await self._look()
+                results = await self._send(batch)
                 break
-            except ModeratorUnavailable:
-                if self._clock.elapsed() + pause > deadline:
+            except CannotAccept as error:
+                # What is refused now may have been stored by the try before.
+                if not self._asked and not isinstance(error, ModeratorUnavailable):
                     raise
+                if self._clock.elapsed() + pause > deadline:
+                    if not self._asked or isinstance(error, NoAnswer):
+                        raise
+                    raise NoAnswer(
+                        f"it was sent, and it is not known whether it is stored ({error})", 2
+                    ) from error
             self.resent += 1
             await self._sleep(pause)
             pause = min(2 * pause, RESEND_PAUSE_S_MAX)
@@ -201,6 +219,31 @@ class Gatherer:
             self._forget(submission)
             start = end
 
+    async def _look(self) -> None:
+        """Raise `ModeratorUnavailable` unless the moderator is there again."""
+        try:
+            await self._moderator.status()
+        except NoAnswer as error:  # To a question, not to the batch.
+            raise ModeratorUnavailable(error.message, error.retry_after_s) from error
+        self._silent = False
+
+    async def _send(self, batch: SubmitBatch) -> Sequence[SubmitResult]:
+        """Make one try; afterwards ``_asked`` says whether any may have been carried out."""
+        before, self._asked = self._asked, True
+        self.calls += 1
+        failpoints.hit("c1.submit.before")
+        try:
+            results = await self._moderator.submit(batch)
+        except NoAnswer:
+            self._silent = True
+            raise
+        except HcnaError:
+            self._asked = before
+            raise
+        failpoints.hit("c1.submit.answered")
+        self._silent = False
+        return results
+
     def _fullness(self, results: Sequence[SubmitResult]) -> tuple[CannotAccept, float] | None:
         """Return what the last answer says about the next ones, if it was that nothing fits."""
         last = results[-1]
@@ -208,12 +251,12 @@ class Gatherer:
             return last.error, self._clock.elapsed() + FULL_S
         return None
 
-    def _fail_overdue(self, error: HcnaError) -> None:
+    def _fail_overdue(self) -> None:
         """Refuse what has waited as long as a batch may: it would only wait to fail as well."""
         limit = self._clock.elapsed() - self._resend_s
         overdue = [submission for submission in self._waiting if submission.since <= limit]
         self._waiting = deque(s for s in self._waiting if s.since > limit)
-        self._fail(overdue, error)
+        self._fail(overdue, ModeratorUnavailable("the moderator does not answer", 2))
 
     def _fail(self, group: Sequence[_Submission], error: Exception) -> None:
         for submission in group:

@@ -21,7 +21,8 @@ from hcna_ray.security.keys import ApiKey
 class ModeratorPort(Protocol):
     """The moderator, wherever it runs.
 
-    Every method may raise `ModeratorUnavailable` when nobody answers in time; then it is not known
+    Every method may raise `ModeratorUnavailable` when the moderator is away. If it was asked and
+    did not answer in time, a method that changes something raises `NoAnswer`: then it is not known
     whether the call was carried out, and only calls that are harmless twice may be repeated.
     """
 
@@ -29,6 +30,7 @@ class ModeratorPort(Protocol):
         """Store tasks durably; one answer for each spec, in order. Harmless twice.
 
         Raises:
+            NoAnswer: the batch may have been stored.
             CannotAccept: nothing of the batch was stored.
         """
         ...

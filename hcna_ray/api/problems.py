@@ -26,6 +26,7 @@ from hcna_ray.core.errors import (
     DiskFull,
     HcnaError,
     Invalid,
+    NoAnswer,
     NotFound,
     QuotaExceeded,
     StaleWorker,
@@ -140,6 +141,7 @@ _STATUS_BY_CLASS: tuple[tuple[type[HcnaError], int], ...] = (
     (QuotaExceeded, 429),
     (DiskFull, 507),
     (StoreFull, 507),
+    (NoAnswer, 504),
     (CannotAccept, 503),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from hcna_ray.core.errors import ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
 from hcna_ray.runtime.messages import (
     Changes,
@@ -30,7 +31,13 @@ class Link(Protocol):
     async def acall(
         self, method: str, *args: Any, timeout_s: float = ANSWER_S, **kwargs: Any
     ) -> Any:
-        """Call and wait. Raises `ModeratorUnavailable`, or what the actor answers."""
+        """Call and wait.
+
+        Raises:
+            NoAnswer: it is not known whether the call was carried out.
+            ModeratorUnavailable: nothing was sent.
+            HcnaError: what the actor answers.
+        """
         ...
 
 
@@ -39,6 +46,13 @@ class RayModerator:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+
+    async def _look(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call what changes nothing: without an answer nothing can have been done."""
+        try:
+            return await self._link.acall(method, *args, timeout_s=timeout_s)
+        except NoAnswer as error:
+            raise ModeratorUnavailable(error.message, error.retry_after_s) from error
 
     async def submit(self, batch: SubmitBatch) -> Sequence[SubmitResult]:
         """Store tasks durably. A larger batch is given more time."""
@@ -71,19 +85,17 @@ class RayModerator:
 
     async def changes(self, after: int, wait_s: float) -> Changes:
         """Return what ended since ``after``."""
-        changes: Changes = await self._link.acall(
-            "changes", after, wait_s, timeout_s=wait_s + SLACK_S
-        )
+        changes: Changes = await self._look("changes", after, wait_s, timeout_s=wait_s + SLACK_S)
         return changes
 
     async def workers(self) -> Sequence[WorkerInfo]:
         """Return every worker on record."""
-        workers: Sequence[WorkerInfo] = await self._link.acall("workers", timeout_s=LOOK_S)
+        workers: Sequence[WorkerInfo] = await self._look("workers", timeout_s=LOOK_S)
         return workers
 
     async def worker_views(self) -> tuple[Sequence[WorkerView], int, int]:
         """Return workers as placement sees them, attempts running, and how many may."""
-        views, running, running_max = await self._link.acall("worker_views", timeout_s=LOOK_S)
+        views, running, running_max = await self._look("worker_views", timeout_s=LOOK_S)
         return views, running, running_max
 
     async def set_worker(
@@ -128,7 +140,7 @@ class RayModerator:
 
     async def status(self) -> ModeratorStatus:
         """Return the moderator's own condition."""
-        status: ModeratorStatus = await self._link.acall("status", timeout_s=LOOK_S)
+        status: ModeratorStatus = await self._look("status", timeout_s=LOOK_S)
         return status
 
     async def audit(self, entry: AuditEntry) -> None:

@@ -159,6 +159,8 @@ class Route:
 
 #: Problems that the way to a route may bring about, whatever the route.
 _HEAD_PROBLEMS = (413, 414, 415, 422, 431, 500, 503)
+#: What changes something may end without anybody knowing whether it did.
+_UNKNOWN = {"POST": (504,), "DELETE": (504,)}
 
 _WORDS = {
     400: "The body is not strict JSON, or a header is malformed.",
@@ -175,6 +177,7 @@ _WORDS = {
     431: "The header fields are too large.",
     500: "Something went wrong inside; the log id tells what.",
     503: "Not now; see Retry-After.",
+    504: "The moderator did not answer: it may have been done. See Retry-After.",
     507: "Too little disk space; see Retry-After.",
 }
 
@@ -241,7 +244,9 @@ class Routes:
                 status_code=next(iter(answers)),
                 response_class=Response,
                 response_model=None,
-                responses=_responses(answers, problems, access, body is not None),
+                responses=_responses(
+                    answers, (*problems, *_UNKNOWN.get(method, ())), access, body is not None
+                ),
                 openapi_extra=_extra(method, path, access, body, body_optional, query),
                 include_in_schema=in_schema,
             )

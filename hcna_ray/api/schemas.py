@@ -461,6 +461,9 @@ class WorkerOut(Answer):
     clock_ahead_s: float = Field(
         default=0.0, description="How far its wall clock is ahead of M1's; below 0 it is behind."
     )
+    waiting: int | None = Field(
+        default=None, description="Tasks that wait for this very worker; told when it is forgotten."
+    )
 
 
 class WorkersOut(Answer):

@@ -215,11 +215,12 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
         found = [one for one in cluster.workers if one.name == task.pinned_to]
         if not found or found[0].state not in ACCEPTING:
             until = "" if task.pinned_until is None else f", until {iso(task.pinned_until)}"
-            now_is = f", which {state_in_words(found[0])}" if found else ""
+            now_is = state_in_words(found[0]) if found else "has been forgotten"
+            again = "bring it back" if found else "let it join again under that name"
             return PendingReason(
                 "waiting_worker_return",
-                f"waits for worker {task.pinned_to}, on which it ran{now_is}{until}",
-                f"bring {task.pinned_to} back, or cancel the task and submit it again",
+                f"waits for worker {task.pinned_to}, on which it ran, which {now_is}{until}",
+                f"{again}, or cancel the task and submit it again",
             )
     return explain(
         task.needs,
@@ -268,7 +269,7 @@ def worker_view(worker: WorkerInfo) -> Json:
         "address": worker.address,
         "trouble": worker.trouble or None,
         "clock_ahead_s": worker.clock_ahead_s,
-    }
+    } | ({} if worker.waiting is None else {"waiting": worker.waiting})
 
 
 def _running(item: Mapping[str, Any]) -> Json:

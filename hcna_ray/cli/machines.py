@@ -314,6 +314,7 @@ def leave(
 def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: bool) -> Json:
     """Drain, stop, be forgotten by M1, forget M1."""
     from hcna_ray import supervisor
+    from hcna_ray.runtime.journal import forget_generations
     from hcna_ray.supervisor.gate_client import GateUnreachable, reach_gate
     from hcna_ray.supervisor.gate_protocol import GateRefused
     from hcna_ray.supervisor.membership import remove_membership
@@ -371,6 +372,7 @@ def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: boo
             channel.close()
     (settings.keys_dir / "ray.token").unlink(missing_ok=True)
     remove_membership(settings.cluster_dir)
+    forget_generations(settings.outbox_dir.parent)
     if report["told_m1"]:
         console.print(f"this machine is no longer {joined.name}. Next: hcna join CODE, or hcna up")
     else:

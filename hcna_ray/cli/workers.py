@@ -95,6 +95,12 @@ def forget(
         print_json(worker.raw)
     else:
         talk().print(f"{worker.name} is forgotten")
+        if waiting := int(worker.raw.get("waiting") or 0):
+            tasks = "1 task waits" if waiting == 1 else f"{waiting} tasks wait"
+            talk().print(
+                f"{tasks} for it all the same: hcna why ID says until when. Let it join again "
+                "under that name, or cancel them and submit them again"
+            )
 
 
 def intent(

@@ -10,7 +10,7 @@ HcnaClientError
 │   ├── InvalidRequest        400, 405, 413, 415, 422
 │   ├── Unauthorized          401      ├── Forbidden   403
 │   ├── NotFound              404      ├── Conflict    409
-│   └── Overloaded            429, 503, 507: not now, with ``retry_after_s``
+│   └── Overloaded            429, 503, 504, 507: not now, with ``retry_after_s``
 └── TaskError                 the task ended, and not with a result
     ├── TaskFailed  ├── TaskCancelled  └── TaskExpired
 """
@@ -164,7 +164,11 @@ class Conflict(ApiError):
 
 
 class Overloaded(ApiError):
-    """C1 cannot accept now: quota, full buffers, Moderator away or disk full."""
+    """C1 cannot accept now: quota, full buffers, Moderator away or disk full.
+
+    With status 504 (``outcome_unknown``) the Moderator was asked and did not answer: what was asked
+    may have been done. Otherwise nothing was.
+    """
 
 
 _BY_STATUS: Mapping[int, type[ApiError]] = {
@@ -179,6 +183,7 @@ _BY_STATUS: Mapping[int, type[ApiError]] = {
     422: InvalidRequest,
     429: Overloaded,
     503: Overloaded,
+    504: Overloaded,
     507: Overloaded,
 }
 

@@ -293,12 +293,12 @@ class Planner:
     ) -> Plan[Answer]:
         """Send until C1 itself answers with something other than "not now", or patience ends.
 
-        Tried again: no answer, 429, 503, a 5xx that is not problem details (a proxy in front of C1
-        spoke, not C1), and the 404 that Serve's entrance gives for every path in the moment between
-        its own restart and its finding C1 again. That is safe for everything sent here: posts carry
-        an Idempotency-Key, parts of uploads an offset. Any other answer of 400 or more raises at
-        once. ``lost`` collects what was tried again: such a try may have taken effect all the same.
-        ``is_answer`` says which answers are wanted.
+        Tried again: no answer, 429, 503, 504, a 5xx that is not problem details (a proxy in front
+        of C1 spoke, not C1), and the 404 that Serve's entrance gives for every path in the moment
+        between its own restart and its finding C1 again. That is safe for everything sent here:
+        posts carry an Idempotency-Key, parts of uploads an offset. Any other answer of 400 or more
+        raises at once. ``lost`` collects what was tried again: such a try may have taken effect all
+        the same. ``is_answer`` says which answers are wanted.
         """
         patience = patience or self._patience
         started, tries = self._clock(), 0
@@ -314,7 +314,7 @@ class Planner:
                     return answer
                 error = self._refusal(answer)
                 spoken_by_c1 = "problem+json" in answer.headers.get("content-type", "")
-                again = answer.status in (429, 503) or (
+                again = answer.status in (429, 503, 504) or (
                     not spoken_by_c1 and (answer.status >= 500 or _knows_no_route_yet(answer))
                 )
                 if answer.status == 507:

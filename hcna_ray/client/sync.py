@@ -81,7 +81,7 @@ class Client:
         url: C1's address. Default: ``HCNA_URL``, else the cluster ``hcna up`` started here.
         api_key: Default: ``HCNA_API_KEY``, else the owner's key file of this machine's cluster.
         timeout_s: Silence after which a request counts as lost, seconds.
-        retry_for_s: How long lost, 429 and 503 answers are tried again in all, seconds.
+        retry_for_s: How long lost, 429, 503 and 504 answers are tried again in all, seconds.
         transport: Replaces the network, for tests.
         planner: Replaces the rules' clock and luck, for tests.
         sleep: Replaces `time.sleep`, for tests.

@@ -19,6 +19,7 @@ from hcna_ray.core.events import (
     AttemptProgressed,
     AttemptStarted,
     CancelRequested,
+    ClockStepped,
     DependencySettled,
     Event,
     KeyHeld,
@@ -95,6 +96,7 @@ def _events() -> list[Event]:
     return [
         TimePassed(at=10.0),
         TimePassed(at=1000.0),
+        ClockStepped(at=10.0, by_s=10.0),
         DependencySettled(at=10.0, dependency_id="d", completed=True),
         DependencySettled(at=10.0, dependency_id="d", completed=False),
         KeyHeld(at=10.0, hold=Hold.ORDERING),

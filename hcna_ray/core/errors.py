@@ -14,6 +14,7 @@
     │   ├── Overloaded
     │   │   └── QueueFull     not one task more, however small
     │   ├── ModeratorUnavailable
+    │   │   └── NoAnswer      it was asked: whether it did what was asked is not known
     │   ├── WorkerUnavailable
     │   ├── StoreUnavailable
     │   │   ├── StoreDamaged  its file contradicts itself: only a backup helps
@@ -21,6 +22,7 @@
     │   ├── QuotaExceeded
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
+    ├── StaleModerator        a moderator on an older store than this worker has worked for
     ├── StoreTooOld           the SQLite library is older than the WAL-reset fix
     ├── SchemaTooNew          a newer hcna-ray wrote the database
     ├── InvalidTransition     a missing pair in the transition table: a bug
@@ -159,7 +161,10 @@ class Invalid(HcnaError):
 
 
 class CannotAccept(HcnaError):
-    """The system cannot accept this now. Nothing was stored; trying again later helps."""
+    """The system cannot accept this now. Trying again later helps.
+
+    Nothing was stored, except of a `NoAnswer`, which says that this is not known.
+    """
 
     code = "overloaded"
 
@@ -185,6 +190,15 @@ class ModeratorUnavailable(CannotAccept):
     """The moderator does not answer."""
 
     code = "moderator_unavailable"
+
+
+class NoAnswer(ModeratorUnavailable):
+    """The moderator was asked and did not answer: what was asked may have been done, or not.
+
+    So this one does *not* say that nothing was stored.
+    """
+
+    code = "outcome_unknown"
 
 
 class WorkerUnavailable(CannotAccept):
@@ -243,6 +257,23 @@ class StaleWorker(HcnaError):
 
     def __str__(self) -> str:
         return f"{self.worker}: incarnation {self.incarnation} was replaced by {self.current}"
+
+
+class StaleModerator(HcnaError):
+    """A moderator's tokens are older than some this worker has seen: its store was replaced."""
+
+    code = "stale_moderator"
+
+    def __init__(self, generation: int, seen: int, mark: str) -> None:
+        super().__init__(generation, seen, mark)
+        self.generation, self.seen, self.mark = generation, seen, mark
+
+    def __str__(self) -> str:
+        return (
+            f"M1 serves a store of generation {self.generation}, and this worker has worked for "
+            f"generation {self.seen}: that store is an older copy. Stop that M1; or, if the store "
+            f"was meant to begin anew, remove {self.mark} on this worker"
+        )
 
 
 class StoreTooOld(HcnaError):

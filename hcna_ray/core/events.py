@@ -19,6 +19,15 @@ class TimePassed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClockStepped:
+    """The moderator's wall clock was put another way: durations go on as they were."""
+
+    at: float
+    #: Seconds by which it is ahead of what it would have been; negative when it was put back.
+    by_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DependencySettled:
     """A task named in ``depends_on`` ended."""
 
@@ -142,6 +151,7 @@ class TaskReplayed:
 
 Event = (
     TimePassed
+    | ClockStepped
     | DependencySettled
     | KeyHeld
     | KeyReleased
@@ -160,6 +170,7 @@ Event = (
 #: Every event type; the transition table has a row for each of them in each state.
 EVENT_TYPES: tuple[type[Event], ...] = (
     TimePassed,
+    ClockStepped,
     DependencySettled,
     KeyHeld,
     KeyReleased,

@@ -23,6 +23,7 @@ from hcna_ray.core.events import (
     AttemptProgressed,
     AttemptStarted,
     CancelRequested,
+    ClockStepped,
     Command,
     DependencySettled,
     Event,
@@ -312,6 +313,12 @@ def on_time_running(task: Task, event: TimePassed) -> Step:
         reason="timeout",
     )
     return Step(step.task, step.facts, step.attempts, (*step.commands, stop))
+
+
+def on_clock_stepped(task: Task, event: ClockStepped) -> Step:
+    """Keep the age of what runs: only time that has passed may end it."""
+    lease = _lease(task)
+    return Step(task.evolve(lease=_with_start(lease, _started(lease) + event.by_s)))
 
 
 def _expire(task: Task, at: float) -> Step:
@@ -605,6 +612,7 @@ TRANSITIONS: dict[tuple[TaskState, type[Event]], Transition] = {
     (_S.QUEUED, CancelRequested): on_cancel,
     (_S.QUEUED, TaskReplayed): refuse_replay,
     (_S.RUNNING, TimePassed): on_time_running,
+    (_S.RUNNING, ClockStepped): on_clock_stepped,
     (_S.RUNNING, DependencySettled): ignore,
     (_S.RUNNING, KeyHeld): ignore,
     (_S.RUNNING, KeyReleased): ignore,

@@ -312,7 +312,7 @@ def _explain_excluded(
         if not named:
             return PendingReason(
                 "waiting_worker",
-                f"waiting for worker {needs.worker}, which has never joined "
+                f"waiting for worker {needs.worker}, which has never joined or was forgotten "
                 f"(workers: {', '.join(worker.name for worker, _ in excluded)})",
                 f"join {needs.worker}, or drop requires.worker",
             )

@@ -29,12 +29,14 @@ from hcna_ray.core.envelopes import Intent, Telemetry
 from hcna_ray.core.errors import (
     HcnaError,
     ModeratorUnavailable,
+    StaleModerator,
     StaleWorker,
     WorkerNameTaken,
 )
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
 from hcna_ray.runtime.host import last_words, signal_group
 from hcna_ray.runtime.journal import (
+    GenerationMark,
     RunnerFiles,
     StopOrder,
     process_birth,
@@ -75,6 +77,8 @@ RETRY_S = 0.2
 PROBE = bytes(8192)
 #: Pause before a worker whose name another one has tries again.
 STAND_BACK_S = 5.0
+#: What says that this worker is not to work for that moderator, at least for a while.
+REFUSED = (StaleWorker, WorkerNameTaken, StaleModerator)
 #: How long a goodbye may take; the supervisor waits for 5 s in all.
 GOODBYE_S = 4.0
 #: What the supervisor leaves in the run directory, and what it waits for.
@@ -189,6 +193,7 @@ class WorkerAgent:
         """
         self._settings, self._link, self._processes = settings, link, processes
         self._clock, self._describe, self._telemetry = clock, describe, telemetry
+        self._mark = GenerationMark(settings.outbox)
         self._kill = kill or signal_group
         self._birth, self._new_id = birth, new_id
         self._members: dict[str, _Member] = {}
@@ -299,7 +304,7 @@ class WorkerAgent:
                 else:
                     self._connected = False
                     continue
-            except (StaleWorker, WorkerNameTaken) as error:
+            except REFUSED as error:
                 self._stand_back(error)
                 await asyncio.sleep(STAND_BACK_S)
                 continue
@@ -318,7 +323,7 @@ class WorkerAgent:
                 pass
 
     def _stand_back(self, error: HcnaError) -> None:
-        """Somebody else is this worker: run nothing here until that one is away."""
+        """Another one is this worker, or M1 is not to be trusted: run nothing until that ends."""
         if self._standing_back or self._closing:
             return
         self._standing_back = True
@@ -341,6 +346,7 @@ class WorkerAgent:
         failpoints.hit("agent.hello.before")
         welcome = await self._link.hello(hello)
         failpoints.hit("agent.hello.answered")
+        self._follow_generation(welcome.generation)
         for files in self._leftovers:
             files.remove()
         self._leftovers.clear()
@@ -355,6 +361,33 @@ class WorkerAgent:
             self._settings.moderator_address,
             extra={"action": "agent.connected", "worker": self._settings.worker},
         )
+
+    def _follow_generation(self, generation: int) -> None:
+        """Stop what was granted before a restore; work for no store that a restore has replaced.
+
+        Raises:
+            StaleModerator: this worker has worked for a later generation.
+        """
+        seen = self._mark.read()
+        if generation < seen:
+            raise StaleModerator(generation, seen, str(self._mark.path))
+        if generation == seen:
+            return
+        try:
+            self._mark.write(generation)
+        except OSError as error:  # A full disk: the next hello tries again.
+            log.error(
+                "the generation cannot be written down",
+                extra={"action": "agent.generation_failed", "error": str(error)},
+            )
+        if seen:
+            log.warning(
+                "the task store was restored: stopping what was granted before",
+                extra={"action": "agent.restored", "generation": generation, "seen": seen},
+            )
+            for member in self._members.values():
+                order = StopOrder(task_id="", generation=generation, attempt=0, reason="fenced")
+                self._order(member, order)
 
     async def _collect_leftovers(self) -> tuple[Report, ...]:
         """Read the journals of executors that an earlier life of this agent owned."""
@@ -508,6 +541,12 @@ class WorkerAgent:
         name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{Token(*offer.token)}"
         if name in self._members or name in self._telling:
             return  # The same grant, told twice.
+        if Token(*offer.token).generation < self._mark.read():
+            log.error(
+                "a grant of an older generation is refused",
+                extra={"action": "agent.stale_grant", "task_id": offer.task_id},
+            )
+            return  # Not being held, it goes back by itself.
         failpoints.hit("agent.heavy.granted")
         member = self._add(HEAVY_SLOT, name, offer)
         self._spawn(self._follow(member, lambda: self._processes.start_heavy(offer, name)))
@@ -725,7 +764,7 @@ class WorkerAgent:
             async with asyncio.timeout(GOODBYE_S):
                 await self._deliver_goodbye()
             delivered = True
-        except (TimeoutError, StaleWorker, WorkerNameTaken) as error:
+        except (TimeoutError, *REFUSED) as error:
             # Its silence, or whoever is this worker now, tells the moderator as well.
             log.warning(
                 "the moderator did not hear the goodbye",
@@ -750,7 +789,7 @@ class WorkerAgent:
                 failpoints.hit("agent.goodbye.before")
                 await self._link.goodbye(bye)
                 failpoints.hit("agent.goodbye.answered")
-            except (StaleWorker, WorkerNameTaken):
+            except REFUSED:
                 raise
             except HcnaError:
                 await asyncio.sleep(RETRY_S)
@@ -791,7 +830,8 @@ class WorkerAgent:
         if self._fenced:
             self._fenced = False
             for member in self._members.values():
-                kept = [one for one in read_stops(member.files.stop) if one.task_id]
+                stops = read_stops(member.files.stop)
+                kept = [one for one in stops if one.task_id or one.generation]
                 try:
                     write_stops(member.files, kept)
                 except OSError:  # A full disk: no order at all is the better half of it.

@@ -9,6 +9,7 @@ a short one, and a cancel or a crash ends one executor and nothing else.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import logging
 import os
@@ -28,6 +29,7 @@ from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
 from hcna_ray.runtime.journal import (
     FINAL,
+    GenerationMark,
     Note,
     RunnerFiles,
     StopOrder,
@@ -54,6 +56,8 @@ from hcna_ray.runtime.runner import ArtifactLink
 
 log = logging.getLogger(__name__)
 
+#: Pause after a grant of a store that a restore has replaced.
+STALE_S = 5.0
 #: How often the host looks at notes, deadlines and its own stop orders.
 WATCH_S = 0.05
 #: Time between SIGTERM and SIGKILL.
@@ -190,6 +194,7 @@ class SlotHost:
         self._artifacts, self._clock = artifacts, clock
         self._kill = kill or signal_group
         self._stop_file = RunnerFiles(settings.outbox, settings.name).stop
+        self._mark = GenerationMark(settings.outbox)
         self._executors: dict[int, _Executor] = {}
         #: Dead, but their last words are not confirmed yet.
         self._mourned: list[_Executor] = []
@@ -563,7 +568,22 @@ class SlotHost:
                 continue
             self._note_ends(executor, executor.reports)
             executor.reports = ()
+            return await self._without_stale(grant)
+
+    async def _without_stale(self, grant: Grant) -> Grant:
+        """Leave out offers of a store that was replaced; not being held, they go back."""
+        if not grant.offers:
             return grant
+        seen = self._mark.read()
+        kept = tuple(one for one in grant.offers if Token(*one.token).generation >= seen)
+        if len(kept) < len(grant.offers):
+            log.error(
+                "a grant of an older generation is refused",
+                extra={"action": "slot.stale_grant", "seen": seen},
+            )
+            await asyncio.sleep(STALE_S)
+            grant = dataclasses.replace(grant, offers=kept)
+        return grant
 
     def _hand_over(self, executor: _Executor, offers: tuple[Offer, ...]) -> None:
         """Give an executor its grant (an empty one confirms what it reported)."""
@@ -743,12 +763,11 @@ class SlotHost:
             self._kill(executor.pid, signal.SIGKILL)
 
     def _obey_agent(self) -> None:
-        """Carry out the agent's orders: one attempt, or (with no task named) all of them."""
+        """Carry out the agent's orders."""
         for order in read_stops(self._stop_file):
-            ordered = (order.task_id, Token(order.generation, order.attempt))
             for executor in self._executors.values():
                 for key in list(executor.holds):
-                    if not order.task_id or key == ordered:
+                    if order.names(key):
                         self._obey(executor, key, order.reason)
 
 

@@ -75,13 +75,21 @@ class Note:
 class StopOrder:
     """One attempt that must end, and why: ``cancel``, ``timeout``, ``fenced`` or ``drain``.
 
-    With the reason ``unstarted`` it must not begin; once it has, the order is void.
+    With the reason ``unstarted`` it must not begin; once it has, the order is void. With no task it
+    names every attempt, or (with a generation) every one of an earlier generation.
     """
 
     task_id: str
     generation: int
     attempt: int
     reason: str
+
+    def names(self, key: tuple[str, Token]) -> bool:
+        """Whether the attempt with this task id and token is meant."""
+        task_id, token = key
+        if self.task_id:
+            return (task_id, *token) == (self.task_id, self.generation, self.attempt)
+        return not self.generation or token.generation < self.generation
 
 
 _note_decoder = msgspec.msgpack.Decoder(Note)
@@ -103,6 +111,40 @@ class RunnerFiles:
         # The note goes last: by it the next agent finds what this one left.
         for path in (self.journal, self.stop, _scratch(self.stop), self.note):
             path.unlink(missing_ok=True)
+
+
+class GenerationMark:
+    """The highest generation of tokens that a worker has worked for, beside its outbox's journals.
+
+    A restore raises the generation: whoever comes with a lower one serves a store that was
+    replaced.
+    """
+
+    def __init__(self, outbox: Path) -> None:
+        """Name the file; it need not exist."""
+        self.path = outbox / "generation"
+
+    def read(self) -> int:
+        """Return the highest generation seen; 0 if none is known."""
+        try:
+            return int(self.path.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
+
+    def write(self, generation: int) -> None:
+        """Remember a generation over a restart of this machine."""
+        scratch = self.path.with_suffix(".new")
+        with scratch.open("w", encoding="ascii") as file:
+            file.write(str(generation))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(self.path)
+
+
+def forget_generations(outboxes: Path) -> None:
+    """Let the workers of this machine work for another cluster, whatever its generation."""
+    for folder in outboxes.glob("*"):
+        GenerationMark(folder).path.unlink(missing_ok=True)
 
 
 class JournalWriter:

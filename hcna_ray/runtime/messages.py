@@ -86,6 +86,8 @@ class WorkerInfo:
     trouble: str = ""
     #: Seconds that the worker's wall clock is ahead of M1's.
     clock_ahead_s: float = 0.0
+    #: Tasks that wait for this very worker; counted when it is forgotten.
+    waiting: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, Invalid, StoreUnavailable
-from hcna_ray.core.events import TimePassed
-from hcna_ray.core.models import Task, WorkerState
+from hcna_ray.core.events import ClockStepped, TimePassed
+from hcna_ray.core.models import Task, TaskState, WorkerState
 from hcna_ray.runtime.aftermath import Aftermath
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable
 from hcna_ray.runtime.intake import Intake
@@ -63,6 +63,8 @@ TIMERS_MAX = 1000
 #: Tasks pruned in one batch, and how often pruning looks.
 PRUNE_MAX = 500
 PRUNE_PERIOD_S = 30.0
+#: Seconds by which the wall clock may leave the steady one between two batches; more is a step.
+CLOCK_STEP_S = 2.0
 #: Pause between two looks at silent workers, free disk space and parked calls.
 HOUSEKEEPING_S = 1.0
 
@@ -120,6 +122,8 @@ class Moderator:
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
         self._housekept = self._pruned = clock.elapsed()
+        #: How far the wall clock is ahead of the one that never steps.
+        self._ahead_s = clock.now() - clock.elapsed()
         #: Whether memory has to be read from the store before anything is decided.
         self._stale = True
         self._rebuild()
@@ -175,6 +179,7 @@ class Moderator:
     def _decide(self, turn: Turn, batch: Sequence[Pending]) -> int:
         """Take the batch through to its commit; return the newest fact's number."""
         self._preload(turn, batch)
+        self._follow_clock(turn)
         for pending in batch:
             try:
                 answer = self._handle(turn, pending)
@@ -333,6 +338,27 @@ class Moderator:
 
     # -- time ------------------------------------------------------------------------------------
 
+    def _follow_clock(self, turn: Turn) -> None:
+        """Keep the age of running attempts when somebody puts the wall clock another way."""
+        ahead_s = turn.now - turn.elapsed
+        by_s = ahead_s - self._ahead_s
+        if abs(by_s) < CLOCK_STEP_S:
+            self._ahead_s = ahead_s
+            return
+        log.warning(
+            "the clock of this machine was put %+.0f s; running attempts keep their age",
+            by_s,
+            extra={"action": "clock.stepped", "by_s": round(by_s, 1)},
+        )
+        for task in list(self._live.tasks.values()):
+            if task.state is TaskState.RUNNING:
+                turn.ledger.step(task, ClockStepped(at=turn.now, by_s=by_s))
+
+        def follow() -> None:
+            self._ahead_s = ahead_s
+
+        turn.effects.append(follow)
+
     def _run_timers(self, turn: Turn) -> None:
         wake_at = self._store.next_wake()
         if wake_at is None or wake_at > turn.now:
@@ -356,9 +382,11 @@ class Moderator:
             turn.writes.append(lambda: self._prune(turn.now))
 
     def _prune(self, now: float) -> None:
+        """Delete what has been kept long enough; what one batch cannot take goes with the next."""
         ended_before = now - self._policy.retention_s
         keys_before = ended_before - self._policy.idempotency_s
-        self._store.prune(ended_before, keys_before, PRUNE_MAX)
+        if self._store.prune(ended_before, keys_before, PRUNE_MAX) >= PRUNE_MAX:
+            self._pruned -= PRUNE_PERIOD_S
         failpoints.hit("moderator.prune.written")
 
     # -- looking in ------------------------------------------------------------------------------

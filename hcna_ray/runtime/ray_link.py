@@ -2,8 +2,8 @@
 
 Every actor of ours answers ``call(method, args, kwargs)`` with ``("ok", value)`` or ``("error",
 HcnaError)``: expected trouble travels as a value, so that Ray neither logs nor wraps it. What Ray
-itself raises (the actor died, is restarting, did not answer) becomes `ModeratorUnavailable`; the
-caller repeats the call, which is always harmless.
+itself raises (the actor died, is restarting, did not answer) becomes `NoAnswer`, for the call may
+have been carried out; the caller repeats it, which is always harmless.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from hcna_ray import failpoints
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
@@ -64,13 +64,14 @@ class ActorLink:
         """Call and wait, from a thread without an event loop.
 
         Raises:
-            ModeratorUnavailable: no answer; it is unknown whether the call took effect.
+            NoAnswer: it is unknown whether the call took effect.
+            ModeratorUnavailable: there is no such actor; nothing was sent.
             HcnaError: the actor's own answer.
         """
         try:
             reply = ray.get(self._start(method, args, kwargs), timeout=timeout_s)
         except (RayError, GetTimeoutError) as error:
-            raise self._unavailable(error) from error
+            raise self._no_answer(error) from error
         return _unwrap(reply)
 
     async def acall(
@@ -82,13 +83,13 @@ class ActorLink:
                 reply = await self._start(method, args, kwargs)
                 failpoints.hit("actor.call.answered")
         except (RayError, TimeoutError) as error:
-            raise self._unavailable(error) from error
+            raise self._no_answer(error) from error
         return _unwrap(reply)
 
-    def _unavailable(self, error: BaseException) -> ModeratorUnavailable:
+    def _no_answer(self, error: BaseException) -> NoAnswer:
         if isinstance(error, RayActorError):
             self._handle = None  # Look it up again: a new cluster has a new actor.
-        return ModeratorUnavailable(f"{self._name} did not answer ({type(error).__name__})", 2)
+        return NoAnswer(f"{self._name} did not answer ({type(error).__name__})", 2)
 
 
 def _unwrap(reply: tuple[str, Any]) -> Any:

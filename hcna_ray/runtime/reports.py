@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from hcna_ray.core.errors import Invalid
@@ -19,6 +21,14 @@ from hcna_ray.core.models import FailureKind, Task, TaskError, Token
 from hcna_ray.runtime.messages import DRAINED, NOT_STARTED, Ack, Report, ReportKind
 from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.turn import Turn
+
+log = logging.getLogger(__name__)
+
+#: Late ends remembered as being on record, and lines added to the record in one window of time: a
+#: worker that repeats itself must not fill the audit log.
+LATE_KNOWN = 4096
+LATE_LINES_MAX = 1000
+LATE_WINDOW_S = 60.0
 
 
 class ReportDesk:
@@ -38,6 +48,13 @@ class ReportDesk:
             starts: Counts what was handed out and never began.
         """
         self._observe, self._jitter, self._starts = observe, jitter, starts
+        #: Late ends that are on record, oldest first.
+        self._noted: OrderedDict[tuple[str, tuple[int, int], str], None] = OrderedDict()
+        self._window_end, self._lines = 0.0, 0
+
+    def reset(self) -> None:
+        """Forget what was put on record: it may not have been committed."""
+        self._noted.clear()
 
     def apply(self, turn: Turn, reports: Iterable[Report], skew: float = 0.0) -> Ack:
         """Apply reports in order; say how many counted and which were late.
@@ -57,8 +74,36 @@ class ReportDesk:
             else:
                 late.append((report.task_id, report.token))
                 if task is not None and report.kind in _ENDS:
-                    _note_late(turn, report)
+                    self._note_late(turn, report)
         return Ack(applied=applied, late=tuple(late))
+
+    def _note_late(self, turn: Turn, report: Report) -> None:
+        """Put a late end on record, once: it changed nothing."""
+        generation, attempt = report.token
+        name = (report.task_id, (generation, attempt), report.kind)
+        if name in self._noted:
+            self._noted.move_to_end(name)
+            return
+        if turn.elapsed >= self._window_end:
+            self._window_end, self._lines = turn.elapsed + LATE_WINDOW_S, 0
+        self._lines += 1
+        if self._lines > LATE_LINES_MAX:
+            if self._lines == LATE_LINES_MAX + 1:
+                log.warning(
+                    "very many late reports: for a minute the audit log tells of no more",
+                    extra={"action": "report.late_dropped"},
+                )
+            return
+        self._noted[name] = None
+        if len(self._noted) > LATE_KNOWN:
+            self._noted.popitem(last=False)
+        turn.note(
+            "worker",
+            "report.late",
+            report.task_id,
+            "refused",
+            f"{generation}.{attempt} {report.kind} counts no longer",
+        )
 
     def _report(self, turn: Turn, task: Task, report: Report) -> bool:
         token = Token(*report.token)
@@ -135,18 +180,6 @@ class ReportDesk:
 
 #: Reports of work that was done; when they come too late, somebody may ask where it went.
 _ENDS = frozenset({ReportKind.COMPLETED, ReportKind.FAILED})
-
-
-def _note_late(turn: Turn, report: Report) -> None:
-    """Put a late or repeated end on record: it changed nothing."""
-    generation, attempt = report.token
-    turn.note(
-        "worker",
-        "report.late",
-        report.task_id,
-        "refused",
-        f"{generation}.{attempt} {report.kind} counts no longer",
-    )
 
 
 def _on_our_clock(report: Report, task: Task, turn: Turn, skew: float) -> Report:

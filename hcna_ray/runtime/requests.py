@@ -142,6 +142,9 @@ Request = (
     | Query
 )
 
+#: What workers ask, and what is told about them. Without it leases run out.
+FROM_WORKERS = (Exchange, Reports, SlotGone, Hello, Heartbeat, Goodbye, NodesSeen)
+
 
 class Pending:
     """A request on its way to an answer. Answered once, and only after the commit."""

@@ -24,6 +24,7 @@ import msgspec
 
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
+from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import FailureKind, Outcome, Progress, TaskError, Token
 from hcna_ray.handlers.context import ArtifactRef, TaskContext
 from hcna_ray.handlers.errors import ResultTooLarge, TaskCancelled, TaskTimedOut
@@ -345,12 +346,25 @@ class Runner:
         return outcome
 
     def _offload(self, large: ResultTooLarge) -> HandlerOutcome:
-        """Keep a result that is too large to travel with its task as an artifact."""
+        """Keep a result that is too large to travel with its task as an artifact.
+
+        Where that cannot be done (a full disk, here or at M1) the attempt fails and says so: a
+        later one may find room.
+        """
         assert large.result is not None
-        with tempfile.NamedTemporaryFile(dir=self._settings.scratch_root, suffix=".json") as out:
-            out.write(large.result)
-            out.flush()
-            sha256, size = self._artifacts.put(Path(out.name))
+        scratch = self._settings.scratch_root
+        try:
+            with tempfile.NamedTemporaryFile(dir=scratch, suffix=".json") as out:
+                out.write(large.result)
+                out.flush()
+                sha256, size = self._artifacts.put(Path(out.name))
+        except (OSError, HcnaError) as error:
+            failure = TaskError(
+                kind=FailureKind.ERROR,
+                type=type(error).__name__,
+                message=f"its result of {large.size} bytes could not be kept: {error}"[:500],
+            )
+            return HandlerOutcome(outcome=Outcome.ERRORED, error=failure)
         reference = {"artifact": {"sha256": sha256, "size": size, "media_type": "application/json"}}
         return HandlerOutcome(outcome=Outcome.COMPLETED, result=msgspec.json.encode(reference))
 

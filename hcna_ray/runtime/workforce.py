@@ -119,6 +119,7 @@ class Workforce:
         self.take_renewals(elapsed)
         self._stops.clear()
         self._starts.reset()
+        self._reports.reset()
         for task in leased:
             if task.cancel_requested_at is not None and task.lease is not None:
                 stop = Stop(task.id, task.lease.token, task.lease.slot, "cancel")
@@ -345,6 +346,7 @@ class Workforce:
         if state not in AWAY and not request.force:
             raise WorkerOnline(name, state.value)
         info = self.info(session, turn.elapsed)
+        info = dataclasses.replace(info, waiting=self._waiting_for(session.record))
         self.renewals.withdraw(name)
         # Nobody waits for it any more, whatever a task's on_disconnect says.
         self._close_leases(turn, name, f"{name} was forgotten", worker_gone=False, counted=False)
@@ -356,6 +358,15 @@ class Workforce:
         turn.note(request.principal, "worker.forget", name, "done")
         log.info("%s is forgotten", name, extra={"action": "worker.forgotten", "worker": name})
         return info
+
+    def _waiting_for(self, record: WorkerRecord) -> int:
+        """Count what will wait for a worker that is forgotten: for it alone, or for its return."""
+        names = (record.name, record.node_id)
+        ready = self._store.ready_lanes().items()
+        held = self._live.on_worker(record.name)
+        return sum(count for lane, count in ready if lane.needs.worker in names) + sum(
+            task.spec.needs.worker in names for task in held
+        )
 
     def _save(self, turn: Turn, record: WorkerRecord) -> None:
         turn.writes.append(lambda: self._store.save_worker(record))

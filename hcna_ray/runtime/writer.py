@@ -1,7 +1,8 @@
 """The writer thread: group commit around a `Moderator`.
 
 Calls gather while the last batch is being decided and committed; then they all go into the next
-one. Batches form by themselves under load, and a lone call waits for nobody.
+one. Batches form by themselves under load, and a lone call waits for nobody. Clients and workers
+have an inbox's worth of room each: however many tasks are sent in, workers renew their leases.
 
 A second thread stands in when the store holds the writer up: heartbeats are answered from memory,
 and what nobody should wait for any longer is refused. It decides nothing.
@@ -19,7 +20,7 @@ from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded, StoreUnavailable
 from hcna_ray.runtime.messages import Heartbeat
 from hcna_ray.runtime.moderator import Moderator, Outbound
-from hcna_ray.runtime.requests import Pending, Request
+from hcna_ray.runtime.requests import FROM_WORKERS, Pending, Request
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,15 @@ class WriterThread:
             clock: Clock for arrival times.
             publish: Takes what may leave. Called on the writer's thread after each commit, and on
                 another one while that one is held up.
-            items_max: Calls that may wait at once; more are refused with `Overloaded`.
+            items_max: Calls of clients that may wait at once, and as many of workers; more are
+                refused with `Overloaded`.
             exit_process: Ends the process at once, without cleaning up.
         """
         self._build, self._clock, self._publish = build, clock, publish
         self._items_max, self._exit = items_max, exit_process
         self._inbox: list[Pending] = []
+        #: How many of those in the inbox come from workers.
+        self._of_workers = 0
         self._wake = threading.Condition()
         self._closed = False
         self._failed: BaseException | None = None
@@ -110,19 +114,30 @@ class WriterThread:
     def submit(self, request: Request, resolve: Callable[[object], None]) -> None:
         """Queue a call; ``resolve`` gets its answer on the writer's thread, after the commit."""
         pending = Pending(request, resolve, self._clock.elapsed())
+        of_worker = isinstance(request, FROM_WORKERS)
         with self._wake:
             if self._closed:
                 refusal: HcnaError = ModeratorUnavailable("the moderator is stopping", 2)
             elif self._trouble is not None:
                 refusal = self._trouble
-            elif len(self._inbox) >= self._items_max:
+            elif self._waiting(of_worker) >= self._items_max:
                 refusal = Overloaded("the moderator's inbox is full", 1)
             else:
                 self._inbox.append(pending)
+                self._of_workers += of_worker
                 if len(self._inbox) == 1:
                     self._wake.notify()
                 return
         resolve(refusal)
+
+    def _waiting(self, of_workers: bool) -> int:
+        return self._of_workers if of_workers else len(self._inbox) - self._of_workers
+
+    def _keep(self, kept: list[Pending]) -> list[Pending]:
+        """Put these in the place of the inbox; return what was in it."""
+        taken, self._inbox = self._inbox, kept
+        self._of_workers = sum(isinstance(one.request, FROM_WORKERS) for one in kept)
+        return taken
 
     def close(self) -> None:
         """Commit what is waiting, then stop. Harmless twice."""
@@ -194,7 +209,7 @@ class WriterThread:
             )
         with self._wake:
             self._trouble = trouble
-            refused, self._inbox = self._inbox, []
+            refused = self._keep([])
         self._started.set()
         self._publish(Outbound(tuple((pending, trouble) for pending in refused)))
         with self._wake:
@@ -210,7 +225,7 @@ class WriterThread:
                 self._busy_since = None
                 if not self._inbox and not self._closed and pause > 0:
                     self._wake.wait(pause)
-                batch, self._inbox = self._inbox, []
+                batch = self._keep([])
                 closed = self._closed
                 self._busy_since = self._clock.elapsed()
             if closed and not batch:
@@ -249,5 +264,5 @@ class WriterThread:
                     kept.append(pending)
                 else:
                     answers.append((pending, answer))
-            self._inbox = kept
+            self._keep(kept)
         return answers

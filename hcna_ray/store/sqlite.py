@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ import apsw
 from hcna_ray import failpoints
 from hcna_ray.core.errors import (
     NotFound,
+    Overloaded,
     StoreDamaged,
     StoreFull,
     StoreTooOld,
@@ -64,6 +66,9 @@ _BUSY_MS = 5000
 #: Longest that a commit waits for readers of old pages before the log simply grows on. A backup is
 #: such a reader for seconds, and leases are renewed by commits.
 _READERS_MS = 250
+#: Longest time one read may take, and how often (in SQLite's steps) a read looks at the clock.
+READ_S_MAX = 5.0
+_LOOK_STEPS = 100_000
 _SEQ_MAX = 2**63 - 1
 _FSYNC_FAILED = frozenset({apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC})
 _REFUSED = (
@@ -583,7 +588,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
 class SqliteTaskReader(_Connection):
     """Reads of a SQLite file that somebody else writes. Implements `TaskReader`.
 
-    Every method is one statement, hence one short read transaction that sees one commit.
+    Every method is one statement, hence one short read transaction that sees one commit. One that
+    takes longer than `READ_S_MAX` is broken off with `Overloaded`: as long as it lasts, the log
+    beside the database cannot start again, and whoever else reads here waits.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, library_version: str | None = None) -> None:
@@ -607,6 +614,7 @@ class SqliteTaskReader(_Connection):
         try:
             super().__init__(db, cache_bytes=16 * 1024 * 1024)
             self._run("PRAGMA query_only = ON")
+            db.set_progress_handler(self._takes_too_long, _LOOK_STEPS)
             if not check_schema(db):
                 raise missing
         except apsw.Error as error:
@@ -616,13 +624,26 @@ class SqliteTaskReader(_Connection):
             db.close()
             raise
 
+    def _run(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+        self._until = time.monotonic() + READ_S_MAX
+        try:
+            return super()._run(sql, values)
+        except apsw.InterruptError as error:
+            raise Overloaded(
+                f"this read takes longer than {READ_S_MAX:g} s; ask for less at once", 5
+            ) from error
+
+    def _takes_too_long(self) -> bool:
+        return time.monotonic() > self._until
+
     def check(self) -> None:
-        """Compare every table with its indexes. Reads everything.
+        """Compare every table with its indexes. Reads everything, however long that takes.
 
         Raises:
             StoreDamaged: they contradict each other.
         """
-        ((found,), *_) = self._run("PRAGMA integrity_check(1)")
+        self._until = float("inf")
+        ((found,), *_) = super()._run("PRAGMA integrity_check(1)")
         if found != "ok":
             raise StoreDamaged(str(found))
 

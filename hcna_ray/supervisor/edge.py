@@ -26,7 +26,7 @@ def edge_config(settings: Settings) -> str:
             (408, "request_timeout", "Request Timeout", "The request did not arrive in time."),
             (502, "moderator_unavailable", "Bad Gateway", "C1 gave no valid answer."),
             (503, "moderator_unavailable", "Service Unavailable", "C1 is not up at the moment."),
-            (504, "moderator_unavailable", "Gateway Timeout", "C1 did not answer in time."),
+            (504, "outcome_unknown", "Gateway Timeout", "C1 did not answer in time."),
         )
     )
     missing = _problem(

@@ -17,7 +17,7 @@ import apsw
 import msgspec
 import pytest
 
-from hcna_ray.core.errors import SchemaTooNew, StoreTooOld, StoreUnavailable
+from hcna_ray.core.errors import Overloaded, SchemaTooNew, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
 from hcna_ray.store import bookkeeping, codec, rows, sqlite
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
@@ -232,6 +232,31 @@ class TestSeveralConnections:
             largest = max(largest, log.stat().st_size)
         assert sqlite_path.stat().st_size > 3 * bound
         assert bound / 16 < largest <= bound
+        reader.close()
+        store.close()
+
+    def test_a_read_that_takes_too_long_is_broken_off_and_lets_the_log_start_again(
+        self, sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bound = 1024 * 1024
+        store = SqliteTaskStore(sqlite_path, wal_bytes_max=bound)
+        put(store, *(a_task(f"t{i}", seq=i) for i in range(1, 101)))
+        reader = store.reader()
+        endless = (
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+            "SELECT count(*) FROM n, task"
+        )
+        monkeypatch.setattr(sqlite, "READ_S_MAX", 0.2)
+
+        with pytest.raises(Overloaded, match="ask for less"):
+            reader._run(endless)
+
+        monkeypatch.undo()
+        assert len(reader.get([f"t{i}" for i in range(1, 101)])) == 100
+        # It holds no old page any more: beside it the log stays within its bound.
+        for i in range(101, 221):
+            put(store, a_task(f"t{i}", seq=i, payload=os.urandom(32 * 1024)))
+        assert Path(f"{sqlite_path}-wal").stat().st_size <= bound
         reader.close()
         store.close()
 

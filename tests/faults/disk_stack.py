@@ -50,7 +50,7 @@ RESEND_S = 60.0
 #: Between the end of a process and its next start.
 RESTART_S = 0.1
 #: Answers that a client may get while a disk fails.
-EXPECTED = frozenset({200, 202, 409, 503, 507})
+EXPECTED = frozenset({200, 202, 409, 503, 504, 507})
 
 
 @dataclass

@@ -621,6 +621,7 @@ class Town:
         self.load = float(chosen.get("load", 1.2))
         #: By how much the moderator's wall clock is put.
         self.clock_steps: tuple[float, ...] = chosen.get("clock_steps", (0.0,))
+        self._put_back_s = 0.0
         self.power = bool(chosen.get("power", False))
         self.free_bytes = 1 << 40
         self.steps = self.commits = self.lives = 0
@@ -1072,7 +1073,9 @@ class Town:
                         back, power=kind == "worker loses power", polite=kind == "stop worker"
                     )
             case "step clock":
-                self.clock.stepped += draw.choice(self.clock_steps)
+                by_s = draw.choice(self.clock_steps)
+                self.clock.stepped += by_s
+                self._put_back_s += max(0.0, -by_s)
             case "pause queue":
                 self._pause_queue(draw.random() < 0.5)
             case _:
@@ -1137,7 +1140,8 @@ class Town:
         """Heal everything, and wait until all that can end has ended."""
         self._heal(all_of_it=True)
         self._pause_queue(False)
-        end = self.clock.true + DRAIN_S
+        # What is due at an hour waits for it anew each time the clock is put back.
+        end = self.clock.true + DRAIN_S + self._put_back_s
         quiet = 0
         while self.clock.true < end and not self.broken:
             self._tick()

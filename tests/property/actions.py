@@ -157,6 +157,10 @@ class Life:
     def tick(self) -> None:
         self.world.tick((0.5, 1.0, 3.0, 12.0, 80.0)[self.pick(5)])
 
+    @action("trouble", 1)
+    def put_clock(self) -> None:
+        self.world.put_clock((30.0, 900.0, 90_000.0)[self.pick(3)])
+
     @action("life", 6, lambda w: w.may_dispatch())
     def dispatch(self) -> None:
         self.world.dispatch()

@@ -22,6 +22,7 @@ from hcna_ray.core.events import (
     AttemptProgressed,
     AttemptStarted,
     CancelRequested,
+    ClockStepped,
     Command,
     DependencySettled,
     Event,
@@ -393,7 +394,7 @@ class World:
             case AttemptStarted():
                 ledger.started = True
                 return TaskState.RUNNING
-            case AttemptProgressed():
+            case AttemptProgressed() | ClockStepped():
                 return task.state
             case AttemptCompleted():
                 return TaskState.COMPLETED
@@ -583,6 +584,19 @@ class World:
                 again = woken.wake_at
                 late = again is None or again > self.clock or woken.state is not task.state
                 self.must(late, "the clock does not spin", task)
+
+    def put_clock(self, by_s: float) -> None:
+        """Put the clock on another time: what runs keeps its age."""
+        self.clock += by_s
+        for task in list(self.disk.tasks.values()):
+            if task.state is TaskState.RUNNING:
+                before = task.wake_at
+                moved = self.handle(task.id, ClockStepped(at=self.clock, by_s=by_s)).task
+                assert before is not None
+                assert moved.wake_at is not None
+                kept = abs(moved.wake_at - before - by_s) < 1e-3
+                self.must(kept, "a running attempt keeps its age", task)
+        self.tick(0.0)
 
     def views(self) -> dict[str, WorkerView]:
         """Return the snapshot that a scheduling decision sees."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
@@ -55,6 +55,7 @@ class FakeModerator:
     Attributes:
         down: Nobody answers.
         answers_lost: So many of the next submits are carried out, and their answers lost.
+        dies: The next submit is carried out, and then nobody answers any more.
         gate: While set to an event, submits wait for it; so a test can see them gather.
         batches: Every batch that arrived.
         refuses: Raised by every write, if set.
@@ -64,6 +65,7 @@ class FakeModerator:
         self.desk = FeedingDesk(**policy)
         self.down = False
         self.answers_lost = 0
+        self.dies = False
         self.gate: asyncio.Event | None = None
         self.batches: list[SubmitBatch] = []
         self.change_calls = 0
@@ -99,9 +101,13 @@ class FakeModerator:
         if self.gate is not None:
             await self.gate.wait()
         results: Sequence[SubmitResult] = self._ask(batch)
+        if self.dies:
+            self.dies = False
+            self.kill()
+            raise NoAnswer("the moderator died", 2)
         if self.answers_lost:
             self.answers_lost -= 1
-            raise ModeratorUnavailable("the answer was lost", 2)
+            raise NoAnswer("the answer was lost", 2)
         return results
 
     async def cancel(self, task_id: str, *, reason: str, principal: str) -> TaskState:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hcna_ray.core.clock import SystemClock
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
@@ -170,19 +170,23 @@ class SocketLink:
         """Send a request and return its answer.
 
         Raises:
-            ModeratorUnavailable: no answer; it is unknown whether the call took effect.
+            NoAnswer: it is unknown whether the call took effect.
+            ModeratorUnavailable: nothing was sent.
             HcnaError: the answer.
         """
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         try:
             writer = await self._open()
+        except OSError as error:
+            raise ModeratorUnavailable(f"the moderator is not there ({error!r})", 1) from error
+        try:
             self._waiting[number] = answer
             _write(writer, (number, request))
             async with asyncio.timeout(timeout_s):
                 found = await answer
         except (OSError, TimeoutError) as error:
-            raise ModeratorUnavailable(f"the moderator did not answer ({error!r})", 1) from error
+            raise NoAnswer(f"the moderator did not answer ({error!r})", 1) from error
         finally:
             self._waiting.pop(number, None)
         if isinstance(found, HcnaError):

@@ -78,7 +78,7 @@ TOWNS: dict[str, dict[str, Any]] = {
     # Not an hour forward: run time is watched on the wall clock, so it ends what runs (F21).
     "clock": {
         "faults": {"step clock": 4, "partition": 1, "kill moderator": 1},
-        "clock_steps": (-3600.0, -300.0, -40.0, 40.0, 120.0),
+        "clock_steps": (-3600.0, -300.0, -40.0, 40.0, 300.0, 3600.0),
         "every_s": 15,
     },
     "prune": {

@@ -8,7 +8,7 @@ from ray import cloudpickle
 
 from hcna_ray.api import deployment
 from hcna_ray.api.ray_moderator import RayModerator
-from hcna_ray.core.errors import ModeratorUnavailable
+from hcna_ray.core.errors import ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskFilter, TaskState
 from hcna_ray.runtime.messages import ReplayQuery, SubmitBatch
 from tests.support.builders import T0, a_spec
@@ -73,3 +73,20 @@ async def test_every_call_reaches_the_actor_under_its_name() -> None:
     fake.kill()
     with pytest.raises(ModeratorUnavailable):
         await moderator.status()
+
+
+async def test_only_what_changes_something_may_have_happened_without_an_answer() -> None:
+    class SilentLink:
+        async def acall(
+            self, method: str, *args: Any, timeout_s: float = 15.0, **kwargs: Any
+        ) -> Any:
+            raise NoAnswer("moderator did not answer", 2)
+
+    moderator = RayModerator(SilentLink())
+
+    with pytest.raises(NoAnswer):
+        await moderator.cancel("t1", reason="", principal="p")
+    for look in (moderator.status, moderator.workers, moderator.worker_views):
+        with pytest.raises(ModeratorUnavailable) as refused:
+            await look()
+        assert not isinstance(refused.value, NoAnswer)

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
 from hcna_ray.api.gather import FULL_S, Gatherer
-from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, QueueFull
+from hcna_ray.core.errors import (
+    ModeratorUnavailable,
+    NoAnswer,
+    Overloaded,
+    QueueFull,
+    StoreUnavailable,
+)
 from hcna_ray.core.models import TaskSpec, TaskState
-from hcna_ray.runtime.messages import Accepted, Refused
+from hcna_ray.runtime.messages import Accepted, Refused, SubmitBatch, SubmitResult
 from tests.support.builders import T0
 from tests.support.fake_moderator import FakeModerator
 
@@ -149,6 +156,63 @@ async def test_after_ten_seconds_of_silence_everybody_is_told() -> None:
     assert all(isinstance(result, ModeratorUnavailable) for result in results)
     assert 9 <= moderator.desk.clock.elapsed() - since <= 11
     assert (gatherer.items, gatherer.bytes) == (0, 0)
+
+
+async def test_who_was_sent_and_never_answered_is_told_that_nobody_knows() -> None:
+    moderator = FakeModerator()
+    moderator.dies = True
+    gatherer = a_gatherer(moderator, call_items=1)
+
+    first, second = await asyncio.gather(
+        gatherer.submit([spec("t1")]), gatherer.submit([spec("t2")]), return_exceptions=True
+    )
+    third = await asyncio.gather(gatherer.submit([spec("t3")]), return_exceptions=True)
+
+    assert isinstance(first, NoAnswer)  # It is stored, as it happens.
+    assert moderator.desk.memory.get(["t1"])
+    # Of the others nothing was sent: it is true that nothing is stored.
+    for refused in (second, *third):
+        assert type(refused) is ModeratorUnavailable
+    assert {one.id for batch in moderator.batches for one in batch.specs} == {"t1"}
+
+    moderator.revive()
+    assert await gatherer.submit([spec("t4")])
+
+
+async def test_a_refusal_after_a_lost_answer_is_not_believed() -> None:
+    moderator = FakeModerator()
+    moderator.answers_lost = 1
+    gatherer = a_gatherer(moderator)
+    submitted = moderator.submit
+
+    async def with_a_store_that_goes_away(batch: SubmitBatch) -> Sequence[SubmitResult]:
+        try:
+            return await submitted(batch)
+        finally:
+            moderator.refuses = StoreUnavailable("read-only", 3)
+
+    moderator.submit = with_a_store_that_goes_away  # type: ignore[method-assign]
+
+    with pytest.raises(NoAnswer, match="read-only"):
+        await gatherer.submit([spec("t1")])
+    with pytest.raises(StoreUnavailable):
+        await gatherer.submit([spec("t2")])
+    assert moderator.desk.memory.get(["t1"])
+    assert not moderator.desk.memory.get(["t2"])
+
+
+async def test_a_call_that_closing_cuts_off_may_have_been_carried_out() -> None:
+    moderator = FakeModerator()
+    moderator.gate = asyncio.Event()
+    gatherer = a_gatherer(moderator, call_items=1)
+    calls = [asyncio.create_task(gatherer.submit([spec(f"t{i}")])) for i in range(2)]
+    await turns()
+
+    await gatherer.close(timeout_s=0.01)
+
+    sent, held = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(sent, NoAnswer)
+    assert type(held) is ModeratorUnavailable
 
 
 async def test_a_client_that_left_does_not_disturb_the_others() -> None:

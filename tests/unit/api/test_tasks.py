@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from hcna_ray.api.schemas import SubmitOut, TaskOut, TasksOut
-from hcna_ray.core.errors import DiskFull, Overloaded, StoreFull, StoreUnavailable
+from hcna_ray.core.errors import (
+    DiskFull,
+    NoAnswer,
+    Overloaded,
+    StoreFull,
+    StoreUnavailable,
+)
 from hcna_ray.runtime.messages import ReportKind
 from tests.support.c1 import Composite
 
@@ -109,6 +115,35 @@ async def test_without_the_moderator_reads_work_and_writes_are_refused(c1: Compo
     assert refused.status_code == 503
     assert refused.json()["code"] == "moderator_unavailable"
     assert refused.headers["retry-after"] == "2"
+
+
+async def test_a_task_that_waits_for_a_forgotten_worker_says_so(c1: Composite) -> None:
+    worker = c1.moderator.join()
+    task_id = await c1.submit(on_disconnect="wait")
+    (offer,) = worker.granted()
+    worker.report(worker.started(offer))
+    for _ in range(60):
+        c1.moderator.desk.tick(1.0)
+    waiting = (await c1.task(task_id))["pending_reason"]
+
+    reply = await c1.http.delete("/workers/W1")
+
+    assert (reply.status_code, reply.json()["waiting"]) == (200, 1)
+    reason = (await c1.task(task_id))["pending_reason"]
+    assert waiting["code"] == reason["code"] == "waiting_worker_return"
+    assert "asleep" in waiting["message"]
+    assert "has been forgotten" in reason["message"]
+    assert "join again" in reason["fix"]
+
+
+async def test_a_change_without_an_answer_may_have_been_made(c1: Composite) -> None:
+    task_id = await c1.submit()
+    c1.moderator.refuses = NoAnswer("moderator did not answer", 2)
+
+    told = await c1.http.delete(f"/tasks/{task_id}")
+
+    assert (told.status_code, told.json()["code"]) == (504, "outcome_unknown")
+    assert told.headers["retry-after"] == "2"
 
 
 async def test_a_wait_ends_with_the_task(c1: Composite) -> None:

@@ -155,9 +155,15 @@ def test_workers_can_be_listed_shown_and_steered(hcna: Hcna, c1: FakeC1) -> None
     assert (ran.code, "hcna workers" in ran.err) == (4, True)
 
 
-def test_a_worker_can_be_forgotten(hcna: Hcna, c1: FakeC1) -> None:
+def test_a_worker_can_be_forgotten(hcna: Hcna, c1: FakeC1, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "online" in hcna("workers", "forget", "W1").err
-    assert "W1 is forgotten" in hcna("workers", "forget", "W1", "--force").err
+    said = hcna("workers", "forget", "W1", "--force").err
+    assert "W1 is forgotten" in said
+    assert "wait" not in said
+    view = c1.worker() | {"waiting": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(c1, "worker", lambda: view)
+        assert "2 tasks wait for it" in hcna("workers", "forget", "W1", "--force").err
     c1.worker_state = "asleep"
     assert "asleep" in hcna("workers").out
     assert hcna("workers", "forget", "W1", "--json").json["state"] == "asleep"

@@ -34,7 +34,9 @@ def test_two_submits_have_two_keys(client: Client, c1: FakeC1) -> None:
     assert len(c1.tasks) == 2
 
 
-@pytest.mark.parametrize(("status", "code"), [(503, "overloaded"), (429, "quota")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(503, "overloaded"), (429, "quota"), (504, "outcome_unknown")]
+)
 def test_retry_after_is_honoured(
     client: Client, c1: FakeC1, time: FakeTime, status: int, code: str
 ) -> None:

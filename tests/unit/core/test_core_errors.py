@@ -30,6 +30,9 @@ ARGUMENTS: dict[str, object] = {
     "event": "TimePassed",
     "why": "too short",
     "holder": "10.0.0.7",
+    "generation": 1,
+    "seen": 7,
+    "mark": "outbox/W1/generation",
 }
 
 
@@ -84,6 +87,7 @@ def test_an_error_says_what_is_wrong_with_what(error: HcnaError, sentence: str) 
         (errors.SchemaTooNew(9, 2), "upgrade hcna-ray"),
         (errors.WorkerOnline("W1", "draining"), "hcna leave"),
         (errors.WorkerNameTaken("W1", "10.0.0.7"), "the machine at 10.0.0.7 is W1 already"),
+        (errors.StaleModerator(1, 7, "outbox/W1/generation"), "remove outbox/W1/generation"),
         (errors.InvalidName("w1", "too short"), "example: HCNA-W1"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

@@ -21,6 +21,7 @@ from hcna_ray.core.events import (
     AttemptProgressed,
     AttemptStarted,
     CancelRequested,
+    ClockStepped,
     DependencySettled,
     Event,
     KeyHeld,
@@ -511,6 +512,17 @@ def test_a_timeout_is_an_outcome_of_its_own() -> None:
     step = failed(a_running_task(), slow)
 
     assert step.attempts[0].outcome is Outcome.TIMED_OUT
+
+
+def test_a_clock_that_is_put_changes_no_age() -> None:
+    task = a_running_task()
+    assert task.wake_at is not None
+
+    step = advance(task, ClockStepped(at=NOW + 3600, by_s=3600.0))
+
+    assert step.task.wake_at == task.wake_at + 3600.0
+    assert not step.facts
+    assert advance(step.task, TimePassed(at=task.wake_at + 1.0)).task is step.task
 
 
 def test_a_loss_is_counted_apart_and_keeps_the_place() -> None:

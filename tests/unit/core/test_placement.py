@@ -364,7 +364,7 @@ def test_a_pinned_task_waits_for_its_worker_by_name() -> None:
     reason = why(Needs(worker="W9"), a_worker("W1"), a_worker("W2"))
 
     assert reason.code == "waiting_worker"
-    assert "W9, which has never joined (workers: W1, W2)" in reason.message
+    assert "W9, which has never joined or was forgotten (workers: W1, W2)" in reason.message
 
 
 def test_a_pinned_task_is_explained_by_its_worker_alone() -> None:

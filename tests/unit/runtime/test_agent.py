@@ -29,6 +29,7 @@ from hcna_ray.runtime.agent import (
     WorkerAgent,
 )
 from hcna_ray.runtime.journal import (
+    GenerationMark,
     JournalWriter,
     Note,
     RunnerFiles,
@@ -95,6 +96,8 @@ class World:
         self.exchanges: list[Exchange] = []
         self.gone: list[SlotGone] = []
         self.describes = True
+        #: Of the moderator's store.
+        self.generation = 1
         #: Whether new members attach by themselves.
         self.attaching = True
         self.startable = True
@@ -161,7 +164,10 @@ class World:
             raise self.refusal
         self.known = True
         return Welcome(
-            moderator_node_id="HCNA-M1--test", generation=1, lease_ttl_s=30.0, heartbeat_s=5.0
+            moderator_node_id="HCNA-M1--test",
+            generation=self.generation,
+            lease_ttl_s=30.0,
+            heartbeat_s=5.0,
         )
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
@@ -1138,6 +1144,74 @@ def test_who_was_replaced_by_another_machine_waits_until_that_one_is_away(play: 
         assert len(world.hellos) == 2
         assert len(world.slots) == 2
 
+    play(scenario)
+
+
+# -- a store that was restored ---------------------------------------------------------------------
+
+
+def test_what_was_granted_before_a_restore_is_stopped(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        first, second = world.slots
+        world.generation, world.known = 7, False
+        await asyncio.sleep(10.0)
+
+        assert world.agent.connected
+        for member in (first, second):
+            (order,) = read_stops(RunnerFiles(world.outbox, member.name).stop)
+            assert (order.reason, order.generation) == ("fenced", 7)
+            assert order.names(("t1", Token(1, 5)))
+            assert not order.names(("t1", Token(7, 1)))
+        assert world.slots == [first, second]
+
+        # A fence and its end leave that order where it is.
+        world.away = True
+        await asyncio.sleep(40.0)
+        world.away = False
+        await asyncio.sleep(10.0)
+        (order,) = read_stops(RunnerFiles(world.outbox, first.name).stop)
+        assert order.generation == 7
+
+    play(scenario)
+
+
+def test_a_moderator_on_an_older_store_gets_nothing_done(
+    play: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def seen_by_an_earlier_life(world: World) -> None:
+        GenerationMark(world.outbox).write(7)
+
+    async def scenario(world: World) -> None:
+        world.grant(an_offer("t1"))
+        await asyncio.sleep(30.0)
+        assert not world.agent.connected
+        assert world.slots == []
+        assert not any(one.offer for one in world.members)
+        assert 5 <= len(world.hellos) <= 8
+
+        world.generation = 8
+        await asyncio.sleep(10.0)
+        assert world.agent.connected
+        assert len(world.slots) == 2
+        assert GenerationMark(world.outbox).read() == 8
+
+    play(scenario, seen_by_an_earlier_life)
+    (said,) = [one.getMessage() for one in caplog.records if "stands back" in one.getMessage()]
+    assert "generation 1" in said
+    assert "generation 7" in said
+    assert "remove" in said  # How to go on, if it was meant.
+
+
+def test_a_generation_that_cannot_be_written_down_stops_nobody(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_mark: GenerationMark, _generation: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def scenario(world: World) -> None:
+        assert world.agent.connected
+
+    monkeypatch.setattr(GenerationMark, "write", full)
     play(scenario)
 
 

@@ -18,8 +18,9 @@ from hcna_ray.core.models import FailureKind, TaskError, Token
 from hcna_ray.runtime import channel
 from hcna_ray.runtime import host as host_module
 from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
-from hcna_ray.runtime.host import HostSettings, SlotHost, describe_exit
+from hcna_ray.runtime.host import STALE_S, HostSettings, SlotHost, describe_exit
 from hcna_ray.runtime.journal import (
+    GenerationMark,
     JournalWriter,
     Note,
     RunnerFiles,
@@ -277,6 +278,40 @@ def test_the_same_exchange_is_repeated_until_it_is_answered(play: Any) -> None:
         puppet.say(channel.IDLE)
         await asyncio.sleep(0.01)
         assert (bench.exchanges[-1].seq, bench.exchanges[-1].reports) == (3, ())
+
+    play(scenario)
+
+
+def test_a_grant_of_a_store_that_was_replaced_is_not_taken(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        GenerationMark(bench.outbox).write(2)
+        newer = Offer("t2", "echo", Token(2, 1), b"{}", 300.0, None, None, None)
+        bench.answer("t1", newer)
+        await asyncio.sleep(STALE_S + 0.1)
+
+        (puppet,) = [one for one in bench.puppets if one.offers]
+        assert puppet.offers == ["t2"]
+        puppet.say(channel.IDLE, puppet.start(newer), puppet.complete(newer))
+        await asyncio.sleep(0.1)
+        assert ("t1", Token(1, 1)) not in bench.exchanges[-1].holding  # So it goes back.
+
+    play(scenario)
+
+
+def test_a_restore_stops_what_was_granted_before_it_and_no_more(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        older, newer = (
+            an_offer("t1"),
+            Offer("t2", "echo", Token(2, 1), b"{}", 300.0, None, None, None),
+        )
+        puppet = await bench.granted(older, newer)
+        puppet.start(older)
+        order = StopOrder(task_id="", generation=2, attempt=0, reason="fenced")
+        write_stops(RunnerFiles(bench.outbox, NAME), [order])
+        await asyncio.sleep(1.0)
+
+        assert puppet.stops() == [("t1", "fenced")]
+        assert signal.SIGTERM in bench.signals(puppet)
 
     play(scenario)
 

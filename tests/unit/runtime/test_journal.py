@@ -8,10 +8,12 @@ import pytest
 
 from hcna_ray.core.models import Token
 from hcna_ray.runtime.journal import (
+    GenerationMark,
     JournalWriter,
     Note,
     RunnerFiles,
     StopOrder,
+    forget_generations,
     process_birth,
     read_journal,
     read_note,
@@ -192,3 +194,20 @@ def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
         assert os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT) is not None
         assert process_birth(child.pid) is None
     assert process_birth(child.pid) is None
+
+
+def test_the_highest_generation_is_kept_until_another_cluster_is_joined(tmp_path: Path) -> None:
+    outbox = tmp_path / "W1"
+    outbox.mkdir()
+    mark = GenerationMark(outbox)
+    assert mark.read() == 0
+    mark.write(3)
+    mark.write(4)
+    assert GenerationMark(outbox).read() == 4
+    assert [path.name for path in outbox.iterdir()] == ["generation"]
+    mark.path.write_text("no number")
+    assert mark.read() == 0
+
+    forget_generations(tmp_path)
+
+    assert list(outbox.iterdir()) == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from hcna_ray.config import Settings
 from hcna_ray.core.errors import (
     DiskFull,
     IdempotencyConflict,
@@ -18,6 +21,7 @@ from hcna_ray.core.errors import (
 )
 from hcna_ray.core.models import (
     HEAVY_SLOT,
+    AuditEntry,
     FailureKind,
     Hold,
     Needs,
@@ -25,9 +29,13 @@ from hcna_ray.core.models import (
     RetryPolicy,
     TaskError,
     TaskState,
+    Token,
     WorkerState,
 )
-from hcna_ray.runtime.messages import Accepted, Grant, Refused, ReportKind, SubmitBatch
+from hcna_ray.runtime import reports
+from hcna_ray.runtime.messages import Accepted, Grant, Offer, Refused, ReportKind, SubmitBatch
+from hcna_ray.runtime.moderator import PRUNE_MAX, PRUNE_PERIOD_S
+from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import MarkWorker, PauseQueue, Query, Reports, Retry, SendIntent
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
@@ -160,6 +168,21 @@ def test_a_full_queue_refuses_exactly_what_does_not_fit() -> None:
     assert [type(answer) for answer in answers] == [Accepted] * 3 + [Refused] * 2
     assert isinstance(answers[4].error, Overloaded)
     assert answers[4].error.retry_after_s >= 1
+
+
+def test_a_queue_full_of_bytes_refuses_exactly_what_does_not_fit() -> None:
+    big = a_spec("t0", payload=b'"' + b"x" * 1000 + b'"')
+    desk = Desk(queue_bytes_max=2 * big.bytes_stored + 200)
+
+    answers = desk.submit(big, *(dataclasses.replace(big, id=f"t{n}") for n in range(1, 3)))
+    answers += desk.submit(dataclasses.replace(big, id="t3"))
+
+    assert [type(answer) for answer in answers] == [Accepted] * 2 + [Refused] * 2
+    assert isinstance(answers[3].error, Overloaded)
+    assert answers[3].error.retry_after_s >= 1
+    desk.cancel("t0")
+    desk.restart()  # What has ended takes no room, to a new moderator neither.
+    assert [type(answer) for answer in desk.submit(dataclasses.replace(big, id="t4"))] == [Accepted]
 
 
 def test_two_batches_in_one_commit_share_the_room() -> None:
@@ -418,6 +441,72 @@ def test_poison_is_given_up_after_three_losses(desk: Desk, w1: PaperWorker) -> N
     assert task.failures == 0
 
 
+def test_a_late_end_is_on_record_once_however_often_it_is_repeated(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("t1", "t2")
+    offer, other = _grants(w1)
+    w1.report(w1.started(offer), w1.ended(offer))
+    w1.report(w1.started(other), w1.ended(other))
+    for _ in range(5):
+        w1.report(w1.ended(offer), w1.ended(offer))
+    w1.report(w1.ended(other, ReportKind.FAILED, error=BOOM))
+
+    assert [(one.target, one.detail) for one in _late_lines(desk)] == [
+        ("t1", "1.1 completed counts no longer"),
+        ("t2", "1.1 failed counts no longer"),
+    ]
+
+
+def test_a_flood_of_late_ends_does_not_fill_the_audit_log(
+    desk: Desk, w1: PaperWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "LATE_LINES_MAX", 3)
+    monkeypatch.setattr(reports, "LATE_KNOWN", 2)
+    desk.submit_ids("t1")
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer), w1.ended(offer))
+
+    def lie(count: int) -> None:
+        forged = w1.ended(offer)
+        w1.report(*(forged._replace(token=Token(1, 100 + n)) for n in range(count)))
+
+    lie(10)
+    assert len(_late_lines(desk)) == 3
+    desk.tick(61.0)
+    lie(10)
+    assert len(_late_lines(desk)) == 6
+
+
+def _grants(worker: PaperWorker) -> list[Offer]:
+    found = [*worker.granted()]
+    while len(found) < 2:
+        found += worker.granted(len(found))
+    return found
+
+
+def _late_lines(desk: Desk) -> list[AuditEntry]:
+    lines = desk.store.reader().audit(before=None, limit=100)
+    return [one.entry for one in reversed(lines) if one.entry.action == "report.late"]
+
+
+def test_losses_are_counted_over_restarts_of_the_moderator(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("t1")
+    for slot in range(3):
+        (offer,) = w1.granted(slot)
+        w1.report(w1.started(offer))
+        desk.restart()
+        w1.hello()
+        w1.gone(slot)
+        desk.restart()
+        w1.hello()
+
+    task = desk.task("t1")
+    assert task.state is TaskState.FAILED
+    assert task.error is not None
+    assert task.error.kind is FailureKind.POISON
+
+
 def test_a_repeated_exchange_gets_the_same_grant(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("t1", "t2")
     first = desk.answer(w1.exchange())
@@ -485,6 +574,27 @@ def test_a_silent_worker_loses_its_leases_and_late_reports_change_nothing(
     w2.report(w2.ended(second, result=b'{"second":true}'))
     task = desk.task("t1")
     assert (task.result, task.losses) == (b'{"second":true}', 1)
+
+
+@pytest.mark.parametrize("by_s", [3600.0, -3600.0, 90_000.0])
+def test_a_running_attempt_keeps_its_age_when_the_clock_is_put(
+    desk: Desk, w1: PaperWorker, by_s: float
+) -> None:
+    desk.submit_ids("t1", timeout_s=60.0)
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+    desk.tick(20.0)
+    desk.clock.step(by_s)
+    for _ in range(6):
+        w1.heartbeat()
+        desk.tick(10.0)
+    assert desk.task("t1").state is TaskState.RUNNING
+
+    for _ in range(2):  # The worker should have stopped it after 60 s, and gets 30 s more.
+        w1.heartbeat()
+        desk.tick(6.0)
+    assert desk.task("t1").error is not None
+    assert desk.task("t1").error.kind is FailureKind.TIMEOUT
 
 
 def test_a_task_may_wait_for_its_silent_worker(desk: Desk, w1: PaperWorker) -> None:
@@ -940,6 +1050,25 @@ def test_old_tasks_are_pruned(desk: Desk, w1: PaperWorker) -> None:
     desk.tick(60.0)
 
     assert desk.store.get(["t1"]) == {}
+
+
+def test_pruning_is_on_by_default_and_keeps_up_with_many() -> None:
+    policy = Policy.from_settings(Settings())
+    assert 0 < policy.retention_s < float("inf")
+    desk = Desk(retention_s=policy.retention_s)
+    ids = [f"t{n}" for n in range(2 * PRUNE_MAX + 1)]
+    desk.submit_ids(*ids)
+    for id_ in ids:
+        desk.cancel(id_)
+    desk.tick(policy.retention_s)
+    assert len(desk.store.get(ids)) == len(ids)
+
+    left = []
+    for _ in range(4):  # The period is over: what one look leaves over the next ones take.
+        desk.tick(PRUNE_PERIOD_S + 1.0 if not left else 1.5)
+        left.append(len(desk.store.get(ids)))
+
+    assert left == [PRUNE_MAX + 1, 1, 0, 0]
 
 
 def test_nobody_waits_for_a_task_that_only_its_key_remembers(desk: Desk, w1: PaperWorker) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError
 
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NotFound, StaleWorker
+from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer, NotFound, StaleWorker
 from hcna_ray.core.models import Token
 from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind
 from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
@@ -94,8 +94,9 @@ def test_expected_trouble_comes_back_as_itself(ray: PaperRay) -> None:
 def test_an_actor_that_is_not_there_is_unavailable_and_looked_for_again(ray: PaperRay) -> None:
     ray.there = False
     link = ActorLink("moderator")
-    with pytest.raises(ModeratorUnavailable, match="not there"):
+    with pytest.raises(ModeratorUnavailable, match="not there") as refused:
         link.call("status")
+    assert not isinstance(refused.value, NoAnswer)  # Nothing was sent.
     ray.there = True
     assert link.call("status") is None
 
@@ -105,7 +106,7 @@ def test_an_actor_that_died_is_looked_up_anew(ray: PaperRay, error: RayError) ->
     link = ActorLink("moderator")
     link.call("status")
     ray.answer = error
-    with pytest.raises(ModeratorUnavailable):
+    with pytest.raises(NoAnswer):
         link.call("status")
     ray.answer = ("ok", 1)
 
@@ -116,7 +117,7 @@ def test_an_actor_that_died_is_looked_up_anew(ray: PaperRay, error: RayError) ->
 def test_no_answer_in_time_is_unavailable_and_nobody_knows_what_happened(ray: PaperRay) -> None:
     ray.answer = GetTimeoutError()
     link = ActorLink("moderator")
-    with pytest.raises(ModeratorUnavailable, match="GetTimeoutError"):
+    with pytest.raises(NoAnswer, match="GetTimeoutError"):
         link.call("status")
     ray.answer = ("ok", 1)
     link.call("status")
@@ -131,10 +132,10 @@ async def test_the_same_on_an_event_loop(ray: PaperRay) -> None:
     with pytest.raises(NotFound):
         await link.acall("status")
     ray.answer = ActorDiedError()
-    with pytest.raises(ModeratorUnavailable):
+    with pytest.raises(NoAnswer):
         await link.acall("status")
     ray.answer, ray.delay_s = ("ok", 7), 60.0
-    with pytest.raises(ModeratorUnavailable, match="TimeoutError"):
+    with pytest.raises(NoAnswer, match="TimeoutError"):
         await link.acall("status", timeout_s=0.01)
 
 

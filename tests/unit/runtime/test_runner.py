@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from pydantic import BaseModel
 
-from hcna_ray.core.errors import HcnaError, NotFound
+from hcna_ray.core.errors import DiskFull, HcnaError, NotFound
 from hcna_ray.core.models import FailureKind, Token
 from hcna_ray.handlers.context import ArtifactRef, TaskContext
 from hcna_ray.handlers.errors import Reject, TaskCancelled
@@ -225,6 +225,32 @@ def test_an_artifact_store_that_fails_fails_the_attempt(bench: Bench) -> None:
     bench.handle("t1", lambda _ctx: {"text": "x" * 2000})
 
     assert "away" in str(the(bench.run(bench.offer("t1")), ReportKind.FAILED).error)
+
+
+@pytest.mark.parametrize("where", ["the artifact store", "the worker's disk"])
+def test_a_large_result_that_finds_no_room_costs_its_own_attempt_only(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*_args: object, **_named: object) -> Any:
+        if where == "the artifact store":
+            raise DiskFull("free disk space is below limits.disk_free_bytes_min on M1", 30)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "the artifact store":
+        monkeypatch.setattr(bench.shelf, "put", full)
+    else:
+        monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
+    bench.handle("t1", lambda _ctx: {})
+    bench.handle("t2", lambda _ctx: {"text": "x" * 2000})
+    bench.handle("t3", lambda _ctx: {"text": "x" * 500})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"), bench.offer("t3"))
+
+    error = the(reports, ReportKind.FAILED, "t2").error
+    assert error is not None
+    assert error.retryable  # There may be room another time.
+    assert "its result of 2011 bytes could not be kept" in error.message
+    assert the(reports, ReportKind.COMPLETED, "t1")
+    assert the(reports, ReportKind.COMPLETED, "t3")
 
 
 # -- when reports leave ----------------------------------------------------------------------------

@@ -201,6 +201,24 @@ def test_a_worker_in_contact_is_forgotten_only_by_force(
     assert not w1.heartbeat().known
 
 
+def test_who_forgets_a_worker_is_told_what_goes_on_waiting_for_it(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("t0", on_disconnect=OnDisconnect.WAIT)
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+    desk.submit_ids("t1", needs=Needs(worker="W1"))
+    desk.submit_ids("t2", needs=Needs(worker="HCNA-W1--test"))
+    desk.submit_ids("t3")
+    pass_time(desk, 60)
+    assert desk.task("t0").pinned_to == "W1"
+
+    forgotten = desk.ask(ForgetWorker(name="W1", force=False, principal="p"))
+
+    assert forgotten.waiting == 3
+    assert desk.task("t0").pinned_to == "W1"  # Until its time is up, or the name is back.
+
+
 def test_nobody_can_forget_whom_nobody_knows(desk: Desk) -> None:
     with pytest.raises(NotFound):
         desk.ask(ForgetWorker(name="W9", force=True, principal="p"))

@@ -12,16 +12,20 @@ import pytest
 from hcna_ray.core.errors import ModeratorUnavailable, Overloaded, StoreTooOld, StoreUnavailable
 from hcna_ray.core.models import Fact, Task, TaskState
 from hcna_ray.runtime import writer as writer_module
-from hcna_ray.runtime.messages import Accepted, SubmitBatch
+from hcna_ray.runtime.messages import Accepted, Heartbeat, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
-from hcna_ray.runtime.requests import Cancel, Pending, Query, Request
+from hcna_ray.runtime.requests import Cancel, Pending, Query, Reports, Request
 from hcna_ray.runtime.writer import EXIT_BUG, EXIT_FSYNC, WriterThread
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
 from tests.support.paper_worker import PaperClock
 
 WAIT_S = 10.0
+
+
+def a_heartbeat(number: int) -> Heartbeat:
+    return Heartbeat(worker=f"W{number}", incarnation="i", telemetry={})
 
 
 class SlowModerator:
@@ -129,6 +133,30 @@ def test_a_full_inbox_refuses_at_once() -> None:
     assert isinstance(office.answers[0], Overloaded)
     office.moderator.may_go_on.release(2)
     office.wait_for_answers(4)
+    office.writer.close()
+
+
+def test_an_inbox_full_of_tasks_has_room_for_what_workers_say() -> None:
+    office = Office(SlowModerator(), items_max=2)
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    for n in range(3):
+        office.ask(SubmitBatch(specs=(a_spec(f"t{n}"),)))
+    assert [type(answer) for answer in office.answers] == [Overloaded]
+
+    office.ask(a_heartbeat(1))
+    office.ask(Reports(worker="W1", incarnation="i", reports=()))
+    assert len(office.answers) == 1  # Both wait for the next batch.
+    office.ask(a_heartbeat(2))
+    assert [type(answer) for answer in office.answers] == [Overloaded] * 2  # Bounded, too.
+
+    office.moderator.may_go_on.release(3)
+    office.wait_for_answers(7)
+    assert office.moderator.batches == [1, 4]
+    office.moderator.may_go_on.release()
+    office.ask()  # Whoever was taken out of the inbox has left room.
+    office.wait_for_answers(1)
     office.writer.close()
 
 
