@@ -22,7 +22,7 @@ from hcna_ray.supervisor.database import take_over
 from tests.checker.postgres_dump import export
 from tests.checker.recorder import Caller, History
 from tests.faults.checking import check, own_environment, write_schedule
-from tests.faults.one_machine import Cluster, cluster
+from tests.faults.one_machine import UP_S, Cluster, cluster
 from tests.faults.programme import Case, Outcome
 from tests.support import live
 from tests.support.builders import a_task, an_attempt
@@ -60,6 +60,8 @@ def whole(server: PostgresServer, keeper: ThreadPoolExecutor, case: Case, folder
             faults = asyncio.run(_load(on, server, keeper, case, effects, folder, out))
             key = on.key
     drained_at = time.time()
+    if "store.closed" not in (folder / "logs" / "moderator.log").read_text():
+        out.violations.append("the moderator did not say that it waits for its store")
     export(server.url(database), folder / "store.jsonl")
     _judge(server, database, int(case.options["tasks"]), out)
     server.drop_database(database)
@@ -145,6 +147,13 @@ def _leave_behind(url: str, count: int, effects: Path) -> None:
 
 
 def _later(after_s: float, what: Callable[[], None]) -> None:
+    """Do something when the moderator has met a store that it cannot open, and a while after."""
+    end = time.monotonic() + UP_S - 30.0
+    while time.monotonic() < end:
+        log = Path(os.environ.get("HCNA_HOME", "/nowhere")) / "logs" / "moderator.log"
+        if log.is_file() and "store.closed" in log.read_text():
+            break
+        time.sleep(0.2)
     time.sleep(after_s)
     what()
 

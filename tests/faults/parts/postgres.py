@@ -158,7 +158,7 @@ class _Postgres:
         return Case(
             name=name,
             seed=random.Random(f"{seed}-{name}").getrandbits(31),
-            options={"trouble": name, "tasks": tasks, "away_at_start_s": 30.0, "away_s": 20.0},
+            options={"trouble": name, "tasks": tasks, "away_at_start_s": 12.0, "away_s": 20.0},
         )
 
     def _case(self, trouble: str, away_s: float, seed: int, turn: int, *, tasks: int) -> Case:
