@@ -371,6 +371,7 @@ class NodeAgent(_Face):
                 base=slots.base or _base_slots(settings),
                 heartbeat_s=settings.lease.heartbeat_s,
                 self_stop_s=settings.lease.self_stop_s,
+                exchange_wait_s=slots.exchange_wait_s,
                 moderator_address=_moderator_address(settings),
             ),
             AgentModeratorLink(slots.exchange_wait_s),

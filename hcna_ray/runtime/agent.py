@@ -34,7 +34,7 @@ from hcna_ray.core.errors import (
     WorkerNameTaken,
 )
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
-from hcna_ray.runtime.host import last_words, signal_group
+from hcna_ray.runtime.host import LATE_S, last_words, signal_group
 from hcna_ray.runtime.journal import (
     GenerationMark,
     RunnerFiles,
@@ -88,6 +88,8 @@ GOODBYE_DONE_FILE = "goodbye.done"
 ORDERS_KEPT = 100
 #: A slot that has not answered an order not to begin something for this long is stuck.
 STUCK_S = 5.0
+#: Nothing may run, nor begin.
+FENCED = StopOrder(task_id="", generation=0, attempt=0, reason="fenced")
 
 
 class Processes(Protocol):
@@ -144,6 +146,8 @@ class AgentSettings:
     base: int = 4
     heartbeat_s: float = 5.0
     self_stop_s: float = 20.0
+    #: How long the moderator parks an exchange.
+    exchange_wait_s: float = 20.0
     moderator_address: str = ""
 
 
@@ -486,24 +490,30 @@ class WorkerAgent:
                 seq=seq,
                 answers=answers,
             )
-            grant = await self._exchange(exchange)
-            if grant is None:
+            found = await self._exchange(exchange)
+            if found is None:
                 seq -= 1
                 continue
+            grant, took_s = found
             del self._answers[: len(answers)]
             received = self._clock.elapsed()
             for offer in grant.offers:
-                self._start_heavy(offer.received(received))
+                self._take_heavy(offer.received(received), took_s)
             for stop in grant.stops:
                 self._on_stop(stop)
             for order in grant.intents:
                 self._answers.append(self._answer_intent(order.envelope))
 
-    async def _exchange(self, exchange: Exchange) -> Grant | None:
-        """Exchange until it is answered; ``None`` when the worker must say hello first."""
+    async def _exchange(self, exchange: Exchange) -> tuple[Grant, float] | None:
+        """Exchange until it is answered; ``None`` when the worker must say hello first.
+
+        Returns:
+            The answer, and how long it took.
+        """
         while not self._closing:
             try:
                 failpoints.hit("agent.exchange.before")
+                asked = self._clock.elapsed()
                 grant = await self._link.exchange(exchange)
                 failpoints.hit("agent.exchange.answered")
             except HcnaError:
@@ -513,7 +523,7 @@ class WorkerAgent:
                 self._connected = False
                 self._forgotten.set()
                 return None
-            return grant
+            return grant, self._clock.elapsed() - asked
         return None
 
     def _answer_intent(self, envelope: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -537,7 +547,8 @@ class WorkerAgent:
             "delay_ms": round((self._clock.now() - intent.ts) * 1000.0, 3),
         }
 
-    def _start_heavy(self, offer: Offer) -> None:
+    def _take_heavy(self, offer: Offer, took_s: float) -> None:
+        """Start an attempt, or give it back: granted long ago, it may be another's by now."""
         name = f"{self._settings.incarnation}.heavy.{offer.task_id}.{Token(*offer.token)}"
         if name in self._members or name in self._telling:
             return  # The same grant, told twice.
@@ -547,6 +558,15 @@ class WorkerAgent:
                 extra={"action": "agent.stale_grant", "task_id": offer.task_id},
             )
             return  # Not being held, it goes back by itself.
+        if took_s > self._settings.exchange_wait_s + LATE_S:
+            log.error(
+                "a grant took %.0f s to arrive and goes back",
+                took_s,
+                extra={"action": "agent.late_grant", "task_id": offer.task_id},
+            )
+            files = RunnerFiles(self._settings.outbox, name)
+            self._spawn(self._tell_gone_once(_Member(HEAVY_SLOT, files, offer)))
+            return
         failpoints.hit("agent.heavy.granted")
         member = self._add(HEAVY_SLOT, name, offer)
         self._spawn(self._follow(member, lambda: self._processes.start_heavy(offer, name)))
@@ -626,6 +646,8 @@ class WorkerAgent:
     def _add(self, slot: int, name: str, offer: Offer | None = None) -> _Member:
         member = _Member(slot, RunnerFiles(self._settings.outbox, name), offer)
         self._members[name] = member
+        if self._fenced:  # What was there before has the order.
+            self._order(member, FENCED)
         return member
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -665,8 +687,7 @@ class WorkerAgent:
             self._members.pop(name, None)
             self._telling.add(name)
         self._balance()
-        await self._tell_gone(member, kind, how)
-        self._telling.discard(name)
+        await self._tell_gone_once(member, kind, how)
 
     def _count_death(self) -> None:
         """Let the next process wait longer; those that die together count once."""
@@ -675,6 +696,15 @@ class WorkerAgent:
             self._deaths += 1
             pause = min(RESPAWN_S * 2 ** min(self._deaths, 16), RESPAWN_MAX_S)
             self._respawn_at = now + pause
+
+    async def _tell_gone_once(
+        self, member: _Member, kind: FailureKind = FailureKind.LOST, how: str = ""
+    ) -> None:
+        """Deliver it; meanwhile a hello leaves the member's journals alone."""
+        name = member.files.name
+        self._telling.add(name)
+        await self._tell_gone(member, kind, how)
+        self._telling.discard(name)
 
     async def _tell_gone(self, member: _Member, kind: FailureKind, how: str) -> None:
         """Deliver what a dead member's executors had written, until the moderator has it."""
@@ -824,14 +854,14 @@ class WorkerAgent:
             extra={"action": "agent.fenced", "worker": self._settings.worker},
         )
         for member in self._members.values():
-            self._order(member, StopOrder(task_id="", generation=0, attempt=0, reason="fenced"))
+            self._order(member, FENCED)
 
     def _unfence(self) -> None:
         if self._fenced:
             self._fenced = False
             for member in self._members.values():
                 stops = read_stops(member.files.stop)
-                kept = [one for one in stops if one.task_id or one.generation]
+                kept = [one for one in stops if not one.names_all]
                 try:
                     write_stops(member.files, kept)
                 except OSError:  # A full disk: no order at all is the better half of it.

@@ -91,6 +91,7 @@ async def _serve(
             outbox=outbox,
             attempts_max=slots.max if offer is None else 1,
             long_s=slots.long_ms / 1000.0,
+            exchange_wait_s=slots.exchange_wait_s,
         ),
         SlotModeratorLink(worker, incarnation, slots.exchange_wait_s),
         nursery,

@@ -66,6 +66,9 @@ KILL_GRACE_S = 10.0
 FENCE_GRACE_S = 5.0
 #: Pause before a call that failed is repeated.
 RETRY_S = 0.1
+#: How much longer than it may park an exchange takes at most. What an answer grants that took yet
+#: longer may have been given to others: this process stood still, or the answer lay somewhere.
+LATE_S = 5.0
 #: Pause of a slot whose outbox takes nothing, doubled up to the maximum until it does.
 DISK_PAUSE_S = 0.5
 DISK_PAUSE_MAX_S = 30.0
@@ -127,6 +130,8 @@ class HostSettings:
     attempts_max: int = 16
     #: An attempt older than this no longer keeps the slot from its next grant.
     long_s: float = 0.05
+    #: How long the moderator parks an exchange.
+    exchange_wait_s: float = 20.0
 
 
 @dataclass(slots=True, eq=False)
@@ -226,6 +231,7 @@ class SlotHost:
         while True:
             executor = await self._next_executor()
             await self._spare_the_disk(executor)
+            await self._wait_for_contact(executor)
             seq += 1
             grant = await self._exchange(seq, executor)
             for stop in grant.stops:
@@ -312,9 +318,7 @@ class SlotHost:
         """Take no grant while no start can be written down: it would come back at once."""
         if self._clock.elapsed() >= self._disk_retry_at:
             return
-        if executor.reports:  # They would have gone with the exchange.
-            reports, executor.reports = executor.reports, ()
-            self._send_surely(reports, lambda: self._note_ends(executor, reports))
+        self._send_apart(executor)
         while (wait := self._disk_retry_at - self._clock.elapsed()) > 0:
             await asyncio.sleep(wait)
             try:
@@ -323,6 +327,25 @@ class SlotHost:
                 probe.unlink()
             except OSError as error:
                 self._pause_for_disk(f"the outbox cannot be written ({error.strerror or error})")
+
+    # -- a silent moderator ----------------------------------------------------------------------
+
+    async def _wait_for_contact(self, executor: _Executor) -> None:
+        """Ask for nothing while the worker is fenced off: nothing of a grant could begin."""
+        if not self._is_fenced():
+            return
+        self._send_apart(executor)
+        while self._is_fenced():
+            await asyncio.sleep(RETRY_S)
+
+    def _is_fenced(self) -> bool:
+        return any(one.names_all for one in read_stops(self._stop_file))
+
+    def _send_apart(self, executor: _Executor) -> None:
+        """Send what would have gone with the next exchange without it."""
+        if executor.reports:
+            reports, executor.reports = executor.reports, ()
+            self._send_surely(reports, lambda: self._note_ends(executor, reports))
 
     # -- executors -------------------------------------------------------------------------------
 
@@ -552,6 +575,7 @@ class SlotHost:
             )
             try:
                 failpoints.hit("slot.exchange.before")
+                asked = self._clock.elapsed()
                 grant = await self._link.exchange(exchange)
                 failpoints.hit("slot.exchange.answered")
             except CannotAccept:
@@ -568,7 +592,20 @@ class SlotHost:
                 continue
             self._note_ends(executor, executor.reports)
             executor.reports = ()
-            return await self._without_stale(grant)
+            return await self._without_stale(self._without_late(grant, asked))
+
+    def _without_late(self, grant: Grant, asked: float) -> Grant:
+        """Give back what was granted so long ago that others may have it by now."""
+        took_s = self._clock.elapsed() - asked
+        if not grant.offers or took_s <= self._settings.exchange_wait_s + LATE_S:
+            return grant
+        log.error(
+            "a grant took %.0f s to arrive and goes back",
+            took_s,
+            extra={"action": "slot.late_grant", "took_s": round(took_s, 1)},
+        )
+        self._give_back(grant.offers)
+        return dataclasses.replace(grant, offers=())
 
     async def _without_stale(self, grant: Grant) -> Grant:
         """Leave out offers of a store that was replaced; not being held, they go back."""
@@ -588,13 +625,7 @@ class SlotHost:
     def _hand_over(self, executor: _Executor, offers: tuple[Offer, ...]) -> None:
         """Give an executor its grant (an empty one confirms what it reported)."""
         if executor.dead:  # It died while its call was parked.
-            now = self._clock.now()
-            back = tuple(
-                Report(ReportKind.RETURNED, offer.task_id, Token(*offer.token), now)
-                for offer in offers
-            )
-            if back:
-                self._send_surely(back, lambda: None)
+            self._give_back(offers)
             return
         executor.turned.clear()
         for offer in offers:
@@ -605,6 +636,15 @@ class SlotHost:
         executor.channel.send(Frame(channel.RUN, offers=offers))
         failpoints.hit("slot.grant.handed_over")
         self._fork_if_needed()
+
+    def _give_back(self, offers: tuple[Offer, ...]) -> None:
+        """Return what no executor was handed."""
+        now = self._clock.now()
+        back = tuple(
+            Report(ReportKind.RETURNED, offer.task_id, Token(*offer.token), now) for offer in offers
+        )
+        if back:
+            self._send_surely(back, lambda: None)
 
     def _send(self, reports: tuple[Report, ...], confirmed: Callable[[bool], None]) -> None:
         self._outgoing.append((reports, confirmed))

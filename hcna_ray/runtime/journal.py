@@ -91,6 +91,11 @@ class StopOrder:
             return (task_id, *token) == (self.task_id, self.generation, self.attempt)
         return not self.generation or token.generation < self.generation
 
+    @property
+    def names_all(self) -> bool:
+        """Whether every attempt is meant, also each that is granted from now on."""
+        return not self.task_id and not self.generation
+
 
 _note_decoder = msgspec.msgpack.Decoder(Note)
 _stops_decoder = msgspec.json.Decoder(list[StopOrder])

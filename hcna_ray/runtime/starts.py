@@ -99,6 +99,11 @@ class StartWatch:
         """Forget how long anything has waited: the store was read anew."""
         self._waits.clear()
 
+    def is_asked_for(self, task: Task) -> bool:
+        """Whether its worker was told that the attempt in force must not begin any more."""
+        wait = self._waits.get(_grant(task))
+        return wait is not None and _key(task) in wait.asked
+
     def look(
         self, leased: Iterable[Task], in_contact: Callable[[str], bool], elapsed: float
     ) -> list[Overdue]:
@@ -120,9 +125,7 @@ class StartWatch:
             if lease.started_at is not None:
                 self._counts.pop(task.id, None)
             elif in_contact(lease.worker):
-                alone = task.id if lease.slot == HEAVY_SLOT else ""
-                key = (lease.worker, lease.slot, lease.grant_seq, alone)
-                grants.setdefault(key, []).append(task)
+                grants.setdefault(_grant(task), []).append(task)
         self._waits = {key: self._follow(key, tasks) for key, tasks in grants.items()}
         return [overdue for key, tasks in grants.items() for overdue in self._overdue(key, tasks)]
 
@@ -167,6 +170,13 @@ class StartWatch:
                 del self._counts[next(iter(self._counts))]
             self._counts[task.id] = times
         return LeaseReturned(at=at, token=lease.token, reason=why, give_up=give_up)
+
+
+def _grant(task: Task) -> _Grant:
+    lease = task.lease
+    assert lease is not None
+    alone = task.id if lease.slot == HEAVY_SLOT else ""
+    return lease.worker, lease.slot, lease.grant_seq, alone
 
 
 def _key(task: Task) -> _Key:

@@ -476,16 +476,18 @@ class Workforce:
         return LATER
 
     def _renewed(self, turn: Turn, grant: Grant) -> Grant:
-        """Return a grant as it is now: of the seconds until an expiry some have passed."""
-        offers = [
-            self._dispatcher.offer(task, turn.now)
-            if offer.expires_in_s is not None
-            and (task := self._live.tasks.get(offer.task_id)) is not None
-            and task.lease is not None
-            and task.lease.token == offer.token
-            else offer
-            for offer in grant.offers
-        ]
+        """Return a grant as it is now: of the seconds until an expiry some have passed.
+
+        What was taken back since, or is being asked back, must not begin: the slot that moves on
+        without it says so by that.
+        """
+        offers: list[Offer] = []
+        for offer in grant.offers:
+            task = turn.ledger.get(offer.task_id)
+            if task is None or task.lease is None or task.lease.token != offer.token:
+                continue
+            if not self._starts.is_asked_for(task):
+                offers.append(self._dispatcher.offer(task, turn.now))
         return dataclasses.replace(grant, offers=tuple(offers))
 
     def _repeated(self, turn: Turn, exchange: Exchange) -> Grant | None:
@@ -505,6 +507,7 @@ class Workforce:
             if task.lease is not None
             and task.lease.incarnation == exchange.incarnation
             and task.lease.grant_seq == exchange.seq
+            and not self._starts.is_asked_for(task)
         ]
         if not granted:
             return None

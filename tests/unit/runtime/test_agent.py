@@ -617,6 +617,29 @@ def test_a_heavy_offer_told_twice_starts_once(play: Any) -> None:
     play(scenario)
 
 
+def test_a_heavy_offer_that_took_long_to_arrive_is_given_back(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(world: World) -> None:
+        ask = world.exchange
+
+        async def ask_slowly(exchange: Exchange) -> Grant:
+            grant = await ask(exchange)
+            await asyncio.sleep(25.5)
+            return grant
+
+        monkeypatch.setattr(world, "exchange", ask_slowly)
+        world.grant()  # The call that is under way.
+        world.grant(an_offer("t1"))
+        await asyncio.sleep(30.0)
+
+        assert heavy_members(world) == []
+        (gone,) = world.gone
+        assert (gone.slot, kinds(gone.reports)) == (HEAVY_SLOT, [("returned", "t1")])
+
+    play(scenario)
+
+
 def test_a_heavy_attempt_that_never_started_is_given_back(play: Any) -> None:
     async def scenario(world: World) -> None:
         world.grant(an_offer("t1"))
@@ -823,6 +846,21 @@ def test_a_worker_that_is_cut_off_fences_itself_and_goes_on_when_it_is_back(play
         await asyncio.sleep(2.0)
         assert [world.orders(one) for one in world.slots] == [[], []]
         assert world.agent.connected
+
+    play(scenario)
+
+
+def test_a_process_that_comes_while_the_worker_is_fenced_off_is_fenced_too(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.away = True
+        await asyncio.sleep(21.0)
+        world.slots[0].ended.set_exception(RuntimeError("WorkerCrashed"))
+        await asyncio.sleep(2.0)
+        assert [world.orders(one) for one in world.slots] == [[("", "fenced")]] * 2
+
+        world.away = False
+        await asyncio.sleep(2.0)
+        assert [world.orders(one) for one in world.slots] == [[], []]
 
     play(scenario)
 

@@ -298,6 +298,53 @@ def test_a_grant_of_a_store_that_was_replaced_is_not_taken(play: Any) -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize(("took_s", "runs"), [(24.5, True), (25.5, False)])
+def test_a_grant_that_took_long_to_arrive_goes_back(play: Any, took_s: float, runs: bool) -> None:
+    async def scenario(bench: Bench) -> None:
+        await asyncio.sleep(took_s)  # As when this process stands still, or the answer lies about.
+        bench.answer("t1")
+        await asyncio.sleep(0.1)
+
+        offers = [task_id for puppet in bench.puppets for task_id in puppet.offers]
+        assert offers == (["t1"] if runs else [])
+        assert bench.outcomes() == ([] if runs else [("returned", "t1")])
+
+    play(scenario, exchange_wait_s=20.0)
+
+
+def test_every_try_of_an_exchange_has_its_own_time(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        for _ in range(3):
+            await asyncio.sleep(20.0)
+            bench.refuse(ModeratorUnavailable("away"))
+        await asyncio.sleep(20.0)
+
+        assert (await bench.granted("t1")).offers == ["t1"]
+
+    play(scenario)
+
+
+def test_a_slot_asks_for_nothing_while_its_worker_is_fenced_off(play: Any) -> None:
+    async def scenario(bench: Bench) -> None:
+        order = StopOrder(task_id="", generation=0, attempt=0, reason="fenced")
+        older = StopOrder(task_id="", generation=1, attempt=0, reason="fenced")
+        mine = RunnerFiles(bench.outbox, NAME)
+        puppet = await bench.granted("t1")
+        started, ended = puppet.start(an_offer("t1")), puppet.complete(an_offer("t1"))
+        write_stops(mine, [older, order])
+        puppet.say(channel.IDLE, started, ended)
+        await asyncio.sleep(5.0)
+        assert len(bench.exchanges) == 1
+        assert bench.outcomes() == [("started", "t1"), ("completed", "t1")]
+
+        write_stops(mine, [older])  # In contact again: that one is about attempts of before.
+        await asyncio.sleep(0.2)
+        assert [one.seq for one in bench.exchanges] == [1, 2]
+        assert bench.exchanges[-1].reports == ()
+
+    play(scenario)
+
+
 def test_a_restore_stops_what_was_granted_before_it_and_no_more(play: Any) -> None:
     async def scenario(bench: Bench) -> None:
         older, newer = (

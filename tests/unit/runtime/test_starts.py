@@ -18,7 +18,7 @@ from hcna_ray.runtime.messages import (
     ReportKind,
     Stop,
 )
-from hcna_ray.runtime.starts import HEAVY_PATIENCE, UNSTARTED_MAX, StartWatch
+from hcna_ray.runtime.starts import ANSWER_S, HEAVY_PATIENCE, UNSTARTED_MAX, StartWatch
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
 
 START_S = 15.0
@@ -123,6 +123,23 @@ def test_what_nobody_answers_for_is_taken_back_by_the_fence(desk: Desk, w1: Pape
     # The old token opens nothing, should that slot ever wake up.
     assert w1.report(w1.started(offer), w1.ended(offer)).applied == 0
     assert desk.task("t1").lease is not None
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_an_answer_that_is_repeated_grants_nothing_that_was_asked_back(
+    desk: Desk, w1: PaperWorker, taken_back: bool
+) -> None:
+    agent = Asking(w1)
+    desk.submit_ids("t1")
+    w1.granted()  # Which is lost, and the slot asks again only now.
+    pass_time(w1, START_S + (ANSWER_S + 5 if taken_back else 2))
+    assert UNSTARTED in [stop.reason for stop in agent.orders()]
+
+    grant = desk.answer(w1.exchange(seq=1))
+
+    assert grant == Grant(seq=1)
+    (again,) = w1.granted()
+    assert Token(*again.token) == Token(1, 2)
 
 
 def test_the_last_of_many_has_as_long_as_the_first(desk: Desk, w1: PaperWorker) -> None:
