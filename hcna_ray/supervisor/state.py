@@ -37,6 +37,7 @@ RUN_FILES = (
     "settings.yaml",
     "ray.env",
     "edge.cfg",
+    "serve-haproxy",
     "order",
     "goodbye",
     "goodbye.done",
