@@ -332,8 +332,10 @@ class SlotHost:
 
     async def _wait_for_contact(self, executor: _Executor) -> None:
         """Ask for nothing while the worker is fenced off: nothing of a grant could begin."""
-        while self._is_fenced():
-            self._send_apart(executor)
+        if not self._is_fenced():
+            return
+        self._send_apart(executor)
+        while self._is_fenced():  # noqa: ASYNC110 - a file sets no events
             await asyncio.sleep(RETRY_S)
 
     def _is_fenced(self) -> bool:

@@ -186,7 +186,7 @@ class TaskStore(Protocol):
     # -- keys and dependencies --------------------------------------------------------------------
 
     def ordering_out(self, key: str) -> Task | None:
-        """Return the not yet ended task with this ordering key that is not held for it, if any."""
+        """Return the first not yet ended task with this ordering key that is not held for it."""
         ...
 
     def ordering_line(self, key: str, limit: int) -> list[Task]:

@@ -369,7 +369,7 @@ class MemoryTaskStore:
     # -- keys and dependencies --------------------------------------------------------------------
 
     def ordering_out(self, key: str) -> Task | None:
-        """Return the not yet ended task with this ordering key that is not held for it, if any."""
+        """Return the first not yet ended task with this ordering key that is not held for it."""
         line = self._named(self._ordering.lists.get(key, []))
         return next((task for task in line if not task.hold & Hold.ORDERING), None)
 

@@ -448,7 +448,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     # -- keys and dependencies --------------------------------------------------------------------
 
     def ordering_out(self, key: str) -> Task | None:
-        """Return the not yet ended task with this ordering key that is not held for it, if any."""
+        """Return the first not yet ended task with this ordering key that is not held for it."""
         found = self._found(_ORDERING_OUT, (key,))
         return found[0] if found else None
 
@@ -735,7 +735,8 @@ _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
 _DUE = "SELECT seq FROM task WHERE wake_at <= ? ORDER BY wake_at, seq LIMIT ?"
 _NEXT_WAKE = "SELECT wake_at FROM task WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
 _ORDERING_OUT = (
-    "SELECT seq FROM task WHERE ordering_key = ? AND end_no IS NULL AND hold & 1 = 0 LIMIT 1"
+    "SELECT seq FROM task WHERE ordering_key = ? AND end_no IS NULL AND hold & 1 = 0 "
+    "ORDER BY seq LIMIT 1"
 )
 _ORDERING_LINE = (
     "SELECT seq FROM task WHERE ordering_key = ? AND end_no IS NULL ORDER BY seq LIMIT ?"

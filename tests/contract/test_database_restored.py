@@ -17,6 +17,7 @@ import pytest
 
 from hcna_ray.cli.main import main
 from hcna_ray.config import LimitSettings, RaySettings, Settings, StoreSettings, without_secrets
+from hcna_ray.core.errors import StoreUnavailable
 from hcna_ray.core.models import OnDisconnect, TaskState, Token
 from hcna_ray.runtime.artifacts import open_store as open_artifacts
 from hcna_ray.runtime.messages import ReportKind
@@ -32,7 +33,7 @@ from hcna_ray.supervisor.checks import store_check
 from hcna_ray.supervisor.database import take_over
 from tests.support.builders import T0, a_fact, a_task
 from tests.support.paper_worker import Desk, PaperWorker
-from tests.support.postgres import PostgresServer
+from tests.support.postgres import PostgresServer, running_server
 
 _FINAL = (ReportKind.COMPLETED, ReportKind.FAILED)
 
@@ -306,6 +307,58 @@ class TestNoticed:
     def test_a_sqlite_store_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(BackupRefused, match="hcna restore"):
             take_over(Settings(home=tmp_path), now=T0)
+
+
+class TestBranch:
+    """A server recovers from its archive, which ends in a timeline of its own."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[PostgresServer]:
+        with running_server() as server:
+            yield server
+
+    @staticmethod
+    def branch(server: PostgresServer) -> None:
+        server.stop()
+        (server.data / "recovery.signal").touch()
+        server.start(restore_command="false")
+
+    def test_who_starts_after_it_raises_the_generation(
+        self, server: PostgresServer, tmp_path: Path
+    ) -> None:
+        settings = settings_of(tmp_path / "m1", server.url(server.create_database()))
+        PostgresTaskStore(settings.store_url).close()
+        server.stop()
+        server.start()
+        PostgresTaskStore(settings.store_url).close()
+        assert number(settings, "generation") == 1, "a restart is none"
+        self.branch(server)
+        PostgresTaskStore(settings.store_url).close()
+        raised = number(settings, "generation")
+        assert raised > 10**12
+        assert [one.entry.action for one in audit_of(settings)] == ["store.went_back"]
+        PostgresTaskStore(settings.store_url).close()
+        assert number(settings, "generation") == raised
+
+    def test_who_lived_through_it_knows_that_nothing_is_missing(
+        self, server: PostgresServer, tmp_path: Path
+    ) -> None:
+        settings = settings_of(tmp_path / "m1", server.url(server.create_database()))
+        store = PostgresTaskStore(settings.store_url)
+        with store.transaction():
+            store.insert([a_task()])
+        self.branch(server)
+        while True:
+            try:
+                with store.transaction():
+                    store.append_facts([a_fact()])
+                break
+            except StoreUnavailable:
+                time.sleep(0.05)
+        store.close()
+        PostgresTaskStore(settings.store_url).close()
+        assert number(settings, "generation") == 1
+        assert audit_of(settings) == []
 
 
 class TestArchive:

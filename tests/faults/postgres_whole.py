@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -13,12 +14,18 @@ from typing import Any
 
 import httpx
 
+from hcna_ray.config import Settings, StoreSettings
+from hcna_ray.core.models import TaskState
+from hcna_ray.store.postgres import PostgresTaskStore
+from hcna_ray.supervisor.backup import dump_command, restore_command
+from hcna_ray.supervisor.database import take_over
 from tests.checker.postgres_dump import export
 from tests.checker.recorder import Caller, History
 from tests.faults.checking import check, own_environment, write_schedule
-from tests.faults.one_machine import Cluster, cluster
+from tests.faults.one_machine import UP_S, Cluster, cluster
 from tests.faults.programme import Case, Outcome
 from tests.support import live
+from tests.support.builders import a_task, an_attempt
 from tests.support.postgres import PostgresServer
 
 _CONFIG = """\
@@ -53,6 +60,8 @@ def whole(server: PostgresServer, keeper: ThreadPoolExecutor, case: Case, folder
             faults = asyncio.run(_load(on, server, keeper, case, effects, folder, out))
             key = on.key
     drained_at = time.time()
+    if "store.closed" not in (folder / "logs" / "moderator.log").read_text():
+        out.violations.append("the moderator did not say that it waits for its store")
     export(server.url(database), folder / "store.jsonl")
     _judge(server, database, int(case.options["tasks"]), out)
     server.drop_database(database)
@@ -73,7 +82,78 @@ def whole(server: PostgresServer, keeper: ThreadPoolExecutor, case: Case, folder
     return out
 
 
+def restored(
+    server: PostgresServer, keeper: ThreadPoolExecutor, case: Case, folder: Path
+) -> Outcome:
+    """Bring the computer up on a dump that was put back: it waits, and then goes on by itself."""
+    out = Outcome()
+    count = int(case.options["tasks"])
+    first, second = server.create_database(), server.create_database()
+    _leave_behind(server.url(first), count, folder / "effects.jsonl")
+    home = folder / "operator"
+    home.mkdir()
+    old, new = (
+        Settings(home=home, store=StoreSettings(url=server.url(one))) for one in (first, second)
+    )
+    server.shell(dump_command(old, folder / "hcna.dump"))
+    server.shell(restore_command(new).replace("FILE.dump", str(folder / "hcna.dump")))
+    with own_environment():
+        os.environ["DATABASE_URL"] = server.url(second)
+        began = time.monotonic()
+        seen: list[float] = []
+
+        def take_over_later() -> None:
+            seen.append(time.monotonic() - began)
+            found = take_over(new, now=time.time())
+            out.notes.append(
+                f"{found.ended.returned} leases returned, {found.ended.lost} lost, generation "
+                f"{found.generation_before} is now {found.generation}"
+            )
+
+        done = keeper.submit(_later, float(case.options["away_at_start_s"]), take_over_later)
+        with cluster(_CONFIG, folder / "logs"):
+            took_s = time.monotonic() - began
+            done.result()
+            out.times_s["computer up, database to be taken over at first"] = [took_s]
+            if took_s < seen[0]:
+                out.violations.append("it was ready before the database was taken over")
+            end = time.monotonic() + _GIVE_UP_S
+            while server.execute(_OPEN, second)[0][0] and time.monotonic() < end:
+                time.sleep(0.5)
+    logs = (folder / "logs" / "moderator.log").read_text()
+    if "hcna store restored" not in logs:
+        out.violations.append("moderator.log does not say what to do")
+    _judge(server, second, count, out)
+    generations = server.execute("SELECT DISTINCT generation FROM attempt", second)
+    if any(int(generation) < 10**12 for (generation,) in generations if generation != 1):
+        out.violations.append(f"attempts of generations {generations}")
+    for database in (first, second):
+        server.drop_database(database)
+    return out
+
+
+def _leave_behind(url: str, count: int, effects: Path) -> None:
+    """Make a store in which some tasks wait and some were handed out."""
+    store = PostgresTaskStore(url)
+    with store.transaction():
+        for seq in range(1, count + 1):
+            payload = json.dumps({"effects": str(effects), "nonce": f"r-{seq}"}).encode()
+            state = TaskState.QUEUED if seq % 5 else TaskState.RUNNING
+            task = a_task(f"r{seq}", seq=seq, state=state, task_type="check.work", payload=payload)
+            store.insert([task])
+            if state is TaskState.RUNNING:
+                store.save_attempts([an_attempt(task.id)])
+    store.close()
+
+
 def _later(after_s: float, what: Callable[[], None]) -> None:
+    """Do something when the moderator has met a store that it cannot open, and a while after."""
+    end = time.monotonic() + UP_S - 30.0
+    while time.monotonic() < end:
+        log = Path(os.environ.get("HCNA_HOME", "/nowhere")) / "logs" / "moderator.log"
+        if log.is_file() and "store.closed" in log.read_text():
+            break
+        time.sleep(0.2)
     time.sleep(after_s)
     what()
 

@@ -129,8 +129,8 @@ _TROUBLES: dict[str, Callable[[_Ground], Awaitable[None]]] = {
     "moderator-killed": _moderator_killed,
     "both-killed": _both_killed,
 }
-#: The case with Ray: see `tests.faults.postgres_whole`.
-WHOLE = "whole"
+#: Cases with Ray, and their tasks: see `tests.faults.postgres_whole`.
+WITH_RAY = {"whole-computer": 200, "whole-restored": 50}
 #: How long the server is away: shorter than a worker waits, and longer.
 _AWAY_S = {"server-stopped": (2.0, 20.0, 50.0), "server-stands-still": (3.0, 40.0)}
 
@@ -152,13 +152,13 @@ class _Postgres:
             for name in _TROUBLES
             for away in _AWAY_S.get(name, (1.0,))
             for turn in range(3)
-        ] + [self._whole(seed)]
+        ] + [self._with_ray(name, tasks, seed) for name, tasks in WITH_RAY.items()]
 
-    def _whole(self, seed: int) -> Case:
+    def _with_ray(self, name: str, tasks: int, seed: int) -> Case:
         return Case(
-            name="whole-computer",
-            seed=random.Random(f"{seed}-whole").getrandbits(31),
-            options={"trouble": WHOLE, "tasks": 200, "away_at_start_s": 30.0, "away_s": 20.0},
+            name=name,
+            seed=random.Random(f"{seed}-{name}").getrandbits(31),
+            options={"trouble": name, "tasks": tasks, "away_at_start_s": 12.0, "away_s": 20.0},
         )
 
     def _case(self, trouble: str, away_s: float, seed: int, turn: int, *, tasks: int) -> Case:
@@ -177,10 +177,14 @@ class _Postgres:
                 keeper.submit(server.start).result()
 
                 def run(case: Case, evidence: Path) -> Outcome:
-                    if case.options["trouble"] == WHOLE:
-                        from tests.faults.postgres_whole import whole
+                    if case.options["trouble"] in WITH_RAY:
+                        from tests.faults import postgres_whole
 
-                        outcome = whole(server, keeper, case, evidence)
+                        kinds = {
+                            "whole-computer": postgres_whole.whole,
+                            "whole-restored": postgres_whole.restored,
+                        }
+                        outcome = kinds[case.name](server, keeper, case, evidence)
                         outcome.counts[LINE] = 1
                         return outcome
                     return _run(server, keeper, case, evidence)

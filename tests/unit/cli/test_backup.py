@@ -146,3 +146,31 @@ def test_no_process_of_ours_inherits_the_passphrase(tmp_path: Path) -> None:
 
     given = {VARIABLE: WORDS, "PATH": "/bin"}
     assert VARIABLE not in process_environment(Settings(home=tmp_path), given)
+
+
+def test_with_tasks_on_a_server(
+    hcna: Hcna, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HCNA_STORE__URL", "postgresql://me:canary@db/hcna")
+    ran = hcna("backup", "--to", str(tmp_path / "a.tar.zst"))
+    assert ran.code == 0
+    told = " ".join(ran.err.split())
+    assert "tasks: in PostgreSQL, not in it; artifacts: 0" in told
+    dump, then = f"--file={tmp_path / 'a.dump'} postgresql://me@db/hcna", "&& hcna backup --to"
+    assert f"{dump} {then}" in told
+    assert "canary" not in ran.err + ran.out
+
+    monkeypatch.delenv("HCNA_STORE__URL")
+    ran = hcna("restore", str(tmp_path / "a.tar.zst"))
+    assert ran.code == 1
+    assert "set DATABASE_URL (or store.url) to the database first" in " ".join(ran.err.split())
+
+    monkeypatch.setenv("HCNA_STORE__URL", "postgresql://me:canary@db/new")
+    ran = hcna("restore", str(tmp_path / "a.tar.zst"))
+    assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert lines[0].startswith("0 artifacts of ")
+    assert any("--dbname=postgresql://me@db/new FILE.dump" in line for line in lines)
+    assert lines[-2:] == ["hcna store restored", "Next: hcna up"]
+    assert "canary" not in ran.out
+    assert (home / "queue.db").exists(), "a SQLite store is none of this backup's"
