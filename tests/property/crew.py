@@ -16,6 +16,9 @@ from hcna_ray.core.errors import StaleWorker
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
 from hcna_ray.runtime.messages import (
     DRAINED,
+    NOT_STARTED,
+    STUCK,
+    UNSTARTED,
     Ack,
     Exchange,
     Goodbye,
@@ -42,6 +45,12 @@ BEAT_TIMEOUT_S = 4.0
 CALL_TIMEOUT_S = 15.0
 EXCHANGE_TIMEOUT_S = 35.0
 GOODBYE_S = 20.0
+#: An answer that took longer grants nothing.
+GRANT_AGE_S = 25.0
+#: What has not begun so long after it was handed to an executor never will.
+BEGIN_S = 10.0
+#: A slot that was told longer ago that something must not begin, and is told of again, is ended.
+STUCK_S = 5.0
 
 Key = tuple[str, Token]
 
@@ -99,6 +108,8 @@ class Member:
     outbox: list[Report] = field(default_factory=list)
     #: What an exchange took along, until it is answered.
     taken: tuple[Report, ...] = ()
+    #: What must not begin, and since when it is known.
+    withdrawn: dict[Key, float] = field(default_factory=dict)
     asking: Call | None = None
     reporting: Call | None = None
     channel: deque[Call] = field(default_factory=deque)
@@ -132,8 +143,9 @@ class Worker:
         self.excused_until = float("-inf")
         #: What its wall clock is off.
         self.off_s = 0.0
+        #: When the call was sent that was answered last, and the one before.
         self.confirmed = 0.0
-        self.safe = 0.0
+        self.renewed = 0.0
         self.members: list[Member] = []
         self.leftovers: list[Report] = []
         self.channel: deque[Call] = deque()
@@ -162,7 +174,7 @@ class Worker:
         self.lives += 1
         self.on = True
         self.connected = self.fenced = False
-        self.confirmed = self.safe = self.elapsed
+        self.confirmed = self.renewed = self.elapsed
         self.fenced_at = 0.0
         self.saying: Call | None = None
         self.heard_at = -HEARTBEAT_S
@@ -233,7 +245,7 @@ class Worker:
                 if isinstance(answer, Welcome):
                     del self.leftovers[:told]
                     self.connected = True
-                    self.confirmed = self.safe = sent
+                    self.confirmed = self.renewed = sent
                     self.heard_at = -HEARTBEAT_S
                 elif isinstance(answer, StaleWorker):
                     self.end(journals=True)
@@ -255,9 +267,12 @@ class Worker:
             if isinstance(answer, HeartbeatReply):
                 self.connected = answer.known
                 if answer.known:
-                    self.confirmed, self.safe = sent, max(self.safe, told_confirmed)
-                    self.heard_at = sent
-                    self.fenced = False
+                    self.renewed, self.confirmed = self.confirmed, sent
+                    if self.confirmed - self.renewed > 2 * HEARTBEAT_S:
+                        self.heard_at = -HEARTBEAT_S  # The next one renews what this could not.
+                    else:
+                        self.heard_at = sent
+                        self.fenced = False
             elif isinstance(answer, StaleWorker):
                 self.end(journals=True)
 
@@ -269,11 +284,13 @@ class Worker:
             return
         if member is self.agent and not self.connected:
             return
+        if member is not self.agent and self.fenced and member.asking is None:
+            return
         if member.asking is None:
             member.seq += 1
             member.taken = tuple(member.outbox)
         _give_up(member.asking)
-        seq, taken = member.seq, member.taken
+        seq, taken, sent = member.seq, member.taken, self.elapsed
         exchange = Exchange(
             worker=self.name,
             incarnation=self.incarnation,
@@ -296,26 +313,51 @@ class Worker:
                 return
             member.asking = None
             member.settle(taken)
-            self._take(member, answer)
+            self._take(member, answer, late=self.elapsed - sent > GRANT_AGE_S)
 
         channel = self.channel if member is self.agent else member.channel
         member.asking = self._call(channel, exchange, EXCHANGE_TIMEOUT_S, granted)
 
-    def _take(self, member: Member, grant: Grant) -> None:
+    def _take(self, member: Member, grant: Grant, *, late: bool) -> None:
         for offer in grant.offers:
             run = Run(offer._replace(token=Token(*offer.token)), self.elapsed)
             if member is not self.agent:
+                holder = member
                 member.runs.setdefault(run.key, run)
             elif all(run.key not in one.runs for one in self.members):
-                self.members.append(Member(HEAVY_SLOT, runs={run.key: run}))
+                holder = Member(HEAVY_SLOT, runs={run.key: run})
+                self.members.append(holder)
+            else:
+                continue
+            if late or run.key in holder.withdrawn:
+                self._give_back(holder, holder.runs[run.key], "not any more")
         for stop in grant.stops:
-            self._obey(stop)
+            self._obey(stop, by_agent=member is self.agent)
 
-    def _obey(self, stop: Stop) -> None:
-        for member in self.members:
-            run = member.runs.get((stop.task_id, Token(*stop.token)))
-            if run is not None and not run.over and not run.stop:
+    def _obey(self, stop: Stop, *, by_agent: bool) -> None:
+        key = (stop.task_id, Token(*stop.token))
+        for member in list(self.members):
+            run = member.runs.get(key)
+            if stop.reason == UNSTARTED or (stop.reason == STUCK and stop.slot == HEAVY_SLOT):
+                if run is not None or member.slot == stop.slot != HEAVY_SLOT:
+                    member.withdrawn[key] = self.elapsed
+                if run is not None and run.started_at is None:
+                    self._give_back(member, run, "withdrawn")
+            elif stop.reason == STUCK:
+                # Only the agent ends a slot.
+                told = member.withdrawn.get(key, self.elapsed)
+                if by_agent and member.slot == stop.slot and self.elapsed - told >= STUCK_S:
+                    self.lose(member, FailureKind.LOST)
+            elif run is not None and not run.over and not run.stop:
                 run.stop, run.stop_by = stop.reason, self.elapsed + KILL_S
+
+    def _give_back(self, member: Member, run: Run, why: str) -> None:
+        """Return what was granted and has not begun."""
+        if run.over:
+            return
+        run.over = True
+        error = TaskError(kind=FailureKind.LOST, type=NOT_STARTED, message=why)
+        member.outbox.append(Report(ReportKind.RETURNED, *run.key, self.wall, error=error))
 
     def report(self, member: Member) -> None:
         """Deliver outcomes between two exchanges."""
@@ -392,11 +434,12 @@ class Worker:
     def start(self, member: Member, run: Run) -> bool:
         """Begin a granted attempt, or give it back; return whether it runs now."""
         left = run.offer.expires_in_s
-        expired = left is not None and self.elapsed >= run.granted_at + left
-        if self.fenced or run.stop or expired:
-            run.over = True
-            why = TaskError(kind=FailureKind.ERROR, message=run.stop or "not started")
-            member.outbox.append(Report(ReportKind.RETURNED, *run.key, self.wall, error=why))
+        age = self.elapsed - run.granted_at
+        expired = left is not None and age >= left
+        # Ray may take its time with a process of its own.
+        stale = age > BEGIN_S and member.slot != HEAVY_SLOT
+        if self.fenced or run.stop or expired or stale:
+            self._give_back(member, run, run.stop or "not started")
             return False
         run.started_at = self.elapsed
         run.stop_by = self.elapsed + run.offer.timeout_s + KILL_S
@@ -456,9 +499,9 @@ class Worker:
         if self.leaving is not None and now - self.leaving > GOODBYE_S:
             self.end(journals=True)  # Its silence tells the moderator as well.
             return
-        silent_since = self.silent_since()
-        if now - silent_since > SELF_STOP_S and not self.fenced:
-            self.fenced, self.fenced_at = True, silent_since + SELF_STOP_S
+        stops_at = self.stops_at()
+        if now > stops_at and not self.fenced:
+            self.fenced, self.fenced_at = True, stops_at
         for member in self.members:
             for run in list(member.runs.values()):
                 if not run.running:
@@ -470,9 +513,12 @@ class Worker:
                 if run.stop_by <= now:
                     self.stop(member, run)
 
-    def silent_since(self) -> float:
-        """Return the instant from which its silence counts."""
-        return self.confirmed
+    def stops_at(self) -> float:
+        """Return when it stops by itself if it is not answered.
+
+        The moderator counts from the answer of which a call has told it: the one before the last.
+        """
+        return min(self.confirmed + SELF_STOP_S, self.renewed + SELF_STOP_S + HEARTBEAT_S)
 
 
 def result_of(key: Key, number: int) -> bytes:

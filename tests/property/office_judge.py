@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hcna_ray.core import machine, placement
 from hcna_ray.core.errors import HcnaError, IdempotencyConflict, StoreUnavailable, TaskFinished
 from hcna_ray.core.models import HEAVY_SLOT, TERMINAL, Hold, Task, TaskSpec, TaskState, Token
-from hcna_ray.runtime.messages import Accepted, Grant, Refused, Report, SubmitBatch
+from hcna_ray.runtime.messages import Accepted, Grant, Refused, Report, ReportKind, SubmitBatch
 from hcna_ray.runtime.requests import Cancel, Request, Retry, RetryMany
 from hcna_ray.store.base import Counter
 from hcna_ray.store.memory import MemoryTaskStore
@@ -220,7 +220,13 @@ class Judge:
         self.must(0 <= task.failures - old.failures <= 1, "C11 one failure at a time", (old, task))
         if task.lease is not None and task.lease.token != live:
             self._issue(task.id, task)
-            self._judge_grant(old, task)
+            began = any(
+                Token(*report.token) == live and report.kind != ReportKind.RETURNED
+                for report in reports
+                if report.task_id == task.id
+            )
+            # An attempt that began on the worker for which it waited ended its waiting.
+            self._judge_grant(None if began else old, task)
 
     def _issue(self, task_id: str, task: Task) -> None:
         if task.lease is None:

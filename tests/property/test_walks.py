@@ -19,7 +19,7 @@ from hcna_ray.runtime.sessions import Sessions
 from hcna_ray.runtime.turn import Turn
 from hcna_ray.store.base import TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
-from tests.property.office_walk import OfficeTally
+from tests.property.office_walk import OfficeTally, OfficeWorld
 from tests.property.office_walk import walk as walk_the_office
 from tests.property.offices import Disagreement, SqliteHome, sequence
 from tests.property.search import Rules, Search, begin, queue_again
@@ -141,6 +141,25 @@ def test_the_judge_sees_a_seeded_bug(
     (violation,) = walk_the_office(1, 40_000).violations
 
     assert promise in violation
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        # A repeated answer granted what was being taken back, in the same batch and before.
+        239493461176445,
+        3918541985969,
+        # A repeated answer to a worker whose leases end with its batch.
+        138768120681038,
+        # It began on the worker for which it waited, died there, and went on elsewhere.
+        264523107692700,
+        # Withdrawn; stuck.
+        116730527723184,
+        168359774171651,
+    ],
+)
+def test_a_world_that_once_went_wrong_is_clean(seed: int) -> None:
+    OfficeWorld(seed, OfficeTally()).walk()
 
 
 # -- several stores --------------------------------------------------------------------------------
