@@ -316,9 +316,20 @@ def on_time_running(task: Task, event: TimePassed) -> Step:
 
 
 def on_clock_stepped(task: Task, event: ClockStepped) -> Step:
-    """Keep the age of what runs: only time that has passed may end it."""
-    lease = _lease(task)
-    return Step(task.evolve(lease=_with_start(lease, _started(lease) + event.by_s)))
+    """Keep the age of what was granted: only time that has passed may end it."""
+    lease = task.lease
+    if lease is None:
+        return _unchanged(task)
+    moved = Lease(
+        token=lease.token,
+        worker=lease.worker,
+        incarnation=lease.incarnation,
+        slot=lease.slot,
+        grant_seq=lease.grant_seq,
+        granted_at=lease.granted_at + event.by_s,
+        started_at=None if lease.started_at is None else lease.started_at + event.by_s,
+    )
+    return Step(task.evolve(lease=moved))
 
 
 def _expire(task: Task, at: float) -> Step:
@@ -598,6 +609,7 @@ TRANSITIONS: dict[tuple[TaskState, type[Event]], Transition] = {
     (_S.SCHEDULED, CancelRequested): on_cancel,
     (_S.SCHEDULED, TaskReplayed): refuse_replay,
     (_S.QUEUED, TimePassed): on_time_queued,
+    (_S.QUEUED, ClockStepped): on_clock_stepped,
     (_S.QUEUED, DependencySettled): ignore,
     (_S.QUEUED, KeyHeld): on_key_held,
     (_S.QUEUED, KeyReleased): on_key_released,

@@ -19,7 +19,7 @@ from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, Invalid, StoreUnavailable
 from hcna_ray.core.events import ClockStepped, TimePassed
-from hcna_ray.core.models import Task, TaskState, WorkerState
+from hcna_ray.core.models import Task, WorkerState
 from hcna_ray.runtime.aftermath import Aftermath
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable
 from hcna_ray.runtime.intake import Intake
@@ -350,9 +350,9 @@ class Moderator:
             by_s,
             extra={"action": "clock.stepped", "by_s": round(by_s, 1)},
         )
+        # Also what has begun and has not told so yet: its word counts from its grant on.
         for task in list(self._live.tasks.values()):
-            if task.state is TaskState.RUNNING:
-                turn.ledger.step(task, ClockStepped(at=turn.now, by_s=by_s))
+            turn.ledger.step(task, ClockStepped(at=turn.now, by_s=by_s))
 
         def follow() -> None:
             self._ahead_s = ahead_s

@@ -810,7 +810,13 @@ class Town:
         """Let the moderator take what has arrived, in one batch or in several."""
         if self.moderator is None:
             if self.clock.true >= self.restart_at:
-                self._open_moderator()
+                try:
+                    self._open_moderator()
+                except OSError:
+                    # A process that cannot sync ends, and is started once more.
+                    self._count("fsync failed")
+                    self.disk.failing_syncs = 0
+                    self.restart_at = self.clock.true + 1.0
             return
         calls, self.outgoing = self.outgoing, []
         self.draw.shuffle(calls)

@@ -212,11 +212,13 @@ def _ends_shown(run: Run) -> int:
     for facts in run.facts_by_task.values():
         ended = False
         for _, group in itertools.groupby(facts, key=lambda fact: fact.at):
-            ends = False
+            before, ends, again = ended, False, False
             for fact in group:
                 ends |= fact.kind in TERMINAL
+                again |= fact.kind == "replayed"
                 ended = fact.kind in TERMINAL or (ended and fact.kind != "replayed")
-            shown += ended and ends
+            # Ended, replayed and ended again in one commit: nobody saw it open in between.
+            shown += ended and ends and not (before and again)
     return shown
 
 

@@ -524,6 +524,15 @@ def test_a_clock_that_is_put_changes_no_age() -> None:
     assert not step.facts
     assert advance(step.task, TimePassed(at=task.wake_at + 1.0)).task is step.task
 
+    waiting = a_queued_task()
+    assert advance(waiting, ClockStepped(at=NOW + 3600, by_s=3600.0)).task is waiting
+    handed_out = advance(waiting, LeaseGranted(at=NOW, lease=a_lease())).task
+    moved = advance(handed_out, ClockStepped(at=NOW + 3600, by_s=3600.0)).task
+    assert moved.lease is not None
+    assert handed_out.lease is not None
+    assert moved.lease.granted_at == handed_out.lease.granted_at + 3600.0
+    assert moved.lease.started_at is None
+
 
 def test_a_loss_is_counted_apart_and_keeps_the_place() -> None:
     task = a_running_task()

@@ -597,6 +597,18 @@ def test_a_running_attempt_keeps_its_age_when_the_clock_is_put(
     assert desk.task("t1").error.kind is FailureKind.TIMEOUT
 
 
+def test_word_of_a_start_from_before_the_clock_was_put_is_no_age(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("t1", timeout_s=5.0)
+    (offer,) = w1.granted()
+    started = w1.started(offer)
+    desk.clock.advance(0.25)
+    desk.clock.step(300.0)
+    w1.report(started)
+    assert desk.task("t1").state is TaskState.RUNNING
+
+
 def test_a_task_may_wait_for_its_silent_worker(desk: Desk, w1: PaperWorker) -> None:
     w2 = PaperWorker(desk, "W2")
     desk.submit_ids("t1", on_disconnect=OnDisconnect.WAIT, wait_max_s=100.0)
