@@ -92,7 +92,7 @@ def parts(everything: bool) -> list[Part]:
             budget_s=240,
             pytest=["tests/unit", "--ignore=tests/unit/core"],
         ),
-        Part(name="contract", kind="contract", budget_s=420, pytest=["tests/contract"]),
+        Part(name="contract", kind="contract", budget_s=600, pytest=["tests/contract"]),
         Part(
             name="checker",
             kind="checker",
@@ -118,7 +118,7 @@ def parts(everything: bool) -> list[Part]:
             ],
             env={"COVERAGE_FILE": str(REPORTS / "core.coverage")},
         ),
-        Part(name="slice of the faults", kind="faults", budget_s=480, pytest=["tests/faults"]),
+        Part(name="slice of the faults", kind="faults", budget_s=720, pytest=["tests/faults"]),
         Part(
             name="integration, notebooks",
             kind="integration",
