@@ -113,7 +113,11 @@ class Clients:
 
     def stop(self) -> None:
         """End them."""
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if self._thread.ident is None:  # They never began.
+            self._loop.close()
+            return
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(2 * _REQUEST_S)
 
     def accepted_after(self, instant: float) -> float | None:
@@ -129,7 +133,10 @@ class Clients:
     def _main(self) -> None:
         enter_network(self._network)
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._run())
+        try:
+            self._loop.run_until_complete(self._run())
+        finally:
+            self._loop.close()
 
     async def _run(self) -> None:
         headers = {"Authorization": f"Bearer {self._key}"}
