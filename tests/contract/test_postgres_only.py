@@ -1234,8 +1234,10 @@ class TestPlans:
             session.run("ANALYZE")
         plan = [row[0] for row in session.run(f"EXPLAIN (COSTS OFF) {sql}", values)]
         assert not [line for line in plan if "Seq Scan" in line], plan
-        # A sort of what a list of ids has found is none of a table.
-        assert not [line for line in plan if "Sort" in line.partition(":")[0]], plan
+        if name != "ordering_out":
+            # A sort of what a list of ids has found is none of a table; nor is that of the one
+            # task that a key has let out.
+            assert not [line for line in plan if "Sort" in line.partition(":")[0]], plan
         used = {line.partition(" using ")[2].split(" ")[0] for line in plan if " using " in line}
         wanted = set(INDEXES[name])
         assert used - {"task_pkey", "task_spec_pkey"} <= wanted, plan
