@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.children import FOLDER, Trouble
+from benchmarks.children import FOLDER, ROOT, Trouble
+from benchmarks.machine import described
 from benchmarks.parts import PARTS, Stop, stops
-from benchmarks.report import COLUMNS, console_table
+from benchmarks.plot import svg
+from benchmarks.report import COLUMNS, PLOT, Results, console_table, measured_part, write_page
 from benchmarks.results import Ledger, Result, commit, sources_digest
-from benchmarks.systems import chosen, see_peers
+from benchmarks.systems import SYSTEMS, chosen, see_peers
 from benchmarks.visits import FULL, QUICK, Size
+
+PAGE = ROOT / "docs" / "PERFORMANCE.md"
 
 
 def main(words: Sequence[str]) -> int:
@@ -54,8 +59,20 @@ def main(words: Sequence[str]) -> int:
         say("interrupted; everything that was started has been ended. The same command goes on")
         return 130
     rows = [one for one in found if one.part == "rounds"]
-    sys.stdout.write(console_table(rows, systems) + "\n")
-    return 0
+    if rows:
+        sys.stdout.write(console_table(rows, systems) + "\n")
+    if size is FULL and found:
+        write(Results(Ledger().of(sources_digest(), size.name)))
+    return 0 if len(found) == len(wanted) else 1
+
+
+def write(found: Results) -> None:
+    """Write the generated part of the page, and the plot."""
+    nice = os.nice(0)
+    machine = described() + (f", run at nice {nice}" if nice else "")
+    write_page(PAGE, measured_part(found, SYSTEMS, machine))
+    (PAGE.parent / PLOT).write_text(svg(found, SYSTEMS))
+    say(f"written: {PAGE}")
 
 
 def _interrupt(*_: object) -> None:
@@ -81,7 +98,11 @@ def run(wanted: Sequence[Stop], size: Size, *, again: bool) -> list[Result]:
             found.append(before)
             continue
         say(f"{where}: starting")
-        result = made(stop, size, digest)
+        try:
+            result = made(stop, size, digest)
+        except Trouble as error:  # The next one may still be measured; this one the next time.
+            say(f"{where}: FAILED, {error}")
+            continue
         ledger.add(result)
         found.append(result)
         say(f"{where}: {in_short(result)}")

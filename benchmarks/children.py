@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.load import Done, Job
-from benchmarks.machine import MARK, command_line, marked
+from benchmarks.machine import MARK, Meter, family, marked, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Everything that is built or written lies below it.
@@ -112,8 +112,19 @@ class Children:
                 raise Trouble(f"{what} took longer than {patience_s:.0f} s; see {self._logs}")
             time.sleep(0.05)
 
+    @property
+    def roots(self) -> set[int]:
+        """Pids of what was started directly."""
+        return {child.pid for _, child in self._running}
+
+    def metered(self) -> Meter:
+        """Begin to meter all that was started."""
+        return Meter(self.mark, self.roots)
+
     def close(self) -> None:
         """End everything that was started, last first, and whatever it left behind."""
+        alive = processes()
+        known = {pid: alive[pid].began for pid in family(self.mark, self.roots, alive)}
         for _, child in reversed(self._running):
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
@@ -123,22 +134,26 @@ class Children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=max(0.1, end - time.monotonic()))
         self._running.clear()
-        end_all(self.mark)
+        self._kill(known)
 
-
-def end_all(mark: str) -> list[str]:
-    """Kill what still carries a mark; return what that was."""
-    told: list[str] = []
-    end = time.monotonic() + _KILL_S
-    while left := marked(mark) - {os.getpid()}:
-        told += [f"{pid} {command_line(pid)[:80]}" for pid in sorted(left)]
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    return told
+    def _kill(self, known: Mapping[int, int]) -> None:
+        """Kill what is left of processes, given by pid and beginning, or carries the mark."""
+        end = time.monotonic() + _KILL_S
+        while time.monotonic() < end:
+            alive = processes()
+            left = [
+                pid
+                for pid in marked(self.mark) | set(known)
+                if pid in alive
+                and not alive[pid].ended
+                and alive[pid].began == known.get(pid, alive[pid].began)
+            ]
+            if not left:
+                return
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 def _end_with_parent() -> None:

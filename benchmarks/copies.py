@@ -14,7 +14,7 @@ from benchmarks.children import Trouble, free_port, listening
 from benchmarks.visits import Size, Visit
 from hcna_ray.client import Client
 
-BYTES = 256 * 2**20
+BYTES = 128 * 2**20
 CHUNK = 2**20
 ROUNDS = 5
 

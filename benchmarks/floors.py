@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.children import Children, do, ended_whatever_happens, free_port, listening
 from benchmarks.load import Job
-from benchmarks.machine import Meter, Usage
+from benchmarks.machine import Usage
 from benchmarks.statistics import quantile
 from benchmarks.systems import TASK, emptied
 from benchmarks.visits import CONNECTIONS, Size
@@ -85,7 +85,7 @@ def measure(folder: Path, size: Size) -> tuple[dict[str, float], list[Usage]]:
     alone = Children(folder / "sqlite" / "logs")
     usages: list[Usage] = []
     with ended_whatever_happens(alone):
-        meter = Meter(alone.mark)
+        meter = alone.metered()
         program = [sys.executable, "-m", "benchmarks.floor_programs", "sqlite"]
         alone.call("sqlite", [*program, str(folder / "sqlite")], timeout_s=60)
         usages.append(meter.read())
@@ -95,7 +95,7 @@ def measure(folder: Path, size: Size) -> tuple[dict[str, float], list[Usage]]:
         for path in ("/empty", "/actor"):
             job = Job(kind="burst", port=port, path=path, body=TASK, connections=CONNECTIONS)
             do(job_for(job, size.warm_s))
-            meter = Meter(children.mark)
+            meter = children.metered()
             done = do(job_for(job, size.posts_s))
             usages.append(meter.read())
             figures[f"serve{path.replace('/', '_')}_s"] = done.requests / done.accept_s

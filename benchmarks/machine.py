@@ -41,6 +41,10 @@ class Process:
     resident_bytes: int
     #: Voluntary and involuntary switches of all its threads: how often it was woken.
     wakeups: int
+    #: When it began, in ticks since the start of the machine: tells it from a later one of its pid.
+    began: int
+    #: Whether it has ended and nobody has asked how.
+    ended: bool
 
 
 def processes(*, wakeups: bool = False) -> dict[int, Process]:
@@ -63,6 +67,8 @@ def processes(*, wakeups: bool = False) -> dict[int, Process]:
             cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS,
             resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
             wakeups=switches,
+            began=int(fields[19]),
+            ended=fields[0] == "Z",
         )
     return found
 
@@ -103,6 +109,20 @@ def descendants(roots: set[int], alive: Mapping[int, Process]) -> set[int]:
     return found
 
 
+def family(mark: str, roots: set[int], alive: Mapping[int, Process]) -> set[int]:
+    """Return the live processes of a system under test.
+
+    Those that write what they are into ``ps`` (Redis, PostgreSQL, Ray's workers) write over their
+    environment, and with it the mark: they are found as children of others.
+
+    Args:
+        mark: Value of `MARK` in the environment of those that keep it.
+        roots: Those that were started directly.
+        alive: Every live process.
+    """
+    return descendants(marked(mark) | roots, alive) & set(alive)
+
+
 def command_line(pid: int) -> str:
     """Return what a process was started as, or what it calls itself; empty if it has ended."""
     try:
@@ -127,13 +147,9 @@ class Usage:
 class Meter:
     """Measures who uses the cores, from its start to `read`."""
 
-    def __init__(self, mark: str) -> None:
-        """Begin to measure.
-
-        Args:
-            mark: Value of `MARK` in the environment of the processes under test.
-        """
-        self._mark = mark
+    def __init__(self, mark: str, roots: set[int]) -> None:
+        """Begin to measure the processes of a `family`."""
+        self._mark, self._roots = mark, roots
         self._at = time.perf_counter()
         self._load = os.getloadavg()[0]
         self._children_s = _children_s()
@@ -143,7 +159,7 @@ class Meter:
     def _sums(self) -> tuple[dict[int, float], dict[int, float]]:
         """Return CPU times by pid: of the system under test, and of all whose use is known."""
         alive = processes()
-        system = marked(self._mark) & set(alive)
+        system = family(self._mark, self._roots, alive)
         own = descendants({os.getpid()}, alive)
         kernel = {pid for pid, one in alive.items() if _KTHREADD in (pid, one.parent)}
         known = system | own | kernel

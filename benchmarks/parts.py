@@ -120,7 +120,7 @@ def _idle_floors(folder: Path) -> Found:
     emptied(folder)
     disk = median(fsync_ms(folder))
     with floors.cluster(folder) as (children, _, _):
-        figures, usage = idle.watch(children.mark, floors.EMPTY_PROCESSES)
+        figures, usage = idle.watch(children, floors.EMPTY_PROCESSES)
     return Found(figures=figures, usages=[usage], fsync_ms=disk)
 
 

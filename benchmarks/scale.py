@@ -9,12 +9,11 @@ from typing import Any
 
 from benchmarks.children import Trouble, do
 from benchmarks.load import Connection, completed, post
-from benchmarks.machine import marked, processes
+from benchmarks.machine import family, processes
 from benchmarks.statistics import quantile
 from benchmarks.visits import BATCH_CONNECTIONS, BATCH_TASKS, CONNECTIONS, Size, Visit
 
-#: How many are queued for us, and for how long the peers' queues are filled.
-TASKS = 1_000_000
+#: For how long the peers' queues are filled.
 PEERS_S = 25.0
 #: The empty queue's rate of dispatch is that of so many batches that waited.
 EMPTY_BATCHES = 10
@@ -29,7 +28,7 @@ def measure(seen: Visit, size: Size) -> None:
     for name in ("empty", "long"):
         seen.target.pause()
         if name == "long":
-            _fill(seen)
+            _fill(seen, size)
         _submit(seen, name)
         if name == "long":
             _memory(seen)
@@ -48,9 +47,9 @@ def _waiting(seen: Visit, **changes: object) -> Any:
     return seen.target.batched(BATCH_TASKS, **fields)
 
 
-def _fill(seen: Visit) -> None:
+def _fill(seen: Visit, size: Size) -> None:
     ours = seen.target.moderator is not None
-    requests = TASKS // BATCH_TASKS if ours else 1_000_000
+    requests = size.queued // BATCH_TASKS if ours else 1_000_000
     done = do(_waiting(seen, requests=requests, seconds=600 if ours else PEERS_S))
     seen.figures["queued"] = done.accepted
     seen.figures["fill_s"] = done.accept_s
@@ -65,10 +64,8 @@ def _submit(seen: Visit, name: str) -> None:
 
 def _memory(seen: Visit) -> None:
     alive = processes()
-    mine = marked(seen.target.children.mark)
-    seen.figures["resident_mib"] = (
-        sum(alive[pid].resident_bytes for pid in mine & set(alive)) / 2**20
-    )
+    mine = family(seen.target.children.mark, seen.target.children.roots, alive)
+    seen.figures["resident_mib"] = sum(alive[pid].resident_bytes for pid in mine) / 2**20
     if seen.target.moderator:
         pid = seen.target.moderator()
         seen.figures["moderator_mib"] = alive[pid].resident_bytes / 2**20

@@ -23,15 +23,10 @@ def measure(seen: Visit, size: Size) -> None:
         done.sent, done.accepts_s, done.latencies_s, strict=True
     ):
         found = facts.get(known, {})
-        points = [
-            ("sent", sent),
-            *(
-                (kind, found[kind])
-                for kind in ("accepted", "granted", "started", "completed")
-                if kind in found
-            ),
-            ("seen", sent + whole_s),
-        ]
+        # "granted" is decided together with "accepted".
+        kinds = ("checked", "accepted", "started", "completed")
+        points = [("sent", sent), *((kind, found[kind]) for kind in kinds if kind in found)]
+        points.append(("seen", sent + whole_s))
         for (before, then), (after, at) in pairwise(points):
             samples.setdefault(f"{before}_{after}", []).append(at - then)
         samples.setdefault("sent_answered", []).append(accept_s)
@@ -43,12 +38,18 @@ def measure(seen: Visit, size: Size) -> None:
         seen.figures[f"{name}_p95_ms"] = 1000 * quantile(values, 0.95)
 
 
+_FACTS = """
+SELECT id, 'checked', accepted_at FROM task
+UNION ALL SELECT task_id, kind, at FROM (SELECT * FROM fact ORDER BY number)
+"""
+
+
 def _facts(path: str) -> dict[str, dict[str, float]]:
     """Return when each thing was first so, by task and kind of fact."""
     db = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
     try:
         found: dict[str, dict[str, float]] = {}
-        for known, kind, at in db.execute("SELECT task_id, kind, at FROM fact ORDER BY number"):
+        for known, kind, at in db.execute(_FACTS):
             found.setdefault(str(known), {}).setdefault(str(kind), float(at))
         return found
     finally:

@@ -29,8 +29,11 @@ from benchmarks.load import Job
 
 #: Of our own instance; far from the default ports and from those of the tests.
 PORTS_OFFSET = 21500
+#: Where Ray keeps what it writes, by default; `hcna down` leaves the logs there.
+RAY_FOLDER = Path(f"/tmp/hcna-{os.getuid()}-{PORTS_OFFSET}")
 PEERS = FOLDER / "peers" / "bin"
 PROGRAMS = ROOT / "benchmarks" / "peers"
+CORES = os.cpu_count() or 1
 #: What every process of a peer needs to find those programs.
 AS_PEER = {"PYTHONPATH": str(PROGRAMS)}
 
@@ -135,6 +138,7 @@ class Hcna:
                 )
             finally:
                 children.call("down", [hcna, "down"], timeout_s=120)
+                shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 class Celery:
@@ -164,7 +168,7 @@ class Celery:
                 ],
                 cwd=PROGRAMS,
             )
-            start_web(children, "celery_app:app", web)
+            start_web(children, "celery_app:app", web, workers=CORES)
             yield peer(children, web, folder, worker)
 
 
@@ -194,7 +198,7 @@ class Procrastinate:
                 [*program, "worker", "--concurrency", str(self.concurrency)],
                 cwd=PROGRAMS,
             )
-            start_web(children, "procrastinate_app:app", web)
+            start_web(children, "procrastinate_app:app", web, workers=CORES)
             yield peer(children, web, folder, worker)
 
 
@@ -226,13 +230,13 @@ class Dask:
             worker = children.start(
                 "worker",
                 [
-                    *(dask, "worker", address, "--nworkers", str(os.cpu_count() or 1)),
+                    *(dask, "worker", address, "--nworkers", str(CORES)),
                     *("--nthreads", "1", "--no-dashboard"),
                     *("--local-directory", str(folder / "dask")),
                 ],
                 cwd=PROGRAMS,
             )
-            start_web(children, "dask_app:app", web)
+            start_web(children, "dask_app:app", web, workers=1)
             yield peer(children, web, folder, worker)
 
 
@@ -334,7 +338,7 @@ def start_postgres(children: Children, folder: Path) -> str:
     return f"postgresql://bench@127.0.0.1:{port}/postgres"
 
 
-def start_web(children: Children, app: str, port: int, *, workers: int = 1) -> None:
+def start_web(children: Children, app: str, port: int, *, workers: int) -> None:
     """Start uvicorn with uvloop and httptools, without a log of requests."""
     children.start(
         "web",

@@ -39,6 +39,8 @@ class Size:
     batches: int
     batches_slow: int
     paced_s: float
+    #: How long our queue becomes where a long one is measured.
+    queued: int
 
 
 QUICK = Size(
@@ -51,6 +53,7 @@ QUICK = Size(
     batches=24,
     batches_slow=4,
     paced_s=0.0,
+    queued=100_000,
 )
 FULL = Size(
     name="full",
@@ -62,6 +65,7 @@ FULL = Size(
     batches=100,
     batches_slow=4,
     paced_s=4.0,
+    queued=1_000_000,
 )
 
 
@@ -79,7 +83,7 @@ class Visit:
     @contextmanager
     def metered(self) -> Iterator[Meter]:
         """Meter what is done inside."""
-        meter = Meter(self.target.children.mark)
+        meter = self.target.children.metered()
         yield meter
         self.usages.append(meter.read())
 
