@@ -91,7 +91,7 @@ class Soak:
                 workers=("w1", "w2"),
                 per_second=PER_SECOND,
                 settings={"limits": {"retention_s": RETENTION_S}},
-                patient=True,
+                brief=True,
             ) as on:
                 return go_through(on, case, own)
 
