@@ -282,8 +282,10 @@ def judge(bug: Bug, digest: str, control: Control, *, slice_only: bool) -> Verdi
 def slice_parts(bug: Bug) -> list[str]:
     """Return the parts of the slice: those meant to see the bug first, those with hosts last."""
     parts = all_parts()
-    found = [name for name, part in parts.items() if part.cases(DEFAULT_SEED, Size.SLICE)]
-    return sorted(found, key=lambda name: (parts[name].needs_root, name not in bug.seen_by, name))
+    found = {name for name, part in parts.items() if part.cases(DEFAULT_SEED, Size.SLICE)}
+    likely = [name for name in bug.seen_by if name in found]
+    found -= set(likely)
+    return [*likely, *sorted(found, key=lambda name: (parts[name].needs_root, name))]
 
 
 # -- results ---------------------------------------------------------------------------------------
