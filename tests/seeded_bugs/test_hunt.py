@@ -110,6 +110,9 @@ def test_verdicts_are_kept_and_not_sought_again(
     assert asked == ["01-ack-before-commit", "extra/02-heard-is-renewed"]
     assert main(names[:2] + names[3:], judge, page) == 0
     assert len(asked) == 4, "with more than the slice there is something to seek"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main([*names, "--again", "--report"], judge, page) == 0
+    assert len(asked) == 4, "a report asks nobody"
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n\n### The twenty\n\n1 of 1 were seen, 1 by the slice")
     assert "it \\| broke" in text
