@@ -265,6 +265,7 @@ class DiskPower:
     budget_s = 600.0
     needs_root = False
     only_when_named = False
+    side_by_side = True
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return recordings with so many images each."""
