@@ -20,7 +20,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.keys import locked_dir, write_private
+from hcna_ray.durable import write_private
+from hcna_ray.security.keys import locked_dir
 
 CA_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=90)

@@ -28,12 +28,8 @@ from typing import Any
 
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.keys import (
-    ensure_owner_key,
-    ensure_ray_token,
-    make_private_dir,
-    write_private,
-)
+from hcna_ray.durable import make_private_dir, write_private
+from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hcna_ray.durable import write_private
 from hcna_ray.security.certs import ensure_server
-from hcna_ray.security.keys import write_private
 from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.backup import artifacts_present
 from hcna_ray.store.base import TaskReader

@@ -87,6 +87,7 @@ class Recording:
                 await link.close()
                 with suppress(ProcessLookupError):
                     await asyncio.to_thread(process.kill)
+                self.recorder.settle()
             self.lives += 1
 
     def _start(self, failing_sync: int | None) -> Recorded:
