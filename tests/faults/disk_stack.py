@@ -42,7 +42,8 @@ POLICY: dict[str, Any] = {
     "exchange_wait_s": 0.5,
     "disk_free_bytes_min": 0,
 }
-START_S = 30.0
+#: Before anything is tried; on a machine that has much to do.
+START_S = 120.0
 DRAIN_S = 60.0
 #: Longer than a restart takes on a busy machine: a batch whose fate is unknown is asked about
 #: until it is known.

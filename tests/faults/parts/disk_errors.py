@@ -55,6 +55,7 @@ class DiskErrors:
     budget_s = 700.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return cases of a few points each: one run of moderator, C1 and clients."""
