@@ -74,6 +74,7 @@ class Soak:
     budget_s = 60 * MINUTES + 600
     needs_root = True
     only_when_named = True
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the hour, or as many minutes as ``HCNA_SOAK_MINUTES`` says."""

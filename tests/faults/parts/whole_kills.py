@@ -75,6 +75,7 @@ class WholeKills:
     budget_s = 1800.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the epochs."""
