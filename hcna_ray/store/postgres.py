@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from hcna_ray import failpoints
@@ -559,6 +560,9 @@ class PostgresTaskStore(Bookkeeper):
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._queue_rows("INSERT INTO task_spec SELECT * FROM unnest(%s, %s)", _SPEC, values)
 
+    def _insert_number(self, name: str) -> None:
+        self._queue("INSERT INTO number VALUES (%s, 0)", (name,))
+
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         if values:
             numbers, seqs = zip(*values, strict=True)
@@ -802,6 +806,15 @@ class PostgresTaskStore(Bookkeeper):
         self._queue(_PRUNE_KEYS, (float(keys_before), limit))
         if empty := self._drop_empty_lanes():
             self._queue("DELETE FROM lane WHERE id = ANY(%s)", (integers(empty),))
+        return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT %s", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._queue("DELETE FROM audit WHERE number <= %s", (gone[-1],))
         return len(gone)
 
 

@@ -1,4 +1,4 @@
-"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``: it, with three faults mended.
+"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``: it, with four faults mended.
 
 Ray 2.60 starts its client server on port 10001 whenever the client's packages are installed, as
 they are with ``ray[default,serve]``; ``--ray-client-server-port=0`` is refused ("must be an integer
@@ -11,6 +11,12 @@ ends with the node.
 
 Without a dashboard Ray starts the dashboard's process all the same, for statistics of use, which
 are switched off here. It is left out.
+
+A raylet that does not know the port of its dashboard agent's HTTP server waits 15 s for the file in
+which the agent says it, and then ends (``NodeManager::WaitForDashboardAgentPorts``, Ray 2.60; no
+setting changes the 15 s). On a busy machine the agent takes longer than that to import what it
+needs. The port is known here, and the raylet has an option for it, but ``services.start_raylet``
+tells it to the agent alone. Here the raylet is told as well, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -32,10 +38,30 @@ def main() -> None:
     scripts.get_ray_client_dependency_error = lambda: "closed by hcna-ray"
     node: Any = import_module("ray._private.node").Node
     _hand_over_to_keeper(node)
+    tell_raylet_agent_port(import_module("ray._private.services"), sys.argv)
     if "--include-dashboard=false" in sys.argv:
         _leave_out_dashboard(node)
     sys.argv[:] = ["ray", "start", *sys.argv[1:]]
     scripts.main()
+
+
+def tell_raylet_agent_port(services: Any, arguments: list[str]) -> None:
+    """Have the raylet know the port of its dashboard agent from the start.
+
+    Args:
+        services: Ray's module of that name.
+        arguments: Those of ``ray start``.
+    """
+    option = "--dashboard-agent-listen-port="
+    ports = [one.removeprefix(option) for one in arguments if one.startswith(option)]
+    start = services.start_ray_process
+
+    def start_ray_process(command: list[str], process_type: str, *rest: Any, **named: Any) -> Any:
+        if process_type == "raylet" and ports:
+            command = [*command, f"--dashboard_agent_listen_port={ports[-1]}"]
+        return start(command, process_type, *rest, **named)
+
+    services.start_ray_process = start_ray_process
 
 
 def _hand_over_to_keeper(node: Any) -> None:

@@ -194,6 +194,10 @@ class Worker:
         self.slots.append(Slot(self.numbers))
         self.numbers += 1
 
+    def asking(self) -> list[Call | None]:
+        """Return every call in which it asks for work; ``None`` where it is about to."""
+        return [self.heavy_call, *(slot.asking for slot in self.slots if not slot.heavy)]
+
     @property
     def wall(self) -> float:
         return self.town.clock.true + self.ahead_s
@@ -1167,7 +1171,14 @@ class Town:
             return True
         if any(worker.leftovers or worker.gone for worker in self.workers):
             return True
+        # A slot whose call was lost asks again only when it has waited for the answer in vain.
+        if not all(self._is_parked(call) for worker in self.workers for call in worker.asking()):
+            return True
         return any(not worker.connected for worker in self.workers)
+
+    def _is_parked(self, call: Call | None) -> bool:
+        """Whether a call has reached the moderator and waits there."""
+        return call is not None and self.waiting.get(call.pending or _NOWHERE) is call
 
     # -- judgement ---------------------------------------------------------------------------------
 
@@ -1232,6 +1243,10 @@ def _unused(answer: object) -> None:
 
 def _nothing() -> None:
     return
+
+
+#: A call that was never handed over.
+_NOWHERE = Pending(PauseQueue(queue="", paused=False, principal=""), _unused)
 
 
 def _nobody(answer: object) -> None:
