@@ -271,6 +271,8 @@ class Moderator:
             match request:
                 case Exchange() | Reports() | SlotGone() | Hello() | Goodbye():
                     ids += [report.task_id for report in request.reports]
+                case Heartbeat():
+                    ids += [task_id for task_id, _, _ in request.began]
                 case SubmitBatch():
                     ids += [spec.id for spec in request.specs]
                 case Cancel() | Retry():

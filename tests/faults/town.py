@@ -32,6 +32,8 @@ from hcna_ray.core.models import (
     Token,
 )
 from hcna_ray.runtime.messages import (
+    STUCK,
+    UNSTARTED,
     Accepted,
     Ack,
     Exchange,
@@ -239,7 +241,9 @@ class Worker:
         """One slot's process ends; its agent tells what it left."""
         if not self.slots:
             return
-        slot = self.draw.choice(self.slots)
+        self._end_slot(self.draw.choice(self.slots))
+
+    def _end_slot(self, slot: Slot) -> None:
         self.slots.remove(slot)
         words = self._last_words(slot, FailureKind.LOST, "its slot's process ended")
         self.gone.append((HEAVY_SLOT if slot.heavy else slot.number, words))
@@ -450,6 +454,9 @@ class Worker:
             slots=len(self.slots),
             sent_at=self.wall,
             unanswered_s=elapsed - self.confirmed,
+            began=tuple(
+                (*slot.running.key, self.wall) for slot in self.slots if slot.running is not None
+            ),
         )
         self.beating = self._call(beat, 4.0, known, lost)
 
@@ -491,8 +498,13 @@ class Worker:
 
     def _obey(self, stop: Stop) -> None:
         key = (stop.task_id, Token(*stop.token))
-        for slot in self.slots:
-            if key in slot.holds:
+        for slot in list(self.slots):
+            began = slot.running is not None and slot.running.key == key
+            if key not in slot.holds or (began and stop.reason in (UNSTARTED, STUCK)):
+                continue  # What runs is not concerned by an order not to begin.
+            if stop.reason == STUCK:
+                self._end_slot(slot)
+            else:
                 self._order(slot, key, stop.reason)
 
     def _tell_gone(self, elapsed: float) -> None:

@@ -146,6 +146,8 @@ class Judge:
         if op.first not in ("", "backup") or abs(self._unseen_s) < CLOCK_STEP_S:
             self._passed += self._unseen_s
         elif op.refused:
+            # Followed only if there was nothing to commit; in doubt more time has passed.
+            self._unseen_s = max(0.0, self._unseen_s)
             return
         self._unseen_s = 0.0
 
