@@ -65,6 +65,8 @@ TAKEOVER_S = 15.0
 OPEN_WAIT_S = 20.0
 #: The server's settings without which a commit may be forgotten; they can change at any time.
 _SAFE = "current_setting('fsync') = 'on' AND current_setting('full_page_writes') = 'on'"
+#: Longest time one read of a reader may take.
+READ_S_MAX = 5.0
 #: How long a commit whose connection broke may stay in doubt until the process must end.
 DOUBT_S = 30.0
 _POLL_S = 0.1
@@ -824,6 +826,9 @@ class PostgresTaskReader:
     One connection, one call at a time, from any thread. Every method is one statement, hence sees
     one commit. It reads where the writer writes, never from a standby: what was acknowledged is
     there. A connection that broke is opened again by the next call.
+
+    A read that takes longer than `READ_S_MAX` is broken off, by the server or, if that stands
+    still, by hanging up: whoever asked is told to ask again later, and nobody waits behind it.
     """
 
     def __init__(self, url: str, *, manners: Manners | None = None) -> None:
@@ -836,7 +841,11 @@ class PostgresTaskReader:
         """
         self._url = url
         self._manners = manners or Manners(
-            name="hcna reader", read_only=True, statement_s=10.0, custom_plans=True
+            name="hcna reader",
+            read_only=True,
+            statement_s=READ_S_MAX,
+            answer_s=READ_S_MAX + 1.0,
+            custom_plans=True,
         )
         self._lock = threading.Lock()
         self._session: Session | None = None
@@ -870,11 +879,13 @@ class PostgresTaskReader:
         with self._lock:
             for last_try in (False, True):
                 session = self._open()
+                asked = time.monotonic()
                 try:
                     return session.run(sql, values)
                 except ConnectionLost:
-                    # Nobody may have noticed before: a read is repeated without harm.
-                    if last_try:
+                    # Nobody may have noticed before: a read is repeated without harm. But a server
+                    # that stands still would have whoever asks wait once more.
+                    if last_try or time.monotonic() - asked >= self._manners.answer_s:
                         raise
         raise AssertionError
 
