@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from hcna_ray.core.models import Token
+from hcna_ray.durable import write_private
 from hcna_ray.runtime.messages import Report, ReportKind
 
 _LENGTH = struct.Struct("<I")
@@ -138,12 +139,7 @@ class GenerationMark:
 
     def write(self, generation: int) -> None:
         """Remember a generation over a restart of this machine."""
-        scratch = self.path.with_suffix(".new")
-        with scratch.open("w", encoding="ascii") as file:
-            file.write(str(generation))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(self.path)
+        write_private(self.path, str(generation))
 
 
 def forget_generations(outboxes: Path) -> None:

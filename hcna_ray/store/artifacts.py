@@ -37,6 +37,7 @@ from hcna_ray.core.errors import (
     Overloaded,
     StoreUnavailable,
 )
+from hcna_ray.durable import sync_dir
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.part\Z")
@@ -143,7 +144,7 @@ class ArtifactStore:
         self._lock = threading.Lock()
         self._parts.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (root.parent, root):  # Else they may be gone after a loss of power.
-            _sync_directory(folder)
+            sync_dir(folder)
         self.sweep()
 
     def path(self, sha256: str) -> Path:
@@ -292,7 +293,7 @@ class ArtifactStore:
             failpoints.hit("artifact.part.flushed")
             self._update(name, offset, data)
             if offset + len(data) < size:
-                _sync_directory(self._parts)  # The upload has a name since its first part.
+                sync_dir(self._parts)  # The upload has a name since its first part.
                 return Upload(sha256=name, size=size, received=offset + len(data))
             return self._commit(name, size, part, target)
 
@@ -365,19 +366,19 @@ class ArtifactStore:
         """Rename a complete, flushed file to its name, durably."""
         target.parent.mkdir(mode=0o700, exist_ok=True)
         source.chmod(0o400)
-        _sync_directory(self._root)  # Before anything moves into a folder made just now.
+        sync_dir(self._root)  # Before anything moves into a folder made just now.
         failpoints.hit("artifact.rename.before")
         source.rename(target)
         failpoints.hit("artifact.rename.after")
-        _sync_directory(target.parent)
+        sync_dir(target.parent)
 
     def _settle(self, target: Path) -> None:
         """Make sure that the name of an artifact that was here before outlives a loss of power.
 
         Whoever renamed it may have died right after that.
         """
-        _sync_directory(self._root)
-        _sync_directory(target.parent)
+        sync_dir(self._root)
+        sync_dir(target.parent)
 
     def _update(self, name: str, offset: int, data: bytes) -> None:
         with self._lock:
@@ -461,11 +462,3 @@ def _write(stream: BinaryIO, data: bytes, *, flush: bool = True) -> None:
     if flush:
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
