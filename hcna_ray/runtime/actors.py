@@ -31,14 +31,13 @@ from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
-from hcna_ray.runtime import worker_page
+from hcna_ray.runtime import wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
-    Exchange,
     Goodbye,
     Heartbeat,
     Hello,
@@ -289,12 +288,13 @@ class ModeratorActor(_Face):
         """Renew a session."""
         return await self._ask(beat)
 
-    async def do_exchange(self, exchange: Exchange) -> Any:
+    async def do_exchange(self, raw: bytes) -> bytes:
         """Take outcomes, hand out leases."""
-        return await self._ask(exchange)
+        return wire.pack_grant(await self._ask(wire.unpack_exchange(raw)))
 
-    async def do_report(self, worker: str, incarnation: str, reports: tuple[Report, ...]) -> Any:
+    async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""
+        worker, incarnation, reports = wire.unpack_reports(raw)
         return await self._ask(Reports(worker=worker, incarnation=incarnation, reports=reports))
 
     async def do_slot_gone(self, gone: SlotGone) -> Any:
