@@ -8,6 +8,7 @@ dies, when the moderator dies nothing else does.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -84,12 +85,26 @@ PIN = 0.001
 CONCURRENT_CALLS = 20_000
 #: One attempt to open a store that is away; there are as many as it takes.
 OPEN_WAIT_S = 2.0
+#: Objects made between two looks of the garbage collector, and looks at the young for one at the
+#: older ones, and for one at the oldest.
+COLLECTOR = (20_000, 50, 100)
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
 #: Pause between two looks at a worker's artifact cache.
 HOUSEKEEPING_S = 3600.0
 #: Pause before a worker's agent is asked for again; it costs nothing when there is one.
 AGENT_AGAIN_S = 15.0
+
+
+def _look_for_garbage_less_often() -> None:
+    """Leave alone what is here for good, and look at the rest once for many tasks, not for each.
+
+    Every task is some tens of objects that live until its batch is committed and hold no cycles; by
+    default the collector walks them some forty times for a batch of a thousand.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR)
 
 
 class _Face:
@@ -141,6 +156,7 @@ class ModeratorActor(_Face):
         except BaseException:
             store.close()  # Or the next attempt would find it held by this one.
             raise
+        _look_for_garbage_less_often()
         log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
         return moderator
 

@@ -129,11 +129,17 @@ class GenerationMark:
     def __init__(self, outbox: Path) -> None:
         """Name the file; it need not exist."""
         self.path = outbox / "generation"
+        #: What was read last, and of which file: `write` makes a new one.
+        self._known: tuple[tuple[int, int], int] | None = None
 
     def read(self) -> int:
         """Return the highest generation seen; 0 if none is known."""
         try:
-            return int(self.path.read_text(encoding="ascii"))
+            found = os.stat(self.path)
+            name = found.st_ino, found.st_mtime_ns
+            if self._known is None or self._known[0] != name:
+                self._known = name, int(self.path.read_text(encoding="ascii"))
+            return self._known[1]
         except (OSError, ValueError):
             return 0
 

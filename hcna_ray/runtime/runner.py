@@ -468,7 +468,7 @@ class Runner:
                 if (
                     not self._shared.unconfirmed or self._shared.exchanging
                 ) and not self._shared.closed:
-                    self._shared.lock.wait(self._until_long())
+                    self._shared.lock.wait(self._until_next())
                 if self._shared.closed and not self._shared.unconfirmed:
                     return
                 elapsed = self._clock.elapsed()
@@ -500,11 +500,14 @@ class Runner:
             if closed and not confirmed:
                 return  # The journal keeps them for the agent.
 
-    def _until_long(self) -> float:
-        """Return how long to wait for news: at most until the current attempt turns long."""
+    def _until_next(self) -> float | None:
+        """Return how long to wait for news: at most until the current attempt turns long.
+
+        Without anything that time alone brings about, for ever: whoever has news says so.
+        """
         current = self._shared.current
         if current is None or not self._shared.waiting:
-            return WATCH_S
+            return WATCH_S if self._shared.progress else None
         left = current.started_boot + self._settings.long_s - self._clock.elapsed()
         return min(WATCH_S, max(left, 0.001))
 
@@ -522,6 +525,8 @@ class Runner:
         """Keep the newest progress; the side thread sends it."""
         report = Report(ReportKind.PROGRESS, offer.task_id, token, progress.at, progress=progress)
         with self._shared.lock:
+            if not self._shared.progress:
+                self._shared.lock.notify_all()
             self._shared.progress[offer.task_id, token] = report
 
     def save_checkpoint(self, offer: Offer, token: Token, data: bytes) -> None:

@@ -79,6 +79,8 @@ class WriterThread:
         self._say_at = 0.0
         #: Since when the batch at hand is being worked on.
         self._busy_since: float | None = None
+        #: Set when a call has to wait for the batch at hand: only then anybody may need a stand-in.
+        self._behind = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hcna-writer", daemon=True)
         self._second = threading.Thread(target=self._stand_in, name="hcna-stand-in", daemon=True)
@@ -127,6 +129,8 @@ class WriterThread:
                 self._of_workers += of_worker
                 if len(self._inbox) == 1:
                     self._wake.notify()
+                if self._busy_since is not None and not self._behind.is_set():
+                    self._behind.set()
                 return
         resolve(refusal)
 
@@ -171,6 +175,7 @@ class WriterThread:
             self._exit(EXIT_BUG)
         finally:
             self._ended.set()
+            self._behind.set()
 
     def _open(self) -> Moderator | None:
         """Build the moderator; ``None`` when that failed for good, or nobody waits any more."""
@@ -237,7 +242,11 @@ class WriterThread:
     # -- while the writer is held up --------------------------------------------------------------
 
     def _stand_in(self) -> None:
-        while not self._ended.wait(_LOOK_S):
+        while True:
+            self._behind.wait()
+            self._behind.clear()
+            if self._ended.wait(_LOOK_S):
+                return
             answers = self.look_after()
             if answers:
                 self._publish(Outbound(tuple(answers)))
@@ -248,6 +257,8 @@ class WriterThread:
             moderator, since = self._moderator, self._busy_since
             held_up = 0.0 if since is None else self._clock.elapsed() - since
             if held_up < HELD_UP_S or moderator is None:
+                if self._inbox and since is not None:
+                    self._behind.set()
                 return []
             answers: list[tuple[Pending, object]] = []
             kept: list[Pending] = []
@@ -265,4 +276,6 @@ class WriterThread:
                 else:
                     answers.append((pending, answer))
             self._keep(kept)
+            if kept:
+                self._behind.set()  # Not yet; or a heartbeat that must not be answered now.
         return answers

@@ -106,6 +106,30 @@ def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
     office.writer.close()
 
 
+def test_the_stand_in_sleeps_until_somebody_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_LOOK_S", 0.0)
+    office = Office(SlowModerator())
+    looked = threading.Semaphore(0)
+    look_after = office.writer.look_after
+
+    def look() -> list[tuple[Pending, object]]:
+        looked.release()
+        return look_after()
+
+    monkeypatch.setattr(office.writer, "look_after", look)
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    assert not looked.acquire(blocking=False)
+
+    office.ask()
+
+    assert looked.acquire(timeout=WAIT_S)
+    office.moderator.may_go_on.release(2)
+    office.wait_for_answers(2)
+    office.writer.close()
+
+
 def test_closing_commits_what_waits_and_refuses_what_comes_later() -> None:
     office = Office(SlowModerator())
     office.writer.start()
