@@ -18,7 +18,7 @@ from collections.abc import Callable
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded, StoreUnavailable
-from hcna_ray.runtime.messages import Heartbeat
+from hcna_ray.runtime.messages import Heartbeat, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.requests import FROM_WORKERS, Pending, Request
 
@@ -30,6 +30,9 @@ HELD_UP_S = 1.0
 #: A batch that takes longer lets nobody wait in the inbox any more.
 REFUSE_S = 8.0
 _LOOK_S = 0.25
+#: New tasks after which a batch takes no more of them: more at once cost each one no less, and
+#: whoever has an outcome to tell, or asks for work, would wait for longer.
+SPECS_MAX = 500
 #: Pause before a store that could not be opened is tried again, and before the log repeats why.
 OPEN_AGAIN_S = 1.0
 SAY_AGAIN_S = 60.0
@@ -143,6 +146,30 @@ class WriterThread:
         self._of_workers = sum(isinstance(one.request, FROM_WORKERS) for one in kept)
         return taken
 
+    def _take(self) -> list[Pending]:
+        """Take what goes into the next batch: everything, but only so many new tasks at once.
+
+        What comes beyond that waits for the batch after it, and with it all that clients have asked
+        since: in the meantime outcomes are committed and leases handed out.
+        """
+        if len(self._inbox) - self._of_workers < 2:
+            return self._keep([])
+        taken: list[Pending] = []
+        left: list[Pending] = []
+        room = SPECS_MAX
+        for pending in self._inbox:
+            request = pending.request
+            if isinstance(request, FROM_WORKERS):
+                taken.append(pending)
+            elif left or (isinstance(request, SubmitBatch) and room <= 0):
+                left.append(pending)
+            else:
+                taken.append(pending)
+                if isinstance(request, SubmitBatch):
+                    room -= len(request.specs)
+        self._keep(left)
+        return taken
+
     def close(self) -> None:
         """Commit what is waiting, then stop. Harmless twice."""
         with self._wake:
@@ -230,7 +257,7 @@ class WriterThread:
                 self._busy_since = None
                 if not self._inbox and not self._closed and pause > 0:
                     self._wake.wait(pause)
-                batch = self._keep([])
+                batch = self._take()
                 closed = self._closed
                 self._busy_since = self._clock.elapsed()
             if closed and not batch:
