@@ -132,11 +132,17 @@ class GenerationMark:
     def __init__(self, outbox: Path) -> None:
         """Name the file; it need not exist."""
         self.path = outbox / "generation"
+        #: What was read last, and of which file: `write` makes a new one.
+        self._known: tuple[tuple[int, int], int] | None = None
 
     def read(self) -> int:
         """Return the highest generation seen; 0 if none is known."""
         try:
-            return int(self.path.read_text(encoding="ascii"))
+            found = os.stat(self.path)
+            name = found.st_ino, found.st_mtime_ns
+            if self._known is None or self._known[0] != name:
+                self._known = name, int(self.path.read_text(encoding="ascii"))
+            return self._known[1]
         except (OSError, ValueError):
             return 0
 
@@ -207,6 +213,7 @@ class JournalWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._journal = os.open(files.journal, flags | os.O_APPEND, 0o600)
         self._note = os.open(files.note, flags, 0o600)
+        self._size = os.fstat(self._journal).st_size
         self._stop = files.stop
         self._contact = ContactMark(files.stop.parent)
 
@@ -221,16 +228,17 @@ class JournalWriter:
             raw = _encoder.encode(report)
             parts += (_LENGTH.pack(len(raw)), raw)
         data = b"".join(parts)
-        before = os.fstat(self._journal).st_size
         written = os.write(self._journal, data)
         if written < len(data):
             # A full disk takes what fits; half a record would hide all that follow it.
-            os.ftruncate(self._journal, before)
+            os.ftruncate(self._journal, self._size)
             raise OSError(errno.ENOSPC, "the journal's disk is full")
+        self._size += written
 
     def clear(self) -> None:
         """Forget everything: the moderator has confirmed it."""
         os.ftruncate(self._journal, 0)
+        self._size = 0
 
     def write_note(self, note: Note) -> None:
         """Say what runs now."""
@@ -300,6 +308,8 @@ def read_stops(path: Path) -> list[StopOrder]:
     One that cannot be read counts as empty: a signal handler and a starting agent look in here, and
     an order that is not obeyed ends in a SIGKILL anyway.
     """
+    if not os.access(path, os.F_OK):
+        return []  # As a rule, and asked before each start.
     try:
         return _stops_decoder.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):

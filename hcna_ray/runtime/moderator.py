@@ -211,7 +211,7 @@ class Moderator:
             self._stale = True
             return 0.0
         # A lease ends to the moment: its task should not wait for the next look around.
-        silence_s = self._workforce.sessions.next_change_s(self._clock.elapsed())
+        silence_s = self._workforce.sessions.quiet_s(self._clock.elapsed())
         pause = min(HOUSEKEEPING_S, silence_s + 0.001)
         if wake_at is not None:
             pause = min(pause, max(0.0, wake_at - self._clock.now()))

@@ -214,6 +214,10 @@ class TaskStore(Protocol):
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         ...
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        ...
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         ...

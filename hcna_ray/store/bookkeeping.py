@@ -161,6 +161,13 @@ class Bookkeeper(ABC):
         self._add(sequence, 1)
         return self._numbers[sequence]
 
+    def _reserve(self, sequence: str, count: int) -> int:
+        """Use up ``count`` numbers of a sequence; return the first."""
+        first = self._numbers[sequence] + 1
+        if count:
+            self._add(sequence, count)
+        return first
+
     def _add(self, number: str, delta: int) -> None:
         self._numbers[number] += delta
         self._changed_numbers.add(number)
@@ -285,24 +292,28 @@ class Bookkeeper(ABC):
                 raise VersionConflict(task.id, task.version - 1)
             before.append(old)
         changes: list[Change] = []
+        opened = opened_bytes = 0
         for task, old in zip(tasks, before, strict=True):
-            now = self._moved(task, old)
-            changes.append(Change(task, old.indexed, now))
+            was, now = old.indexed, self._moved(task, old)
+            if (was[rows.END_NO] is None) != (now[rows.END_NO] is None):
+                sign = 1 if now[rows.END_NO] is None else -1
+                opened += sign
+                opened_bytes += sign * task.spec.bytes_stored
+            changes.append(Change(task, was, now))
             self._remember(task, now)
+        if opened or opened_bytes:
+            self._add("open_tasks", opened)
+            self._add("open_bytes", opened_bytes)
         self._update_tasks(changes)
 
     def _moved(self, task: Task, old: Known) -> Row:
         """Count a task out of where it stood and into where it stands; return its index values."""
         was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        ended_before = end_no is not None
-        if not task.terminal:
+        if task.finished_at is None:
             end_no = None
         elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
-        if ended_before != (end_no is not None):
-            self._add("open_tasks", 1 if ended_before else -1)
-            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
         now = rows.indexed_values(
             task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
         )
@@ -347,13 +358,16 @@ class Bookkeeper(ABC):
     def _remember(self, task: Task, indexed: Row) -> Known:
         """Keep what the open transaction sees of a task that may be asked for again soon."""
         known = Known(task, indexed)
-        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        spec = task.spec
+        keep = (
+            task.finished_at is None and spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        )
         if keep:
             self._known[task.seq] = known
-            self._seq_of[task.id] = task.seq
+            self._seq_of[spec.id] = task.seq
             if len(self._known) > KNOWN_MAX:
                 _seq, oldest = self._known.popitem(last=False)
-                del self._seq_of[oldest.task.id]
+                del self._seq_of[oldest.task.spec.id]
         else:
             self._forget(task.seq)
         return known
@@ -361,7 +375,7 @@ class Bookkeeper(ABC):
     def _forget(self, seq: int) -> None:
         known = self._known.pop(seq, None)
         if known is not None:
-            del self._seq_of[known.task.id]
+            del self._seq_of[known.task.spec.id]
 
     def _by_seq(self, seqs: Sequence[int]) -> dict[int, Known]:
         """Return what stands at these accept sequences, in the order asked for."""

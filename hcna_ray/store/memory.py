@@ -413,6 +413,10 @@ class MemoryTaskStore:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for _seq, child_id in self._waiting_for.first(parent_id, limit)]
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {id_ for id_ in ids if self._waiting_for.first(id_, 1)}
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         self._must_write()

@@ -631,7 +631,8 @@ class PostgresTaskStore(Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        values = [rows.fact_values(self._next("last_fact"), fact) for fact in facts]
+        first = self._reserve("last_fact", len(facts))
+        values = [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)]
         self._queue_rows(_INSERT_FACTS, _FACT_KINDS, values)
         return self._numbers["last_fact"]
 
@@ -712,6 +713,10 @@ class PostgresTaskStore(Bookkeeper):
     def dependents(self, parent_id: str, limit: int) -> list[str]:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
+
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (texts(ids),))}
 
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
@@ -1157,6 +1162,10 @@ WITH RECURSIVE found (held_key) AS (
 )
 SELECT held_key FROM found WHERE held_key IS NOT NULL LIMIT %s
 """
+_WAITED_FOR = (
+    "SELECT j.id FROM unnest(%s) AS j (id) "
+    "WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = j.id)"
+)
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = %s ORDER BY child_seq LIMIT %s"
 _KEYS_HELD = (
     "SELECT k.principal, k.key, k.task_id, k.fingerprint, k.at "

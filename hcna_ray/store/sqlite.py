@@ -433,10 +433,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        self._many(
-            "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [rows.fact_values(self._next("last_fact"), fact) for fact in facts],
-        )
+        first = self._reserve("last_fact", len(facts))
+        if facts:
+            self._many(
+                "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)],
+            )
         return self._numbers["last_fact"]
 
     def save_attempts(self, attempts: Sequence[Attempt]) -> None:
@@ -524,6 +526,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def dependents(self, parent_id: str, limit: int) -> list[str]:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
+
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (codec.to_json(ids),))}
 
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
@@ -776,6 +782,9 @@ _ORDERING_LINE = (
 )
 _HELD = "SELECT seq FROM task WHERE held_key = ? ORDER BY dispatch_key, seq LIMIT ?"
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = ? ORDER BY child_seq LIMIT ?"
+_WAITED_FOR = (
+    "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = value)"
+)
 _PRUNABLE = (
     "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "

@@ -778,6 +778,11 @@ class TestKeysAndDependencies:
         store = home.reopen()
         assert store.dependents("p", 9) == ["m"]
         assert store.dependents("q", 9) == ["a"]
+        assert store.waited_for(["no", "p", "q"]) == {"p", "q"}
+        assert store.waited_for([]) == set()
+        with store.transaction():
+            store.drop_dependents("p", ["m"])
+        assert store.waited_for(["no", "p", "q"]) == {"q"}
 
     def test_a_child_must_be_stored_first(self, store: TaskStore) -> None:
         with pytest.raises(NotFound), store.transaction():

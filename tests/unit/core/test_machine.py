@@ -106,6 +106,19 @@ def error_of(task: Task) -> TaskError:
     return task.error
 
 
+def test_an_end_tells_of_a_start_that_nobody_told_of() -> None:
+    task = a_granted_task()
+
+    for step in (completed(task), failed(task)):
+        first, last = step.facts
+        assert (first.kind, first.at, first.state) == ("started", NOW + 1, TaskState.RUNNING)
+        assert first.token == last.token == token_of(task)
+        assert first.worker == last.worker == "W1"
+        assert [one.started_at for one in step.attempts] == [NOW + 1]
+    assert kinds(completed(a_running_task())) == ["completed"]
+    assert kinds(failed(a_running_task())) == ["failed"]
+
+
 # -- the table -----------------------------------------------------------------------------------
 
 

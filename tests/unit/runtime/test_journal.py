@@ -205,6 +205,10 @@ def test_the_highest_generation_is_kept_until_another_cluster_is_joined(tmp_path
     mark.write(3)
     mark.write(4)
     assert GenerationMark(outbox).read() == 4
+    other = GenerationMark(outbox)
+    assert other.read() == 4
+    mark.write(5)
+    assert other.read() == 5
     assert [path.name for path in outbox.iterdir()] == ["generation"]
     mark.path.write_text("no number")
     assert mark.read() == 0

@@ -304,6 +304,18 @@ def test_a_parent_that_does_not_exist_is_refused(desk: Desk) -> None:
     assert answer.error.code == "dependency_not_found"
 
 
+def test_what_nobody_asks_for_any_more_keeps_no_thread_busy(desk: Desk, w1: PaperWorker) -> None:
+    """A round that held a task back is followed by another, but only while somebody waits."""
+    desk.submit_ids("t1", "t2", concurrency_key="k")
+    desk.submit_ids("t3")
+    w1.exchange(0)
+    w1.exchange(1)
+    assert desk.answer(w1.exchange(2)) is WAITING
+
+    assert desk.task("t2").hold is Hold.CONCURRENCY
+    assert desk.moderator.sleep_s() > 0.0
+
+
 def test_thousands_of_dependents_are_settled_in_durable_steps(desk: Desk, w1: PaperWorker) -> None:
     desk.submit_ids("a")
     desk.submit(*(a_spec(f"c{n}", depends_on=("a",)) for n in range(2500)))
