@@ -310,7 +310,7 @@ class Bookkeeper(ABC):
         """Count a task out of where it stood and into where it stands; return its index values."""
         was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        if task.finished_at is None:
+        if not task.terminal:
             end_no = None
         elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
