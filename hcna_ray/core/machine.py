@@ -318,15 +318,26 @@ def on_time_running(task: Task, event: TimePassed) -> Step:
 
 
 def on_clock_stepped(task: Task, event: ClockStepped) -> Step:
-    """Keep the age of what was granted: only time that has passed may end it."""
+    """Keep the age of what was granted, or how long a queued task has waited.
+
+    Only time that has passed may end either. Of a granted task the lease alone moves: how long it
+    waits matters again when it comes back, and is put right then.
+    """
     lease = task.lease
     if lease is None:
-        return _unchanged(task)
+        return _waited_as_long(task, event.by_s)
     moved = lease._replace(
         granted_at=lease.granted_at + event.by_s,
         started_at=None if lease.started_at is None else lease.started_at + event.by_s,
     )
     return Step(task.evolve(lease=moved))
+
+
+def _waited_as_long(task: Task, by_s: float) -> Step:
+    if task.queued_at is None or (task.spec.queue_timeout_s is None and task.pinned_until is None):
+        return _unchanged(task)
+    until = None if task.pinned_until is None else task.pinned_until + by_s
+    return Step(task.evolve(queued_at=task.queued_at + by_s, pinned_until=until))
 
 
 def _expire(task: Task, at: float) -> Step:

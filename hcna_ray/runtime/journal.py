@@ -31,6 +31,9 @@ _LENGTH = struct.Struct("<I")
 #: Length and CRC-32 before a note.
 _NOTE_HEAD = struct.Struct("<II")
 _NOTE_BYTES = 1024
+#: Until when, and the lowest generation; followed by a CRC-32.
+_CONTACT = struct.Struct("<dQ")
+_CHECKSUM = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Report)
 
@@ -148,6 +151,54 @@ class GenerationMark:
         write_private(self.path, str(generation))
 
 
+class ContactMark:
+    """How long anything may begin on a worker, and of which store, beside its outbox's journals.
+
+    Its agent writes it whenever the moderator has confirmed the worker; executors read it before
+    each start. A machine that has slept, or processes that stood still, may wake when the lease of
+    what they were granted is long over: the order to stop takes a moment, and nothing may begin in
+    that. In place, sixteen bytes and a checksum: a read beside a write is noticed.
+    """
+
+    def __init__(self, outbox: Path) -> None:
+        """Name the file; it need not exist."""
+        self._path = outbox / "contact"
+        self._file = -1
+
+    def write(self, until_boot: float, generation: int) -> None:
+        """Say until when, on CLOCK_BOOTTIME, and what is the lowest generation that may begin."""
+        self._open(os.O_RDWR | os.O_CREAT)
+        body = _CONTACT.pack(until_boot, generation)
+        os.pwrite(self._file, body + _CHECKSUM.pack(zlib.crc32(body)), 0)
+
+    def allows(self, generation: int, elapsed: float) -> bool:
+        """Whether an attempt of a generation may begin now.
+
+        Where nothing can be read, its agent could not write: then only its orders stop anything.
+        """
+        try:
+            self._open(os.O_RDONLY)
+            for _ in range(3):
+                raw = os.pread(self._file, _CONTACT.size + _CHECKSUM.size, 0)
+                body, checksum = raw[: _CONTACT.size], raw[_CONTACT.size :]
+                if checksum == _CHECKSUM.pack(zlib.crc32(body)):
+                    until_boot, lowest = _CONTACT.unpack(body)
+                    return bool(elapsed <= until_boot and generation >= lowest)
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        """Close the file. Harmless twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _open(self, flags: int) -> None:
+        if self._file < 0:
+            self._file = os.open(self._path, flags | os.O_CLOEXEC, 0o600)
+
+
 def forget_generations(outboxes: Path) -> None:
     """Let the workers of this machine work for another cluster, whatever its generation."""
     for folder in outboxes.glob("*"):
@@ -164,6 +215,7 @@ class JournalWriter:
         self._note = os.open(files.note, flags, 0o600)
         self._size = os.fstat(self._journal).st_size
         self._stop = files.stop
+        self._contact = ContactMark(files.stop.parent)
 
     def append(self, reports: Iterable[Report]) -> None:
         """Add reports in one write, whole or not at all.
@@ -198,12 +250,17 @@ class JournalWriter:
         """Return the agent's orders; cheap when there are none."""
         return read_stops(self._stop)
 
+    def may_begin(self, token: Token, elapsed: float) -> bool:
+        """Whether the worker's agent is in contact, with the store that gave this token."""
+        return self._contact.allows(token.generation, elapsed)
+
     def close(self) -> None:
         """Close both files. What comes later fails, and strikes no file that took their number."""
         journal, note = self._journal, self._note
         self._journal = self._note = -1
         os.close(journal)
         os.close(note)
+        self._contact.close()
 
 
 def read_journal(files: RunnerFiles) -> list[Report]:

@@ -235,7 +235,7 @@ class Runner:
                     if error is None:
                         return offer
                 self._shared.current = None
-                why = "stopped or expired" if error is None else error.message
+                why = "stopped, expired, or out of contact" if error is None else error.message
                 self._give_back([offer], why, error)
             self._give_back(list(self._shared.waiting), "the runner ends")
             self._shared.waiting.clear()
@@ -243,8 +243,10 @@ class Runner:
         return None
 
     def _may_start(self, current: _Current) -> bool:
-        """Whether nobody wants the attempt stopped, and its task has not expired."""
+        """Whether nobody wants it stopped, its task has not expired, and its lease is in force."""
         offer = current.offer
+        if not self._journal.may_begin(Token(*offer.token), current.started_boot):
+            return False
         if current.stopping is not None:
             return False
         if offer.expires_boot is not None and offer.expires_boot <= current.started_boot:

@@ -30,8 +30,6 @@ from hcna_ray.core.placement import age_in_words
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
-    STUCK,
-    UNSTARTED,
     Ack,
     Exchange,
     Goodbye,
@@ -41,6 +39,8 @@ from hcna_ray.runtime.messages import (
     Hello,
     IntentOrder,
     Offer,
+    Report,
+    ReportKind,
     SlotGone,
     Stop,
     Welcome,
@@ -280,6 +280,11 @@ class Workforce:
             self._watch_clock(turn, session)
         if beat.trouble != session.trouble:
             self._note_trouble(session, beat.trouble)
+        self._reports.apply(
+            turn,
+            [Report(ReportKind.STARTED, *attempt) for attempt in beat.began],
+            session.skew,
+        )
         session.telemetry, session.slots = beat.telemetry, beat.slots
         session.record = dataclasses.replace(session.record, last_seen_at=turn.now)
         return HeartbeatReply(known=True)
@@ -551,7 +556,12 @@ class Workforce:
             task = turn.ledger.get(live.id)
             if task is None or task.lease is None or task.lease.incarnation != gone.incarnation:
                 continue
-            if (task.lease.worker, task.lease.slot) == place:
+            if (task.lease.worker, task.lease.slot) != place:
+                continue
+            if task.lease.started_at is None and self._starts.is_asked_for(task):
+                why = f"the slot of {gone.worker} that was to start it was stuck"
+                turn.ledger.step(task, self._starts.returned(task, why, turn.now))
+            else:
                 self._take_back(turn, task, "the slot's process ended", FailureKind.POISON)
         return ack
 
@@ -660,13 +670,12 @@ class Workforce:
         overdue = self._starts.look(
             self._live.tasks.values(), in_contact.__contains__, turn.elapsed
         )
-        for found, asked in overdue:
+        for found, reason, given_up in overdue:
             task = turn.ledger.get(found.id)
             if task is None or task.lease is None or task.lease != found.lease:
                 continue  # Something has happened to it in this very batch.
             lease = task.lease
-            stop = Stop(task.id, lease.token, lease.slot, STUCK if asked else UNSTARTED)
-            self._order(lease.worker, stop)
+            self._order(lease.worker, Stop(task.id, lease.token, lease.slot, reason))
             log.warning(
                 "an attempt does not start",
                 extra={
@@ -674,10 +683,10 @@ class Workforce:
                     "task_id": task.id,
                     "attempt": lease.token.attempt,
                     "worker": lease.worker,
-                    "taken_back": asked,
+                    "taken_back": given_up,
                 },
             )
-            if asked:
+            if given_up:
                 why = f"{lease.worker} did not start it and did not say why"
                 turn.ledger.step(task, self._starts.returned(task, why, turn.now))
 

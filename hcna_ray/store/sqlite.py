@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -371,6 +372,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._many("INSERT INTO task_spec VALUES (?, ?)", values)
 
+    def _insert_number(self, name: str) -> None:
+        self._run("INSERT INTO number VALUES (?, 0)", (name,))
+
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         self._many("UPDATE task SET end_no = ? WHERE seq = ?", values)
 
@@ -608,6 +612,15 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             (keys_before, limit),
         )
         self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
+        return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT ?", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._run("DELETE FROM audit WHERE number <= ?", (gone[-1],))
         return len(gone)
 
 

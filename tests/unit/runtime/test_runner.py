@@ -22,6 +22,7 @@ from hcna_ray.handlers.errors import Reject, TaskCancelled
 from hcna_ray.handlers.registry import AnyPayload, Registry
 from hcna_ray.runtime import runner as runner_module
 from hcna_ray.runtime.journal import (
+    ContactMark,
     JournalWriter,
     RunnerFiles,
     StopOrder,
@@ -178,6 +179,34 @@ def test_a_completed_attempt_is_reported_with_its_result_and_times(bench: Bench)
     assert (done.started_at, done.at) == (begun, begun + 2.0)
     assert done.duration_ms == pytest.approx(2000.0)
     assert bench.runner.must_end is False
+
+
+@pytest.mark.parametrize("why", ["silence", "restored"])
+def test_what_was_granted_begins_only_while_its_lease_can_be_in_force(
+    bench: Bench, why: str
+) -> None:
+    agent = ContactMark(bench.home)
+    agent.write(bench.clock.elapsed() + 20.0, 1)
+
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        # The machine sleeps, or what was granted is of a store that is replaced: no order has come
+        # when the next one is to begin.
+        if why == "silence":
+            bench.clock.advance(40.0)
+        else:
+            agent.write(bench.clock.elapsed() + 20.0, 2)
+        return {}
+
+    bench.handle("t1", work)
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    assert {(one.kind, one.task_id) for one in reports} == {
+        (ReportKind.STARTED, "t1"),
+        (ReportKind.COMPLETED, "t1"),
+        (ReportKind.RETURNED, "t2"),
+    }
+    agent.close()
 
 
 def test_what_a_handler_raises_is_told_with_its_kind(bench: Bench) -> None:
