@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,6 +51,7 @@ from hcna_ray.store.base import (
 from hcna_ray.store.bookkeeping import Bookkeeper, Change
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
+from hcna_ray.store.sqlite_locks import left_behind
 from hcna_ray.store.sqlite_log import Index, lost_commits, read_index
 
 #: Older libraries can corrupt a WAL database that one connection checkpoints while another commits.
@@ -254,7 +256,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             raise RuntimeError("a transaction is open already")
         if self._broken:
             raise OSError(errno.EIO, f"{self.path}: an fsync failed; this process must exit")
-        self._run("BEGIN IMMEDIATE")
+        self._begin()
         self._writing = True
         try:
             if self._run("PRAGMA data_version") != self._data_version:
@@ -270,6 +272,23 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             self._writing = False
         failpoints.hit("store.commit.after")
         self._checkpoint()
+
+    def _begin(self) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError as error:
+            self._require_locks_back(error)
+            raise _translated(error) from error
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    def _require_locks_back(self, error: apsw.BusyError) -> None:
+        """Tell a file that somebody else uses from one that this process locked out itself."""
+        if left_behind(self.path):
+            self._broken = True
+            raise OSError(
+                errno.EIO, f"{self.path}: a lock was not given back; this process must exit"
+            ) from error
 
     def _roll_back(self, cause: BaseException) -> None:
         self._broken = isinstance(cause, _SyncFailed)
@@ -335,6 +354,8 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             failpoints.hit("store.checkpoint.before")
             self._db.wal_checkpoint(mode=mode)
             failpoints.hit("store.checkpoint.after")
+        except apsw.BusyError as error:
+            self._require_locks_back(error)
         except apsw.Error as error:
             failure = _translated(error)
             if not isinstance(failure, StoreUnavailable):
@@ -362,6 +383,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
 
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._many("INSERT INTO task_spec VALUES (?, ?)", values)
+
+    def _insert_number(self, name: str) -> None:
+        self._run("INSERT INTO number VALUES (?, 0)", (name,))
 
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         self._many("UPDATE task SET end_no = ? WHERE seq = ?", values)
@@ -421,10 +445,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        self._many(
-            "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [rows.fact_values(self._next("last_fact"), fact) for fact in facts],
-        )
+        first = self._reserve("last_fact", len(facts))
+        if facts:
+            self._many(
+                "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)],
+            )
         return self._numbers["last_fact"]
 
     def save_attempts(self, attempts: Sequence[Attempt]) -> None:
@@ -513,6 +539,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (codec.to_json(ids),))}
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         self._must_write()
@@ -594,6 +624,15 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             (keys_before, limit),
         )
         self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
+        return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT ?", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._run("DELETE FROM audit WHERE number <= ?", (gone[-1],))
         return len(gone)
 
 
@@ -755,6 +794,9 @@ _ORDERING_LINE = (
 )
 _HELD = "SELECT seq FROM task WHERE held_key = ? ORDER BY dispatch_key, seq LIMIT ?"
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = ? ORDER BY child_seq LIMIT ?"
+_WAITED_FOR = (
+    "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = value)"
+)
 _PRUNABLE = (
     "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "
