@@ -202,7 +202,6 @@ def test_what_was_granted_begins_only_while_its_lease_can_be_in_force(
     reports = bench.run(bench.offer("t1"), bench.offer("t2"))
 
     assert {(one.kind, one.task_id) for one in reports} == {
-        (ReportKind.STARTED, "t1"),
         (ReportKind.COMPLETED, "t1"),
         (ReportKind.RETURNED, "t2"),
     }
