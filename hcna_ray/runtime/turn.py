@@ -55,8 +55,8 @@ class Turn:
         """
         found = {
             task.id: task
-            for task in self.ledger.changed()
-            if task.spec.ordering_key == key and not task.terminal
+            for task in self.ledger.changed_in_line(key)
+            if not task.terminal
         }
         limit = 2
         while True:
