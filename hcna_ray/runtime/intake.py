@@ -159,6 +159,13 @@ class Intake:
         if stored > self._policy.queue_bytes_max:
             raise Overloaded("the queue holds its maximum of bytes", 5)
 
+    def room(self) -> int:
+        """Return how many more tasks would be accepted now, if they are small."""
+        size = self._store.size()
+        if self.disk_low or size.bytes >= self._policy.queue_bytes_max:
+            return 0
+        return max(0, self._policy.queue_tasks_max - size.tasks)
+
     def cancel(self, turn: Turn, request: Cancel) -> TaskState:
         """Cancel a task, or ask its worker to. Raises `NotFound`, `TaskFinished`."""
         task = turn.ledger.get(request.task_id)

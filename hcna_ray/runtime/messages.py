@@ -101,6 +101,8 @@ class ModeratorStatus:
     workers: int
     open_tasks: int
     open_bytes: int
+    #: Tasks that may still be accepted.
+    room: int
     live_attempts: int
     paused: tuple[str, ...]
     pid: int = 0

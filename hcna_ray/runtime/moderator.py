@@ -417,6 +417,7 @@ class Moderator:
             workers=len(states),
             open_tasks=size.tasks,
             open_bytes=size.bytes,
+            room=self._intake.room(),
             live_attempts=len(self._live.tasks),
             paused=tuple(sorted(self._paused)),
             pid=self._pid,

@@ -50,6 +50,7 @@ from hcna_ray.store.base import (
 from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
+from hcna_ray.store.sqlite_locks import left_behind
 from hcna_ray.store.sqlite_log import Index, lost_commits, read_index
 
 #: Older libraries can corrupt a WAL database that one connection checkpoints while another commits.
@@ -254,7 +255,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             raise RuntimeError("a transaction is open already")
         if self._broken:
             raise OSError(errno.EIO, f"{self.path}: an fsync failed; this process must exit")
-        self._run("BEGIN IMMEDIATE")
+        self._begin()
         self._writing = True
         try:
             if self._run("PRAGMA data_version") != self._data_version:
@@ -270,6 +271,23 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             self._writing = False
         failpoints.hit("store.commit.after")
         self._checkpoint()
+
+    def _begin(self) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError as error:
+            self._require_locks_back(error)
+            raise _translated(error) from error
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    def _require_locks_back(self, error: apsw.BusyError) -> None:
+        """Tell a file that somebody else uses from one that this process locked out itself."""
+        if left_behind(self.path):
+            self._broken = True
+            raise OSError(
+                errno.EIO, f"{self.path}: a lock was not given back; this process must exit"
+            ) from error
 
     def _roll_back(self, cause: BaseException) -> None:
         self._broken = isinstance(cause, _SyncFailed)
@@ -335,6 +353,8 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             failpoints.hit("store.checkpoint.before")
             self._db.wal_checkpoint(mode=mode)
             failpoints.hit("store.checkpoint.after")
+        except apsw.BusyError as error:
+            self._require_locks_back(error)
         except apsw.Error as error:
             failure = _translated(error)
             if not isinstance(failure, StoreUnavailable):

@@ -50,6 +50,9 @@ RAY_TUNING: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
     # C1's entrance is replaced after three failed checks: in 3 s instead of 30.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # By default it is killed when it does not start within 15 s, and the deployment with it: a slow
+    # or busy computer that has just been switched on needs longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
 }
 
 #: Variables of the caller that would change what Ray does, or that are none of its business.

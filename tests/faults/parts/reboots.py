@@ -28,6 +28,7 @@ class Reboots:
     budget_s = 1200.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the epochs."""

@@ -196,6 +196,22 @@ def test_two_batches_in_one_commit_share_the_room() -> None:
     assert [type(answer) for answer in [*first, *second]] == [Accepted] * 3 + [Refused]  # type: ignore[misc]
 
 
+def test_the_status_tells_for_how_many_there_is_room() -> None:
+    desk = Desk(queue_tasks_max=5, queue_bytes_max=2 * a_spec("t1").bytes_stored)
+    assert desk.ask(Query(name="status")).room == 5
+
+    desk.submit(a_spec("t1"))
+    assert desk.ask(Query(name="status")).room == 4
+    desk.submit(a_spec("t2"))
+    assert desk.ask(Query(name="status")).room == 0  # There is none for bytes.
+
+    desk.cancel("t2")
+    assert desk.ask(Query(name="status")).room == 4
+    desk.free_bytes = 0
+    desk.tick(2.0)
+    assert desk.ask(Query(name="status")).room == 0
+
+
 def test_a_low_disk_refuses_until_there_is_space_again(desk: Desk) -> None:
     desk.free_bytes = 0
     desk.tick(2.0)
