@@ -123,7 +123,5 @@ def _solved(matrix: list[list[float]]) -> list[float]:
         for row in range(size):
             if row != i:
                 factor = matrix[row][i]
-                matrix[row] = [
-                    a - factor * b for a, b in zip(matrix[row], matrix[i], strict=True)
-                ]
+                matrix[row] = [a - factor * b for a, b in zip(matrix[row], matrix[i], strict=True)]
     return [row[-1] for row in matrix]

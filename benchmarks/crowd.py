@@ -2,7 +2,7 @@
 
 No process, no network: `Crowd` speaks to a `hcna_ray.runtime.moderator.Moderator` as agents and
 slots do, by messages, and does each granted task in no time. What is measured around it is what the
-moderator and its store cost. `benchmarks.scale` and `benchmarks.simulation` are built on it.
+moderator and its store cost. `benchmarks.long_queue` and `benchmarks.simulation` are built on it.
 """
 
 from __future__ import annotations

@@ -19,12 +19,11 @@ import itertools
 import json
 import logging
 import random
-import statistics
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +248,11 @@ class Simulation:
             return
         self._after(self._draw.expovariate(world.rate), self._arrive)
         share = self._draw.random()
-        for kind, of, mean in world.kinds:
+        kind, mean = world.kinds[-1][0], world.kinds[-1][2]
+        for name, of, seconds in world.kinds:
             share -= of
             if share <= 0:
+                kind, mean = name, seconds
                 break
         self._tasks += 1
         task_id = f"t{self._tasks}"
@@ -567,7 +568,8 @@ def main() -> None:
         from benchmarks.costs import measured
 
         costs = measured(costs)
-    print("seconds:", json.dumps({k: float(f"{v:.3g}") for k, v in asdict(costs).items()}))
+    told = {name: float(f"{value:.3g}") for name, value in asdict(costs).items()}
+    sys.stdout.write(f"seconds: {json.dumps(told)}\n")
     rows = []
     for rate in map(float, asked.rates.split(",")):
         world = World(
@@ -575,8 +577,8 @@ def main() -> None:
         )
         begun = time.process_time()
         rows.append(tell(world, Simulation(world, costs).run()))
-        print(f"{rate:.0f}/s: {time.process_time() - begun:.0f} s of CPU", file=sys.stderr)
-    print(table(rows))
+        sys.stderr.write(f"{rate:.0f}/s: {time.process_time() - begun:.0f} s of CPU\n")
+    sys.stdout.write(table(rows) + "\n")
 
 
 if __name__ == "__main__":

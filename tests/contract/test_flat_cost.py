@@ -216,4 +216,5 @@ def test_a_reader_counts_as_well(houses: dict[int, House]) -> None:
     reader: SqliteTaskReader = houses[SMALL].reader
     with counted_steps(reader) as steps:
         reader.get(["t000001"])
-    assert steps.taken and steps.statements
+    assert steps.taken
+    assert steps.statements
