@@ -210,6 +210,8 @@ class Dispatcher:
         self._store, self._policy, self._live = store, policy, live
         self._ready: Tally[LaneKey] = Tally()
         self._estimates: dict[str, float] = {}
+        #: The concurrency key at which the next sweep goes on.
+        self._swept = ""
         #: Whether the last `dispatch` left something that another one would place.
         self.unfinished = False
 
@@ -456,6 +458,11 @@ class Dispatcher:
                 free -= 1
 
     def sweep(self, ledger: Ledger, now: float) -> None:
-        """Let go what a release may have missed, e.g. behind a task that fits on no worker."""
-        for key in self._store.concurrency_keys_held(SWEEP_KEYS_MAX):
+        """Let go what a release may have missed, e.g. behind a task that fits on no worker.
+
+        Of very many keys each sweep looks at some, and the next one at those that follow.
+        """
+        keys = self._store.concurrency_keys_held(SWEEP_KEYS_MAX, after=self._swept)
+        self._swept = keys[-1] if len(keys) == SWEEP_KEYS_MAX else ""
+        for key in keys:
             self.release_concurrency(ledger, key, now)

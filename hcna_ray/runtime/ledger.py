@@ -7,6 +7,7 @@ leave the moderator before `flush` has been committed.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 
@@ -60,6 +61,9 @@ class Ledger:
         self._absent: set[str] = set()
         #: Task as committed, for each changed one; ``None`` for a new one.
         self.before: dict[str, Task | None] = {}
+        #: Of these, how many have been looked at for their ordering key, and what was found.
+        self._lined = 0
+        self._lines: dict[str, list[str]] = {}
         self.facts: list[Fact] = []
         self._attempts: dict[tuple[str, Token], Attempt] = {}
         self.claims: dict[tuple[str, str], KeyClaim] = {}
@@ -114,6 +118,16 @@ class Ledger:
     def is_changed(self, task_id: str) -> bool:
         """Return whether this batch has added or changed the task."""
         return task_id in self.before
+
+    def changed_in_line(self, key: str) -> list[Task]:
+        """Return the tasks with an ordering key that this batch has added or changed."""
+        fresh = len(self.before) - self._lined
+        for task_id in itertools.islice(reversed(self.before), fresh):
+            line = self._tasks[task_id].spec.ordering_key
+            if line is not None:
+                self._lines.setdefault(line, []).append(task_id)
+        self._lined += fresh
+        return [self._tasks[task_id] for task_id in self._lines.get(key, ())]
 
     def lane_changes(self) -> dict[LaneKey, int]:
         """Return how many tasks each lane of the dispatch index has gained or lost."""

@@ -26,6 +26,13 @@ from hcna_ray.store.rows import Row
 #: now is granted soon, and what is granted ends soon.
 KNOWN_MAX = 8192
 _SMALL = 4096
+#: Old idempotency keys that one prune looks at, for each that it may delete.
+_KEYS_LOOKED = 10
+
+#: Where an idempotency key stands among all of them by age: ``(at, principal, key)``.
+KeyPlace = tuple[float, str, str]
+#: Before the oldest.
+OLDEST_KEY: KeyPlace = (-math.inf, "", "")
 #: Numbers that a store has once the clock was put forward: seconds, and the instant after it.
 HELD = ("clock_held_s", "clock_held_since")
 
@@ -69,6 +76,8 @@ class Bookkeeper(ABC):
 
     def __init__(self) -> None:
         self._writing = False
+        #: Where the next `_prune_keys` goes on.
+        self._keys_seen = OLDEST_KEY
         self._take_in((), ())
 
     # -- what each database does in its own way ---------------------------------------------------
@@ -104,6 +113,17 @@ class Bookkeeper(ABC):
     @abstractmethod
     def _rows_by_seq(self, seqs: Sequence[int]) -> Sequence[Row]:
         """Return rows of `rows.COLUMNS`."""
+
+    @abstractmethod
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> Sequence[Row]:
+        """Return idempotency keys by age: the columns of `KeyPlace`, and whether its task is gone.
+
+        Only those behind ``after`` that were bound before an instant.
+        """
+
+    @abstractmethod
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        """Delete idempotency keys by ``(principal, key)``."""
 
     def _refresh(self) -> None:
         """Read what is kept in memory again if it is not known to be true."""
@@ -346,6 +366,26 @@ class Bookkeeper(ABC):
         if lane_id is not None:
             self._lane_by_id[lane_id].ready += delta
             self._changed_lanes.add(lane_id)
+
+    def _prune_keys(self, before: float, limit: int) -> None:
+        """Delete up to ``limit`` old idempotency keys whose tasks are gone.
+
+        However many belong to tasks that still live, one call passes over few of them; the next one
+        goes on behind those, and after the youngest of the old ones it begins again.
+        """
+        looked = limit * _KEYS_LOOKED
+        found = self._old_keys(self._keys_seen, before, looked)
+        gone: list[tuple[str, str]] = []
+        for *place, orphan in found:
+            if len(gone) == limit:
+                break
+            self._keys_seen = (place[0], place[1], place[2])
+            if orphan:
+                gone.append((place[1], place[2]))
+        else:
+            if len(found) < looked:
+                self._keys_seen = OLDEST_KEY
+        self._delete_keys(gone)
 
     def _drop_empty_lanes(self) -> list[int]:
         """Forget lanes without a ready task: no row names them, and needs are of many kinds.
