@@ -2,8 +2,9 @@
 
 While a call is out, submissions collect; when it returns, all that collected goes in the next one.
 So batches form by themselves under load, and a lone request goes out at once. When the moderator
-has said that it can take nothing, that is repeated here for a moment: under overload most requests
-are refused, and a refusal must neither wait for others nor cost the moderator anything.
+has said that it can take nothing, that is repeated here: under overload most requests are refused,
+and a refusal must neither wait for others nor cost the moderator anything. How much room there is
+meanwhile is asked beside the requests, and only as many as fit are sent on.
 
 Ids are minted before a batch is sent and the moderator inserts or returns, so the same batch may be
 sent again after the moderator was lost in the middle of it. If no try of such a batch is answered,
@@ -40,8 +41,11 @@ log = logging.getLogger(__name__)
 #: Pause before the second try of a batch; doubled for each further one.
 RESEND_PAUSE_S = 0.05
 RESEND_PAUSE_S_MAX = 1.0
-#: How long "nothing more can be taken" is repeated without asking again. Far below its Retry-After.
+#: How long "nothing more can be taken" is repeated before the moderator is asked for its room.
 FULL_S = 0.25
+#: Until when an answer about the room is worth anything. Below the Retry-After of refusals, so that
+#: who comes back then is not told what was true before.
+STALE_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -89,8 +93,12 @@ class Gatherer:
         self._waiting: deque[_Submission] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._closed = False
-        #: Why nothing can be taken, and until when that is believed.
-        self._full: tuple[CannotAccept, float] | None = None
+        #: Why nothing more can be taken, as the moderator said when it was asked last.
+        self._full: CannotAccept | None = None
+        self._full_at = 0.0
+        #: How many tasks are sent on all the same: what there was room for, less what was sent.
+        self._room = 0
+        self._look_for_room: asyncio.Task[None] | None = None
         #: Whether a try of the batch at hand may have been carried out.
         self._asked = False
         #: Whether the last call was not answered.
@@ -109,7 +117,7 @@ class Gatherer:
             Overloaded: the buffer is full; nothing was sent.
             NoAnswer: it was sent, and for ``resend_s`` nobody answered; it may be stored.
             CannotAccept: the moderator took nothing, or was away for ``resend_s``, or has just said
-                that it can take nothing.
+                that it has no room for it.
         """
         if not specs:
             return ()
@@ -120,11 +128,9 @@ class Gatherer:
             raise Overloaded(
                 f"{self.items} tasks wait to be stored, the most C1 holds; try again in a moment"
             )
-        if self._full is not None:
-            error, until = self._full
-            # With a key it may be a repetition, whose answer is the task that is stored.
-            if self._clock.elapsed() < until and not any(spec.idempotency_key for spec in specs):
-                raise error.with_traceback(None)  # Of another request; it would grow with each.
+        # With a key it may be a repetition, whose answer is the task that is stored.
+        if self._full is not None and not any(spec.idempotency_key for spec in specs):
+            self._pass_or_refuse(len(specs), atomic)
         submission = _Submission(
             tuple(specs),
             atomic,
@@ -142,12 +148,40 @@ class Gatherer:
     async def close(self, timeout_s: float) -> None:
         """Take nothing more, give what is held ``timeout_s`` to get through, then refuse it."""
         self._closed = True
+        if self._look_for_room is not None:
+            self._look_for_room.cancel()
         if (runner := self._runner) is not None:
             await asyncio.wait({runner}, timeout=timeout_s)
             runner.cancel()
             await asyncio.wait({runner})
         self._fail(list(self._waiting), ModeratorUnavailable("C1 is shutting down", 1))
         self._waiting.clear()
+
+    def _pass_or_refuse(self, count: int, atomic: bool) -> None:
+        """Refuse what the moderator had no room for when it was asked last, and ask it anew."""
+        assert self._full is not None
+        age = self._clock.elapsed() - self._full_at
+        if age >= STALE_S:
+            self._full = None
+            return
+        if age >= FULL_S and self._look_for_room is None:
+            self._look_for_room = asyncio.create_task(self._find_room(), name="look-for-room")
+        if self._room < (count if atomic else 1):
+            raise self._full.with_traceback(None)  # Of another request; it would grow with each.
+        self._room = max(0, self._room - count)
+
+    async def _find_room(self) -> None:
+        """Ask the moderator for its room; it is full no more when the last room was not used up."""
+        try:
+            status = await self._moderator.status()
+        except HcnaError:
+            self._full = None  # Whoever comes next is told what is the matter.
+        else:
+            if self._room and status.room:
+                self._full = None
+            self._room, self._full_at = status.room, self._clock.elapsed()
+        finally:
+            self._look_for_room = None
 
     async def _run(self) -> None:
         group: list[_Submission] = []
@@ -210,7 +244,7 @@ class Gatherer:
             pause = min(2 * pause, RESEND_PAUSE_S_MAX)
         if len(results) != len(specs):
             raise RuntimeError(f"{len(specs)} tasks were sent, {len(results)} answers came back")
-        self._full = self._fullness(results)
+        self._learn(results)
         start = 0
         for submission in group:
             end = start + len(submission.specs)
@@ -244,12 +278,11 @@ class Gatherer:
         self._silent = False
         return results
 
-    def _fullness(self, results: Sequence[SubmitResult]) -> tuple[CannotAccept, float] | None:
-        """Return what the last answer says about the next ones, if it was that nothing fits."""
+    def _learn(self, results: Sequence[SubmitResult]) -> None:
+        """Remember what the last answer says about the next ones, if it was that nothing fits."""
         last = results[-1]
         if isinstance(last, Refused) and isinstance(last.error, QueueFull | DiskFull):
-            return last.error, self._clock.elapsed() + FULL_S
-        return None
+            self._full, self._full_at, self._room = last.error, self._clock.elapsed(), 0
 
     def _fail_overdue(self) -> None:
         """Refuse what has waited as long as a batch may: it would only wait to fail as well."""

@@ -203,7 +203,7 @@ def _ask_to_join(
     settings: Settings, told: JoinCode, found: Found, *, address: str | None, name: str | None
 ) -> Membership:
     """Ask M1 and write down what it answers. From here on this machine is a member."""
-    from hcna_ray.security.keys import write_private
+    from hcna_ray.durable import write_private
     from hcna_ray.supervisor.gate_protocol import own_versions
     from hcna_ray.supervisor.membership import Membership, machine_id, write_membership
     from hcna_ray.supervisor.ports import ray_tuning_hash

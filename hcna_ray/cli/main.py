@@ -14,6 +14,7 @@ import typer
 
 from hcna_ray.cli import (
     backup,
+    certs,
     cluster,
     demo,
     machines,
@@ -51,6 +52,7 @@ demo.register(app)
 measure.register(app)
 service.register(app)
 backup.register(app)
+certs.register(app)
 store.register(app)
 
 _INTERRUPTED = 130

@@ -73,7 +73,8 @@ def supervise(
 
 
 def _become_supervisor(settings: Settings, *, joined: bool) -> None:
-    from hcna_ray.security.keys import ensure_owner_key, make_private_dir
+    from hcna_ray.durable import make_private_dir
+    from hcna_ray.security.keys import ensure_owner_key
     from hcna_ray.supervisor import process_environment
     from hcna_ray.supervisor.state import RunLock, read_state, recorded_process, write_settings
 

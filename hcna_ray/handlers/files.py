@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from hcna_ray.durable import sync_dir
 from hcna_ray.handlers.errors import Reject
 
 CHUNK_BYTES = 1 << 20
@@ -149,7 +150,7 @@ class AtomicOutput:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 os.replace(self._partial, self.path)
-                _sync_directory(self.path.parent)
+                sync_dir(self.path.parent)
         finally:
             with contextlib.suppress(OSError):  # After ENOSPC even closing can fail again.
                 self._file.close()
@@ -161,11 +162,3 @@ def chunks(file: BinaryIO, size: int = CHUNK_BYTES) -> Iterator[bytes]:
     """Yield what ``file`` holds from here on, at most ``size`` bytes at a time."""
     while chunk := file.read(size):
         yield chunk
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,15 +13,14 @@ import hmac
 import json
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.durable import make_private_dir, write_private
 
 Role = Literal["admin", "user"]
 
@@ -142,35 +141,6 @@ def verify(keys: Sequence[ApiKey], presented: str) -> ApiKey | None:
         if hmac.compare_digest(key.sha256, digest):
             found = key
     return found
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file in one step, mode 0600: a reader sees the old or the new one, never half."""
-    make_private_dir(path.parent)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        failpoints.hit("private.file.flushed")
-        os.replace(temporary, path)
-        failpoints.hit("private.file.named")
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def make_private_dir(path: Path) -> None:
-    """Create a directory (and those above it) that only its owner may enter."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_mode & 0o077:
-        path.chmod(0o700)
 
 
 def _create(keys_dir: Path, *, name: str, role: Role, now: float) -> str:

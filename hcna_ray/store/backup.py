@@ -815,15 +815,3 @@ def disk_errors(where: Path) -> Iterator[None]:
         if error.errno in _NO_SPACE:
             raise BackupRefused(f"the disk of {where} is full") from error
         raise
-
-
-def sync_dir(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Some network file systems sync files alone.
-            raise
-    finally:
-        os.close(descriptor)

@@ -19,8 +19,9 @@ import msgspec
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, StoreUnavailable
+from hcna_ray.durable import sync_dir, sync_file
 from hcna_ray.store import migrations
-from hcna_ray.store.backup import scratch, sync_dir
+from hcna_ray.store.backup import scratch
 from hcna_ray.store.postgres import PostgresTaskStore
 from hcna_ray.store.postgres_session import Manners, Session
 from hcna_ray.store.rows import Row
@@ -237,11 +238,7 @@ def _copy_back_all(
                 yield copied
     finally:
         db.close()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(path)
 
 
 def _locked(path: Path) -> apsw.Connection:

@@ -25,9 +25,9 @@ import msgspec
 from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings, without_secrets
 from hcna_ray.core.models import AuditEntry
+from hcna_ray.durable import make_private_dir, sync_dir, sync_file, write_private
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.restore import EndedLeases, end_leases
-from hcna_ray.security.keys import make_private_dir, write_private
 from hcna_ray.security.sealing import seal, unseal
 from hcna_ray.store.backup import (
     CONFIG,
@@ -59,7 +59,6 @@ from hcna_ray.store.backup import (
     renumber,
     scratch,
     snapshot,
-    sync_dir,
 )
 from hcna_ray.store.generations import numbers_to_skip
 from hcna_ray.store.sqlite import SqliteTaskStore
@@ -694,8 +693,7 @@ class _Plan:
             failpoints.hit("restore.leases.ended")
         finally:
             store.close()
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(path)
         return generation, ended
 
     def _pend(self) -> None:

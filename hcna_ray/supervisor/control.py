@@ -17,7 +17,8 @@ from pathlib import Path
 
 from hcna_ray.config import ConfigError, Settings, load_settings, with_shared
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.keys import ensure_owner_key, make_private_dir
+from hcna_ray.durable import make_private_dir
+from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import outward_addresses
 from hcna_ray.supervisor.daemon import EXIT_ALREADY_RUNNING

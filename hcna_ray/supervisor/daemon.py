@@ -22,18 +22,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from logging import Logger
 from pathlib import Path
 from typing import Any
 
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.keys import (
-    ensure_owner_key,
-    ensure_ray_token,
-    make_private_dir,
-    write_private,
-)
+from hcna_ray.durable import make_private_dir, write_private
+from hcna_ray.security.authority import Node
+from hcna_ray.security.certs import load_cert
+from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s
@@ -43,6 +42,7 @@ from hcna_ray.supervisor.gate_client import Contact
 from hcna_ray.supervisor.janitor import Janitor
 from hcna_ray.supervisor.keeper import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.membership import Membership, read_members, read_membership
+from hcna_ray.supervisor.node_certs import ensure_m1_node
 from hcna_ray.supervisor.ports import (
     FILES_MAX,
     accepts,
@@ -105,6 +105,8 @@ _UNREADY_CHECKS = 2
 _OUTPUT_BYTES_MAX = 8 * MIB
 #: Pause between two runs of the janitor.
 _TIDY_S = 60.0
+#: Pause between two looks at this machine's certificate.
+_CERTIFY_S = 3600.0
 #: How long a worker's agent gets to end its work in good order.
 _GOODBYE_S = 5.0
 #: How long M1's machine stays to tell the others that all is to stop.
@@ -202,6 +204,7 @@ class Supervisor:
     _told: str | None = None
     _next_check_at: float = 0.0
     _next_tidy_at: float = 0.0
+    _next_certify_at: float = 0.0
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -251,6 +254,8 @@ class Supervisor:
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + _TIDY_S
             self._tidy()
+        if now >= self._next_certify_at and self.membership is None:
+            self._renew_certificate()
         self._run_bootstrap(now)
         self._record()
 
@@ -423,6 +428,7 @@ class Supervisor:
         settings = self.settings
         ensure_owner_key(settings.keys_dir, now=time.time())
         ensure_ray_token(settings.keys_dir)
+        self._certify()
         write_private(settings.run_dir / "edge.cfg", edge_config(settings))
         proxy = serve_proxy_path(settings.run_dir)
         write_private(proxy, serve_proxy_script())
@@ -437,6 +443,32 @@ class Supervisor:
             ready=lambda: self.ready,
         )
         self.gate.start()
+
+    def _certify(self) -> None:
+        """Have the certificate of M1's node be one that will do; say so if it is another one.
+
+        Raises:
+            CertificateBroken: The authority cannot be used.
+            OwnCertificateRefused: The settings name files that cannot be used.
+        """
+        self._next_certify_at = self.monotonic() + _CERTIFY_S
+        node = Node.of(self.settings.cluster_dir)
+        before = node.pem.read_bytes() if node.pem.exists() else b""
+        ensure_m1_node(self.settings, now=datetime.now(UTC))
+        if node.pem.read_bytes() != before:
+            cert = load_cert(node.pem)
+            self._say(
+                "this machine has a new certificate",
+                "certificate.new",
+                serial=f"{cert.serial_number:x}",
+                expires_at=cert.not_valid_after_utc.isoformat(),
+            )
+
+    def _renew_certificate(self) -> None:
+        try:
+            self._certify()
+        except (HcnaError, OSError) as error:
+            self.log.error(str(error), extra={"action": "certificate.trouble"})
 
     def _plan_members(self) -> list[Member]:
         settings = self.settings

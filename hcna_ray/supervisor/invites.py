@@ -22,8 +22,9 @@ from typing import Any
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.durable import write_private
 from hcna_ray.security.certs import ensure_ca, fingerprint
-from hcna_ray.security.keys import locked_dir, write_private
+from hcna_ray.security.keys import locked_dir
 from hcna_ray.supervisor.membership import MembersBroken, digest
 
 PREFIX = "HCNA"

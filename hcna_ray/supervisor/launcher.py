@@ -28,7 +28,7 @@ import yaml
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.keys import write_private
+from hcna_ray.durable import write_private
 from hcna_ray.supervisor.invites import create_invite
 from hcna_ray.supervisor.membership import Member, read_members
 

@@ -7,8 +7,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from hcna_ray.config import MIB, Settings
+from hcna_ray.durable import make_private_dir
 from hcna_ray.observability.logs import JsonLines
-from hcna_ray.security.keys import make_private_dir
 
 
 def open_log(settings: Settings) -> logging.Logger:

@@ -19,7 +19,8 @@ from typing import Any
 
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.naming import NodeName, is_short_name
-from hcna_ray.security.keys import locked_dir, write_private
+from hcna_ray.durable import write_private
+from hcna_ray.security.keys import locked_dir
 
 SCHEMA = 1
 #: More machines than this are a mistake; each beat reads the list.

@@ -1,4 +1,4 @@
-"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``: it, with three faults mended.
+"""``python -m hcna_ray.supervisor.ray_start <options of ray start>``: it, with four faults mended.
 
 Ray 2.60 starts its client server on port 10001 whenever the client's packages are installed, as
 they are with ``ray[default,serve]``; ``--ray-client-server-port=0`` is refused ("must be an integer
@@ -11,6 +11,10 @@ ends with the node.
 
 Without a dashboard Ray starts the dashboard's process all the same, for statistics of use, which
 are switched off here. It is left out.
+
+A raylet that cannot read within 15 s at which ports its two agents listen ends itself. On a slow or
+busy machine, where four Python programs start at once, that is again and again too short. Here all
+ports are given, so they are written down before the raylet starts, and it waits for nobody.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ def main() -> None:
     scripts.get_ray_client_dependency_error = lambda: "closed by hcna-ray"
     node: Any = import_module("ray._private.node").Node
     _hand_over_to_keeper(node)
+    _write_ports_down(node, import_module("ray._raylet"))
     if "--include-dashboard=false" in sys.argv:
         _leave_out_dashboard(node)
     sys.argv[:] = ["ray", "start", *sys.argv[1:]]
@@ -60,6 +65,26 @@ def _hand_over_to_keeper(node: Any) -> None:
         os.execv(sys.executable, [sys.executable, "-I", "-S", keeper.__file__, role, *words])
 
     node.dead_processes = dead_processes
+
+
+def _write_ports_down(node: Any, raylet: Any) -> None:
+    """Write the agents' ports where the raylet looks for them; the agents write the same later."""
+    start_raylet = node.start_raylet
+
+    def with_ports(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self._ray_params
+        ports = {
+            raylet.METRICS_AGENT_PORT_NAME: given.metrics_agent_port,
+            raylet.METRICS_EXPORT_PORT_NAME: given.metrics_export_port,
+            raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME: given.dashboard_agent_listen_port,
+            raylet.RUNTIME_ENV_AGENT_PORT_NAME: given.runtime_env_agent_port,
+        }
+        for name, port in ports.items():
+            if port:
+                raylet.persist_port(self._session_dir, self._node_id, name, port)
+        return start_raylet(self, *args, **kwargs)
+
+    node.start_raylet = with_ports
 
 
 def _leave_out_dashboard(node: Any) -> None:

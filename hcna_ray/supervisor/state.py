@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from hcna_ray.config import Settings
-from hcna_ray.security.keys import make_private_dir, write_private
+from hcna_ray.durable import make_private_dir, write_private
 from hcna_ray.supervisor.ports import marker_of, ray_environment
 from hcna_ray.supervisor.processes import ProcessRef, identify
 

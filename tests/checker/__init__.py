@@ -18,10 +18,10 @@ The schedule's fields: ``seed`` and ``commit``; ``started_at`` and ``drained_at`
 concurrency_default, concurrency_limits, queue_tasks_max, retention_s, self_stop_bound_s);
 ``workers_online`` at the end; ``effects_task_types`` (types that always write their lines);
 ``faults`` as ``{kind, target, at, until?}`` with kind kill, pause, partition, reboot, power_loss,
-stall or restore (with ``backup_at``), target ``moderator``, a worker's name for all of that worker,
-or anything finer; ``measured``, ``bounds_s`` and ``limits`` (`checks.bounds`); ``canaries`` and
-``scan`` (`checks.secrets`); ``foreign_principals``,
-whose tasks are not in the history; ``without``.
+stall or restore (with ``backup_at`` and perhaps ``last_fact``), target ``moderator``, a worker's
+name for all of that worker, or anything finer; ``measured``, ``bounds_s`` and ``limits``
+(`checks.bounds`); ``canaries`` and ``scan`` (`checks.secrets`); ``foreign_principals``, whose tasks
+are not in the history; ``without``.
 
 It ends with 0 only when no promise was broken and nothing was left unchecked that the schedule
 does not name, with a reason, under ``without``. A line that cannot be read is a violation (C0).

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +168,35 @@ class TestMigrations:
         assert codec.unpack_worker(codec.FORM + msgspec.msgpack.encode(newer)) == record
 
 
+@contextmanager
+def refused_unlocks(*, of_byte: int) -> Iterator[list[int]]:
+    """Let the system refuse SQLite to give locks of one byte back; yields how often it did."""
+    call = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, use_errno=True
+    )
+    real = call(("fcntl", ctypes.CDLL(None)))
+    refused = [0]
+
+    @call
+    def fcntl_(fd: int, what: int, argument: int | None) -> int:
+        if what == fcntl.F_SETLK and argument is not None:
+            kind, _, start = struct.unpack_from("hhq", ctypes.string_at(argument, 16))
+            if kind == fcntl.F_UNLCK and start == of_byte:
+                refused[0] += 1
+                ctypes.set_errno(errno.EIO)
+                return -1
+        return int(real(fd, what, argument))
+
+    unix = apsw.VFS("refused-unlocks", base="unix")
+    before = unix.xGetSystemCall("fcntl")
+    unix.xSetSystemCall("fcntl", ctypes.cast(fcntl_, ctypes.c_void_p).value)
+    try:
+        yield refused
+    finally:
+        unix.xSetSystemCall("fcntl", before)
+        unix.unregister()
+
+
 def edit(path: Path, sql: str) -> list[tuple[object, ...]]:
     db = apsw.Connection(os.fspath(path))
     try:
@@ -205,6 +238,47 @@ class TestSeveralConnections:
             thread.join(timeout=30)
         assert troubles == []
         assert all(turns)
+
+    def test_a_lock_that_cannot_be_given_back_ends_the_process(
+        self, sqlite_store: SqliteTaskStore
+    ) -> None:
+        put(sqlite_store, a_task())
+        with refused_unlocks(of_byte=120) as refused:
+            put(sqlite_store, a_task("t2", seq=2))
+        assert refused == [1]
+        sqlite_store._db.set_busy_timeout(50)
+        for _ in range(2):
+            with pytest.raises(OSError, match="must exit") as caught:
+                put(sqlite_store, a_task("t3", seq=3))
+            assert not isinstance(caught.value, StoreUnavailable)
+        assert set(sqlite_store.get(["t1", "t2", "t3"])) == {"t1", "t2"}
+
+    def test_a_log_that_can_never_begin_again_ends_the_process(self, sqlite_path: Path) -> None:
+        store = SqliteTaskStore(sqlite_path, wal_bytes_max=256 * 1024)
+        with refused_unlocks(of_byte=121) as refused, pytest.raises(OSError, match="must exit"):
+            fill(store, payload_bytes=32 * 1024)
+        assert refused[0]
+        store.close()
+
+    def test_another_process_in_the_way_is_waited_for(
+        self, sqlite_store: SqliteTaskStore, sqlite_path: Path
+    ) -> None:
+        hold = (
+            "import sys, apsw; db = apsw.Connection(sys.argv[1]); db.execute('BEGIN IMMEDIATE'); "
+            "print('held', flush=True); sys.stdin.read()"
+        )
+        sqlite_store._db.set_busy_timeout(50)
+        with subprocess.Popen(
+            [sys.executable, "-c", hold, str(sqlite_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(StoreUnavailable):
+                put(sqlite_store, a_task())
+            other.communicate(b"")
+        put(sqlite_store, a_task())
 
     def test_a_transaction_notices_that_another_process_has_written(
         self, sqlite_store: SqliteTaskStore, sqlite_path: Path
@@ -548,8 +622,10 @@ QUERIES: dict[str, tuple[str, Any]] = {
     "ordering_line": (sqlite._ORDERING_LINE, ["o1", 2]),
     "ordering_out": (sqlite._ORDERING_OUT, ["o1"]),
     "held": (sqlite._HELD, ["c", 9]),
+    "old keys": (sqlite._OLD_KEYS, [0.0, "", "", T0, 9]),
     "leased": (sqlite._LEASED, []),
     "dependents": (sqlite._DEPENDENTS, ["t2", 9]),
+    "waited_for": (sqlite._WAITED_FOR, ['["t1"]']),
     "prunable": (sqlite._PRUNABLE, [T0, 9]),
     "by_id": (sqlite._BY_ID, ['["t1"]']),
     "by_seq": (sqlite._BY_SEQ, ["[1]"]),

@@ -20,6 +20,7 @@ from tests.faults.programme import (
     Programme,
     Size,
     all_parts,
+    part_names,
     product_digest,
 )
 from tests.faults.report import PAGE, parts_table, table, times_table, write_page
@@ -49,9 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing, write the page")
     chosen = parser.parse_args(arguments)
 
-    known = all_parts()
-    if unknown := set(chosen.part) - set(known):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    names = part_names()
+    if unknown := set(chosen.part) - set(names):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    known = all_parts(chosen.part)
     parts = [known[name] for name in chosen.part] or [
         one for one in known.values() if not one.only_when_named
     ]

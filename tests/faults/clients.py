@@ -30,6 +30,8 @@ _REQUEST_S = 25.0
 #: What a client does after nobody answered.
 _AWAY_S = 0.3
 _PROBE_S = 0.2
+#: How far behind a client that keeps its rate may fall and still make up for it.
+_LATE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Clients:
         workers: tuple[str, ...],
         seed: int,
         per_second: float,
+        brief: bool = False,
     ) -> None:
         """Prepare them; `start` lets them begin.
 
@@ -67,7 +70,10 @@ class Clients:
             workers: Names that tasks may be pinned to.
             seed: Of everything that is drawn.
             per_second: Submissions, roughly.
+            brief: Tasks are short and seldom die, so that two cores can do many of them; and who
+                was held up submits sooner after, so that the rate is kept.
         """
+        self._brief = brief
         self._folder, self._url, self._key, self._network = folder, url, key, network
         self._effects, self._workers = effects, workers
         self._seed, self._pause_s = seed, _CLIENTS / per_second
@@ -102,9 +108,9 @@ class Clients:
         """Submit a small task all the time, to see from when on they are accepted."""
         self._probing = on
 
-    def submit_one(self, seconds: float, worker: str) -> str | None:
+    def submit_one(self, seconds: float, worker: str, **more: str) -> str | None:
         """Submit a task that only one worker may take; return its id if it was accepted."""
-        work = self._submit_one(seconds, worker)
+        work = self._submit_one(seconds, worker, more)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * _REQUEST_S)
 
     def look(self, timeout_s: float) -> None:
@@ -175,7 +181,9 @@ class Clients:
             "priority": draw.choice((0, 5, 5, 5, 9)),
         }
         kind = draw.random()
-        if kind < 0.10:
+        if self._brief:
+            self._make_brief(payload, draw, kind)
+        elif kind < 0.10:
             payload["seconds"] = draw.uniform(0.1, 0.9)
         elif kind < 0.20:
             payload["seconds"] = draw.uniform(1.5, 3.0)
@@ -199,6 +207,17 @@ class Clients:
             body["depends_on"] = [draw.choice(self.ids[-20:])]
         return body
 
+    @staticmethod
+    def _make_brief(payload: dict[str, Any], draw: random.Random, kind: float) -> None:
+        if kind < 0.10:
+            payload["seconds"] = draw.uniform(0.05, 0.3)
+        elif kind < 0.12:
+            payload["seconds"] = draw.uniform(1.5, 3.0)
+        elif kind < 0.15:
+            payload["fail_until"] = draw.choice((2, 3, 9))
+        elif kind < 0.152:
+            payload["die_until"] = draw.choice((2, 9))
+
     async def _submit(self, caller: Caller, body: dict[str, Any], key: str | None) -> str | None:
         sent = steady_now()
         response = await caller.submit(body, key=key)
@@ -215,8 +234,13 @@ class Clients:
         caller = self._caller(f"c{number}")
         mine: list[str] = []
         turn = 0
+        due = self._loop.time()
         while True:
-            await asyncio.sleep(draw.expovariate(1.0 / self._pause_s))
+            # Who keeps the rate makes up for what a turn took, but for no more than some turns.
+            now = self._loop.time()
+            begun = max(due, now - _LATE_S) if self._brief else now
+            due = begun + draw.expovariate(1.0 / self._pause_s)
+            await asyncio.sleep(max(0.0, due - now))
             if not self._busy:
                 continue
             turn += 1
@@ -290,10 +314,10 @@ class Clients:
         except httpx.TransportError:
             return
 
-    async def _submit_one(self, seconds: float, worker: str) -> str | None:
+    async def _submit_one(self, seconds: float, worker: str, more: dict[str, str]) -> str | None:
         self._nonces += 1
         nonce = f"n-{self._seed}-{self._nonces}"
-        payload = {"effects": self._effects, "nonce": nonce, "seconds": seconds}
+        payload = {"effects": self._effects, "nonce": nonce, "seconds": seconds, **more}
         body = {
             "task_type": TASK_TYPES[-1],
             "payload": payload,

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.faults.disk_model import Change, Disk, Inode, Rename
@@ -106,12 +106,34 @@ def _call(
     return Call(session, tick, name, tuple(text.split(", ")), ended, value, path)
 
 
+#: Calls by which SQLite changes its files.
+_WRITES = frozenset({"pwrite64", "ftruncate"})
+
+
+def _landed(call: Call) -> int | None:
+    """Return what a call that was cut would have returned; None if nothing of it is in the file.
+
+    A kill cuts a write between two pages.
+    """
+    path = Path(call.descriptor()[1])
+    held = path.read_bytes() if path.is_file() else b""
+    if call.name == "ftruncate":
+        return 0 if len(held) == int(call.arguments[1]) else None
+    data = call.data()
+    offset = int(call.arguments[3])
+    there = held[offset : offset + len(data)]
+    pairs = enumerate(zip(data, there, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), len(there)) or None
+
+
 @dataclass
 class Recorder:
     """Runs processes one after the other under strace, on the same files."""
 
     folder: Path
     logs: list[Path] = field(default_factory=list)
+    #: By log: what the kernel had done of calls in whose middle the process died, in bytes.
+    _landed: list[dict[int, int]] = field(default_factory=list)
 
     def start(
         self, command: Sequence[str], *, cwd: Path, log: Path, inject: Sequence[str] = ()
@@ -131,6 +153,15 @@ class Recorder:
             )
         return Recorded(process)
 
+    def settle(self) -> None:
+        """Look how far calls came in whose middle the process died: strace was not told.
+
+        To be called after the end of each process, before anything else changes the files.
+        """
+        cut = [one for one in read_log(self.logs[-1], 0, 0) if one.result is None]
+        came = {one.begun: _landed(one) for one in cut if one.name in _WRITES}
+        self._landed.append({begun: n for begun, n in came.items() if n is not None})
+
     def calls(self) -> list[Call]:
         """Return every call of all processes, in the order in which they began."""
         found: list[Call] = []
@@ -138,7 +169,12 @@ class Recorder:
         for session, log in enumerate(self.logs):
             with log.open("rb") as lines:
                 count = sum(1 for _ in lines)
-            found += read_log(log, session, first)
+            landed = self._landed[session] if session < len(self._landed) else {}
+            for call in read_log(log, session, first):
+                came = landed.get(call.begun - first)
+                if came is not None:
+                    call = replace(call, ended=first + 2 * count, result=came)
+                found.append(call)
             first += 2 * count + 2
         return sorted(found, key=lambda call: call.begun)
 

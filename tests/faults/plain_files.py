@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hcna_ray.security.certs import ensure_server
-from hcna_ray.security.keys import write_private
+from hcna_ray.durable import write_private
+from hcna_ray.security.authority import Node, trusted
+from hcna_ray.security.certs import ensure_server, load_cert, load_key
 from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.backup import artifacts_present
 from hcna_ray.store.base import TaskReader
@@ -424,6 +425,24 @@ async def _certificates(work: _Work) -> None:
             )
 
 
+async def _authority(work: _Work) -> None:
+    """Giving, revoking and handing over, killed at each step: the next time all of it fits."""
+    for point in work.case.options["failpoints"]:
+        home = work.folder / point
+        home.mkdir()
+        await work.killed_at("authorize", point, {"home": str(home)})
+        await work.succeeds("authorize", {"home": str(home)}, point)
+        cluster = home / "cluster"
+        current, node = load_cert(cluster / "ca.pem"), Node.of(cluster)
+        work.expect(
+            current.public_key() == load_key(cluster / "ca.key").public_key()
+            and load_cert(node.pem).public_key() == load_key(node.pem).public_key()
+            and load_cert(node.pem).issuer == current.subject
+            and trusted(node.trust) == [current],
+            f"authority, certificate and whom M1 believes do not fit after {point}",
+        )
+
+
 #: Cases by their name: points, and whether the slice has them.
 KINDS: dict[str, tuple[Sequence[str], bool]] = {
     "creation": (("store.file.created", "schema.step.applied", "schema.step.committed"), True),
@@ -479,6 +498,24 @@ KINDS: dict[str, tuple[Sequence[str], bool]] = {
         ),
         True,
     ),
+    "authority": (
+        tuple(
+            f"certificate.{point}"
+            for point in (
+                "issue.listed",
+                "node.written",
+                "trust.written",
+                "answer.installed",
+                "revoke.listed",
+                "revocations.written",
+                "rollover.begun",
+                "rollover.kept",
+                "rollover.signing",
+                "rollover.ended",
+            )
+        ),
+        False,
+    ),
 }
 _WORK: dict[str, Callable[[Any], Awaitable[None]]] = {
     "creation": _creation,
@@ -488,6 +525,7 @@ _WORK: dict[str, Callable[[Any], Awaitable[None]]] = {
     "copies": _copies,
     "copies-back": _copies_back,
     "certificates": _certificates,
+    "authority": _authority,
 }
 
 

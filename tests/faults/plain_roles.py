@@ -45,6 +45,16 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Reports
+from hcna_ray.security.authority import (
+    begin_rollover,
+    ensure_node,
+    finish_rollover,
+    install_node,
+    is_rolling_over,
+    request_node,
+    revoke,
+    sign_request,
+)
 from hcna_ray.security.certs import ensure_server
 from hcna_ray.store import migrations
 from hcna_ray.store.migrate import copy_back, copy_store
@@ -149,6 +159,28 @@ def certified(home: str) -> None:
     """What M1 does before it listens for machines."""
     names, now = ["m1"], datetime.now(UTC)
     ensure_server(Path(home) / "cluster", "gate", names=names, addresses=["127.0.0.1"], now=now)
+
+
+def authorized(home: str) -> None:
+    """The life of an authority and of a member's certificate, from wherever it was cut off."""
+    cluster, member, now = Path(home) / "cluster", Path(home) / "member", datetime.now(UTC)
+    addresses = ["127.0.0.1"]
+    ensure_node(cluster, "M1", names=["m1"], addresses=addresses, now=now)
+    made = sign_request(
+        cluster,
+        request_node(member, "W2"),
+        name="W2",
+        kind="node",
+        names=["w2"],
+        addresses=addresses,
+        now=now,
+    )
+    install_node(member, made, (cluster / "trust.pem").read_text("ascii"))
+    revoke(cluster, "W2", now=now)
+    if not is_rolling_over(cluster):
+        begin_rollover(cluster, now=now)
+    ensure_node(cluster, "M1", names=["m1"], addresses=addresses, now=now)
+    finish_rollover(cluster, now=now)
 
 
 # -- a worker --------------------------------------------------------------------------------------
@@ -410,4 +442,5 @@ ROLES: dict[str, Callable[..., None]] = {
     "copy": copied,
     "copy_back": copied_back,
     "certify": certified,
+    "authorize": authorized,
 }

@@ -10,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
+import queue
 import shutil
+import signal
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,6 +110,8 @@ class Part(Protocol):
     needs_root: bool
     #: It runs only when it is named: it takes long and has a command of its own.
     only_when_named: bool
+    #: Nothing in it is timed and every case is on its own: as many run at once as there are cores.
+    side_by_side: bool
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the cases, always the same for a seed and a size."""
@@ -113,12 +120,17 @@ class Part(Protocol):
         """Make what the cases share; what it yields runs one, with an empty folder of its own."""
 
 
-def all_parts() -> dict[str, Part]:
-    """Return every part by name, in order of name."""
+def part_names() -> list[str]:
+    """Return the names of all parts, in order."""
+    return [module.name for module in pkgutil.iter_modules(parts.__path__)]
+
+
+def all_parts(only: Sequence[str] = ()) -> dict[str, Part]:
+    """Return every part by name, in order of name, or these alone: importing all takes seconds."""
     found: dict[str, Part] = {}
-    for module in pkgutil.iter_modules(parts.__path__):
+    for name in only or part_names():
         part: Part | None = getattr(
-            importlib.import_module(f"{parts.__name__}.{module.name}"), "PART", None
+            importlib.import_module(f"{parts.__name__}.{name}"), "PART", None
         )
         if part is not None:
             found[part.name] = part
@@ -233,26 +245,39 @@ class Programme:
         found: list[Result] = []
         if not left:
             return found
-        folder = self.ledger.folder / "evidence" / part.name
-        with part.open(_emptied(folder / "shared")) as run_case:
-            for number, case in enumerate(left, 1):
-                if time.monotonic() > self.end_at:
-                    self.say(f"{part.name}: out of time; {len(left) - number + 1} cases are left")
-                    break
-                result = self._one(part, case, run_case, folder / case.name, digest)
+        with ExitStack() as stack:
+            for result in self._results(part, left, digest, stack):
                 found.append(result)
                 self.ledger.add(result)
                 self.say(
-                    f"{part.name} {number}/{len(left)} {case.name} (seed {case.seed}): "
+                    f"{part.name} {len(found)}/{len(left)} {result.case} (seed {result.seed}): "
                     f"{_told(result)}, {result.took_s:.1f} s"
                 )
                 for violation in result.violations:
                     self.say(f"  BROKEN {violation}")
                 if result.violations and self.fail_fast:
-                    break
+                    return found
+        if len(found) < len(left):
+            self.say(f"{part.name}: out of time; {len(left) - len(found)} cases are left")
         return found
 
-    def _one(self, part: Part, case: Case, run_case: RunCase, folder: Path, digest: str) -> Result:
+    def _results(
+        self, part: Part, cases: Sequence[Case], digest: str, stack: ExitStack
+    ) -> Iterator[Result]:
+        """Yield results as they come, until the time is over; ``stack`` ends what is under way."""
+        folder = self.ledger.folder / "evidence" / part.name
+        lanes = min(len(cases), os.cpu_count() or 1) if part.side_by_side else 1
+        if lanes > 1:
+            yield from stack.enter_context(_lanes(self, part.name, cases, digest, lanes))
+            return
+        run_case = stack.enter_context(part.open(_emptied(folder / "shared")))
+        for case in cases:
+            if time.monotonic() > self.end_at:
+                return
+            yield self.one(part, case, run_case, folder / case.name, digest)
+
+    def one(self, part: Part, case: Case, run_case: RunCase, folder: Path, digest: str) -> Result:
+        """Run one case."""
         started_at, begun = time.time(), time.monotonic()
         try:
             outcome = run_case(case, _emptied(folder))
@@ -278,6 +303,80 @@ class Programme:
             times_s=outcome.times_s,
             notes=outcome.notes,
         )
+
+
+@contextmanager
+def _lanes(
+    programme: Programme, part: str, cases: Sequence[Case], digest: str, count: int
+) -> Iterator[Iterator[Result]]:
+    """Run cases in processes side by side; what it yields tells their results as they come."""
+    # Not forked: who forks takes the other threads' locks along.
+    spawn = multiprocessing.get_context("spawn")
+    todo: Queue[Case | None] = spawn.Queue()
+    done: Queue[Result | None] = spawn.Queue()
+    for case in [*cases, *[None] * count]:
+        todo.put(case)
+    given = (programme.ledger.folder, programme.size, part, digest)
+    seconds = programme.end_at - time.monotonic()
+    lanes = [
+        spawn.Process(target=_lane, args=(*given, number, seconds, todo, done))
+        for number in range(count)
+    ]
+
+    ended = 0
+
+    def results() -> Iterator[Result]:
+        nonlocal ended
+        while ended < count:
+            try:
+                result = done.get(timeout=1.0)
+            except queue.Empty:
+                if any(one.exitcode for one in lanes):
+                    raise RuntimeError(f"{part}: a process that ran cases has died") from None
+                continue
+            if result is None:
+                ended += 1
+            else:
+                yield result
+
+    try:
+        for lane in lanes:
+            lane.start()
+        yield results()
+    finally:
+        for lane in lanes:
+            # As Ctrl-C does it, so that it takes down what it has started.
+            if ended < count and lane.is_alive() and lane.pid is not None:
+                os.kill(lane.pid, signal.SIGINT)
+        while any(lane.is_alive() for lane in lanes):
+            with suppress(queue.Empty):  # It cannot end before somebody takes what it says.
+                done.get(timeout=0.1)
+
+
+def _lane(
+    folder: Path,
+    size: Size,
+    name: str,
+    digest: str,
+    number: int,
+    seconds: float,
+    todo: Queue[Case | None],
+    done: Queue[Result | None],
+) -> None:
+    """Run cases until there are no more, or no more time, in a process of its own."""
+    os.setsid()  # Ctrl-C comes from who started it, and once.
+    parent = os.getppid()
+    programme = Programme(ledger=Ledger(folder), say=lambda text: None, size=size)
+    part = all_parts([name])[name]
+    evidence = folder / "evidence" / name
+    end_at = time.monotonic() + seconds
+    with suppress(KeyboardInterrupt), part.open(_emptied(evidence / f"shared-{number}")) as run:
+        while time.monotonic() < end_at and os.getppid() == parent:
+            case = todo.get()
+            if case is None:
+                break
+            done.put(programme.one(part, case, run, evidence / case.name, digest))
+    done.put(None)
 
 
 def run_one(part: Part, case: Case, run_case: RunCase, folder: Path) -> Outcome:

@@ -137,12 +137,15 @@ class Stack:
 
     # -- up ----------------------------------------------------------------------------------------
 
-    def raise_up(self, per_second: float, settings: Mapping[str, Any]) -> None:
+    def raise_up(
+        self, per_second: float, settings: Mapping[str, Any], *, brief: bool = False
+    ) -> None:
         """Start M1 and the workers, and let the clients begin.
 
         Args:
             per_second: Submissions, roughly.
             settings: More of M1's settings than that it does not work itself.
+            brief: Tasks are short, and the rate is kept.
         """
         hosts = ["m1", *self.workers]
         with ThreadPoolExecutor(len(hosts)) as pool:
@@ -179,6 +182,7 @@ class Stack:
             workers=tuple(self.workers.values()),
             seed=self.seed,
             per_second=per_second,
+            brief=brief,
         )
         self._clients.start()
 
@@ -466,12 +470,13 @@ def stack(
     workers: Sequence[str],
     per_second: float,
     settings: Mapping[str, Any] | None = None,
+    brief: bool = False,
 ) -> Iterator[Stack]:
     """Bring up a composite computer for cases to share."""
     with Rig.up(("m1", *workers), base=folder.resolve()) as rig:
         one = Stack(rig, folder, seed, workers)
         try:
-            one.raise_up(per_second, settings or {})
+            one.raise_up(per_second, settings or {}, brief=brief)
         except BaseException:
             one.keep_logs(folder)
             raise

@@ -33,6 +33,7 @@ class Toy:
     budget_s = 1.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def __init__(self) -> None:
         self.ran: list[str] = []
@@ -98,6 +99,17 @@ def test_results_of_other_sources_do_not_count(programme: Programme) -> None:
     (one,) = programme.ledger.results
     assert programme.ledger.last(one.digest)
     assert not programme.ledger.last("another")
+
+
+def test_cases_may_be_run_side_by_side(programme: Programme, said: list[str]) -> None:
+    rules, names = all_parts(["rules"])["rules"], ["steady-clock-0", "leases-end-in-time-0"]
+    results = programme.run(rules, names)
+    assert sorted(one.case for one in results) == sorted(names)
+    assert not any(one.violations for one in results)
+    assert Ledger(programme.ledger.folder).results == results
+    programme.end_at = 0.0
+    assert programme.run(rules, names) == []
+    assert "2 cases are left" in said[-1]
 
 
 def test_out_of_time_leaves_cases(programme: Programme, said: list[str]) -> None:

@@ -195,8 +195,9 @@ class OfficeWorld:
         for one in self.crew:
             one.off_s = random.choice((0.0, 0.0, 2.0, -400.0))
         self.judge = Judge(self.office, self.crew, LIMITS)
-        self.told: deque[str] = deque(maxlen=TOLD)
-        self.tell: Callable[[str], None] = lambda line: None
+        #: The last operations, each with its number.
+        self.made: deque[tuple[int, Op]] = deque(maxlen=TOLD)
+        self.tell: Callable[[str], None] | None = None
         self._numbers = 0
         self._ids = 0
         self._waiting: dict[int, Call] = {}
@@ -248,9 +249,9 @@ class OfficeWorld:
             refused=first != "restore" and self.chance(self.trouble.refused),
             first=first,
         )
-        line = f"{self.tally.steps}: {told_shortly(op)}"
-        self.told.append(line)
-        self.tell(line)
+        self.made.append((self.tally.steps, op))
+        if self.tell is not None:
+            self.tell(_in_words(*self.made[-1]))
         self.tally.steps += 1
         if first:
             self.tally.note(first)
@@ -261,7 +262,8 @@ class OfficeWorld:
         if first in ("restart", "reopen", "restore"):
             self._waiting.clear()
         told = self.office.perform(op)
-        self.tell(f"   {told_shortly(told)}")
+        if self.tell is not None:
+            self.tell(f"   {told_shortly(told)}")
         for one in self.crew:
             one.watch()
         self.judge.after(op, told)
@@ -611,6 +613,10 @@ class OfficeWorld:
                     self._enter(call.request, call)
 
 
+def _in_words(number: int, op: Op) -> str:
+    return f"{number}: {told_shortly(op)}"
+
+
 def walk(seed: int, steps: int, worker: type[Worker] = Worker) -> OfficeTally:
     """Walk through worlds until so many operations are made, or one broke a promise."""
     tally = OfficeTally()
@@ -625,7 +631,7 @@ def walk(seed: int, steps: int, worker: type[Worker] = Worker) -> OfficeTally:
             tally.violations.append(
                 f"{type(error).__name__}: {error} (python -m tests.property.office_walk "
                 f"{world_seed} walks through it again)\nthe last operations:\n"
-                + "\n".join(world.told)
+                + "\n".join(_in_words(number, op) for number, op in world.made)
             )
     return tally
 

@@ -1,10 +1,11 @@
 """``python -m tests.seeded_bugs [NN ...]``: break the product on purpose, and see who notices.
 
 Each bug is a patch (see `tests.seeded_bugs`) that is applied to a copy of the tree. In the copy the
-parts of the fault programme that are meant to see it are run, each until its first violation, then
-the slice that `make test` runs. What counts is a violation that a part or the checker states; a
-program that falls over has seen nothing. And it counts only if the very same case is clean in an
-unbroken copy.
+slice that `make test` runs is run until its first violation, the parts that are meant to see the
+bug first. Then those parts are run in full, also until their first violation; a case of the same
+name as the one that saw it in the slice comes before all others. What counts is a violation that a
+part or the checker states; a program that falls over has seen nothing. And it counts only if the
+very same case is clean in an unbroken copy.
 
 Results are kept in ``build/seeded-bugs/results.jsonl``; a bug that has one for these sources is not
 run again. 0: all were caught. 1: some were not. 2: the unbroken product was accused.
@@ -170,28 +171,63 @@ def stated(result: dict[str, Any]) -> str | None:
     return None
 
 
+class Control:
+    """The unbroken copy: what it says of a case is asked once."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        self._known: dict[tuple[str, str, Size], str | None] = {}
+
+    def accuses(self, part: str, case: str, size: Size) -> str | None:
+        """Return what the case says of the unbroken product; None: nothing."""
+        name = (part, case, size)
+        if name not in self._known:
+            self._known[name] = self._ask(*name)
+        return self._known[name]
+
+    def _ask(self, part: str, case: str, size: Size) -> str | None:
+        found, why = look(self.tree, part, size, within_s=PART_S, case=case)
+        told = [sentence for one in found for sentence in one["violations"]]
+        if why is None and found and not told:
+            return None
+        return str(told or why)[:300]
+
+
 class Hunt:
     """The hunt for one bug, in a copy with it and a copy without."""
 
-    def __init__(self, verdict: Verdict, broken: Path, clean: Path) -> None:
-        self._verdict, self._broken, self._clean = verdict, broken, clean
+    def __init__(self, verdict: Verdict, broken: Path, control: Control) -> None:
+        self._verdict, self._broken, self._control = verdict, broken, control
         self._prepared = False
         self._parts = all_parts()
 
-    def hunt(self, parts: Iterable[str], size: Size, within_s: float) -> Sight | None:
-        """Look with each part; return the first sight that holds."""
+    def hunt(
+        self, parts: Iterable[str], size: Size, within_s: float, first: Sight | None = None
+    ) -> Sight | None:
+        """Look with each part; return the first sight that holds.
+
+        Args:
+            first: the case to begin with, if one of these parts has it in this size.
+        """
         end = time.monotonic() + within_s
-        for name in parts:
+        names = list(parts)
+        tries: list[tuple[str, str | None]] = [(name, None) for name in names]
+        if first is not None and first.part in names and self._has(first.part, first.case, size):
+            tries.insert(0, (first.part, first.case))
+        for name, case in tries:
             left = end - time.monotonic()
             if left <= 0:
                 self._verdict.notes.append(f"no time for {name} ({size})")
                 break
-            sight = self._look(name, size, left)
+            sight = self._look(name, size, left, case)
             if sight is not None:
                 return sight
         return None
 
-    def _look(self, name: str, size: Size, within_s: float) -> Sight | None:
+    def _has(self, part: str, case: str, size: Size) -> bool:
+        return any(one.name == case for one in self._parts[part].cases(DEFAULT_SEED, size))
+
+    def _look(self, name: str, size: Size, within_s: float, case: str | None) -> Sight | None:
         part = self._parts.get(name)
         if part is None:
             self._verdict.notes.append(f"there is no part {name}")
@@ -201,7 +237,7 @@ class Hunt:
                 self._verdict.notes.append(f"{name} needs root")
                 return None
             self._make_ready()
-        found, why = look(self._broken, name, size, within_s=within_s)
+        found, why = look(self._broken, name, size, within_s=within_s, case=case)
         if why is not None:
             self._verdict.notes.append(f"{name} ({size}) fell over: {why}")
         for result in found:
@@ -211,39 +247,34 @@ class Hunt:
                     text = str(result["violations"][0]).strip().splitlines()[-1]
                     self._verdict.notes.append(f"{name}/{result['case']} fell over: {text[:200]}")
                 continue
-            case, seed = str(result["case"]), int(result["seed"])
-            control, why = look(
-                self._clean, name, size, within_s=PART_S, case=case, seed=DEFAULT_SEED
-            )
-            if why is None and control and not any(one["violations"] for one in control):
-                return Sight(part=name, case=case, seed=seed, size=str(size), said=said)
-            told = [sentence for one in control for sentence in one["violations"]]
-            self._verdict.false_alarms.append(
-                f"{name}/{case} without the bug: {str(told or why)[:300]}"
-            )
+            seen_in, seed = str(result["case"]), int(result["seed"])
+            accused = self._control.accuses(name, seen_in, size)
+            if accused is None:
+                return Sight(part=name, case=seen_in, seed=seed, size=str(size), said=said)
+            self._verdict.false_alarms.append(f"{name}/{seen_in} without the bug: {accused}")
         return None
 
     def _make_ready(self) -> None:
         if self._prepared:
             return
         self._prepared = True
-        for tree in (self._broken, self._clean):
+        for tree in (self._broken, self._control.tree):
             why = _prepare(tree)
             if why is not None:
                 self._verdict.notes.append(f"no environment of its own: {why}")
 
 
-def judge(bug: Bug, digest: str, *, slice_only: bool) -> Verdict:
-    """Look for a bug with the parts that should see it, then with the slice."""
+def judge(bug: Bug, digest: str, control: Control, *, slice_only: bool) -> Verdict:
+    """Look for a bug with the slice, then with the parts that should see it."""
     verdict = Verdict(bug=bug.name, digest=digest, at=time.time())
     begun = time.monotonic()
-    with a_copy(bug) as broken, a_copy(None) as clean:
-        hunt = Hunt(verdict, broken, clean)
-        if not slice_only:
-            verdict.programme_ran = True
-            verdict.programme = hunt.hunt(bug.seen_by, Size.FULL, PART_S)
+    with a_copy(bug) as broken:
+        hunt = Hunt(verdict, broken, control)
         verdict.slice_ran = True
         verdict.slice = hunt.hunt(slice_parts(bug), Size.SLICE, SLICE_S)
+        if not slice_only:
+            verdict.programme_ran = True
+            verdict.programme = hunt.hunt(bug.seen_by, Size.FULL, PART_S, verdict.slice)
     verdict.took_s = time.monotonic() - begun
     return verdict
 
@@ -251,8 +282,10 @@ def judge(bug: Bug, digest: str, *, slice_only: bool) -> Verdict:
 def slice_parts(bug: Bug) -> list[str]:
     """Return the parts of the slice: those meant to see the bug first, those with hosts last."""
     parts = all_parts()
-    found = [name for name, part in parts.items() if part.cases(DEFAULT_SEED, Size.SLICE)]
-    return sorted(found, key=lambda name: (parts[name].needs_root, name not in bug.seen_by, name))
+    found = {name for name, part in parts.items() if part.cases(DEFAULT_SEED, Size.SLICE)}
+    likely = [name for name in bug.seen_by if name in found]
+    found -= set(likely)
+    return [*likely, *sorted(found, key=lambda name: (parts[name].needs_root, name))]
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -376,6 +409,20 @@ def chosen_bugs(names: Sequence[str]) -> list[Bug]:
     return found
 
 
+def _tell(verdict: Verdict) -> None:
+    for name, sight, ran in (
+        ("slice", verdict.slice, verdict.slice_ran),
+        ("programme", verdict.programme, verdict.programme_ran),
+    ):
+        if sight is not None:
+            say(f"  {name}: {sight.part}/{sight.case} seed {sight.seed}: {sight.said}")
+        elif ran:
+            say(f"  {name}: NOT SEEN")
+    for note in (*verdict.notes, *verdict.false_alarms):
+        say(f"  {note}")
+    say(f"  {verdict.took_s:.0f} s")
+
+
 def main(
     arguments: Sequence[str], judge_one: Callable[..., Verdict] = judge, page: Path = PAGE
 ) -> int:
@@ -386,6 +433,7 @@ def main(
     parser.add_argument("--again", action="store_true", help="run also what has a result")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument("--list", action="store_true", help="list the bugs")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page")
     chosen = parser.parse_args(arguments)
     try:
         bugs = chosen_bugs(chosen.bug)
@@ -396,22 +444,21 @@ def main(
             say(f"{bug.name}: {bug.what} {bug.breaks} Seen by {', '.join(bug.seen_by)}.")
         return 0
     book = Book(chosen.results)
+    sought = {}
     for bug in bugs:
         digest, known = digest_of(bug), book.verdicts.get(bug.name)
         done = known is not None and known.digest == digest
         done = done and (chosen.slice_only or (known is not None and known.programme_ran))
-        if done and not chosen.again:
-            continue
-        say(f"{bug.name}: {bug.what}")
-        verdict = judge_one(bug, digest, slice_only=chosen.slice_only)
-        book.add(verdict)
-        for name, sight in (("programme", verdict.programme), ("slice", verdict.slice)):
-            if sight is not None:
-                say(f"  {name}: {sight.part}/{sight.case} seed {sight.seed}: {sight.said}")
-            elif name == "slice" or verdict.programme_ran:
-                say(f"  {name}: NOT SEEN")
-        for note in (*verdict.notes, *verdict.false_alarms):
-            say(f"  {note}")
+        if not chosen.report and (chosen.again or not done):
+            sought[bug] = digest
+    if sought:
+        with a_copy(None) as clean:
+            control = Control(clean)
+            for bug, digest in sought.items():
+                say(f"{bug.name}: {bug.what}")
+                verdict = judge_one(bug, digest, control, slice_only=chosen.slice_only)
+                book.add(verdict)
+                _tell(verdict)
     sys.stdout.write(f"\n{table(bugs, book.verdicts)}\n\n{summary(bugs, book.verdicts)}\n")
     if chosen.results == RESULTS or page != PAGE:
         write_page(list(all_bugs().values()), book.verdicts, page)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.seeded_bugs import Bug, all_bugs, read_bug
 from tests.seeded_bugs import __main__ as command
-from tests.seeded_bugs.__main__ import BEGIN, END, Hunt, Sight, Verdict, main, stated
+from tests.seeded_bugs.__main__ import BEGIN, END, Control, Hunt, Sight, Verdict, main, stated
 
 BROKEN, CLEAN = Path("/broken"), Path("/clean")
 
@@ -26,7 +26,7 @@ def hunted(monkeypatch: pytest.MonkeyPatch, broken: Any, clean: Any) -> Verdict:
         return broken if tree == BROKEN else clean
 
     monkeypatch.setattr(command, "look", look)
-    verdict.slice = Hunt(verdict, BROKEN, CLEAN).hunt(["rules"], command.Size.SLICE, 60.0)
+    verdict.slice = Hunt(verdict, BROKEN, Control(CLEAN)).hunt(["rules"], command.Size.SLICE, 60.0)
     return verdict
 
 
@@ -59,6 +59,32 @@ def test_what_the_unbroken_copy_has_too_is_a_false_alarm(
     assert found.false_alarms
 
 
+def test_the_programme_begins_with_the_case_that_the_slice_saw_it_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def look(tree: Path, part: str, size: Any, *, case: str | None = None, **_: Any) -> Any:
+        asked.append((tree, part, str(size), case))
+        broken = tree == BROKEN and part == "model"
+        return [a_result("C5: two ends") if broken else a_result()], None
+
+    monkeypatch.setattr(command, "look", look)
+    hunt = Hunt(Verdict(bug="b", digest="d"), BROKEN, Control(CLEAN))
+    seen = Sight(part="rules", case="town-all-1", seed=7, size="slice", said="C5: two ends")
+    assert hunt.hunt(["rules", "model"], command.Size.FULL, 60.0, seen)
+    assert asked == [
+        (BROKEN, "rules", "full", "town-all-1"),
+        (BROKEN, "rules", "full", None),
+        (BROKEN, "model", "full", None),
+        (CLEAN, "model", "full", "town-0"),
+    ]
+    del asked[:]
+    elsewhere = Sight(part="disk_errors", case="slice-running", seed=7, size="slice", said="C1")
+    assert hunt.hunt(["rules", "model"], command.Size.FULL, 60.0, elsewhere)
+    assert [case for *_, case in asked] == [None, None], "and what is known of the clean copy stays"
+
+
 def test_the_first_statement_counts() -> None:
     assert stated(a_result("the case itself failed: x", "C5: two ends\n    line")) == "C5: two ends"
     assert stated(a_result()) is None
@@ -71,7 +97,8 @@ def test_verdicts_are_kept_and_not_sought_again(
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     asked: list[str] = []
 
-    def judge(bug: Bug, digest: str, *, slice_only: bool) -> Verdict:
+    def judge(bug: Bug, digest: str, control: Control, *, slice_only: bool) -> Verdict:
+        assert control.tree.is_dir()
         asked.append(bug.name)
         sight = Sight(part="rules", case="c", seed=1, size="slice", said="it | broke")
         ran = not slice_only
@@ -83,6 +110,9 @@ def test_verdicts_are_kept_and_not_sought_again(
     assert asked == ["01-ack-before-commit", "extra/02-heard-is-renewed"]
     assert main(names[:2] + names[3:], judge, page) == 0
     assert len(asked) == 4, "with more than the slice there is something to seek"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main([*names, "--again", "--report"], judge, page) == 0
+    assert len(asked) == 4, "a report asks nobody"
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n\n### The twenty\n\n1 of 1 were seen, 1 by the slice")
     assert "it \\| broke" in text
@@ -96,10 +126,10 @@ def test_what_was_not_seen_or_is_a_false_alarm_fails(tmp_path: Path) -> None:
     page.write_text(f"{BEGIN}\n{END}\n")
     arguments = ["02", "--results", str(tmp_path / "kept"), "--again"]
 
-    def blind(bug: Bug, digest: str, **_: Any) -> Verdict:
+    def blind(bug: Bug, digest: str, *_: Any, **__: Any) -> Verdict:
         return Verdict(bug=bug.name, digest=digest, slice_ran=True, programme_ran=True)
 
-    def alarmed(bug: Bug, digest: str, **_: Any) -> Verdict:
+    def alarmed(bug: Bug, digest: str, *_: Any, **__: Any) -> Verdict:
         return Verdict(bug=bug.name, digest=digest, false_alarms=["always"])
 
     assert main(arguments, blind, page) == 1

@@ -124,12 +124,19 @@ def _was_ordered(run: Run, fact: Fact) -> bool:
 
 
 def _taken_back(run: Run, facts: list[Fact]) -> set[Token | None]:
-    """Return the tokens of leases that a restore ended: between the backup and its own end."""
+    """Return the tokens of leases that a restore ended: between the backup and its own end.
+
+    Where the restore tells the last line of the log that was in the backup, that line decides: a
+    backup takes its time, and what ends meanwhile may still be in it.
+    """
     return {
         fact.token
         for fact in facts
         for one in run.restores()
-        if fact.kind in CLOSING and float(one.raw.get("backup_at", one.at)) <= fact.at <= one.at
+        if fact.kind in CLOSING
+        and fact.at <= one.at
+        and fact.number > int(one.raw.get("last_fact") or 0)
+        and fact.at >= float(one.raw.get("backup_at", one.at))
     }
 
 

@@ -498,6 +498,19 @@ def a_restore_forgets_what_came_after_the_backup(w: World) -> None:
 
 
 @good
+def what_ended_while_a_backup_was_made_is_in_it(w: World) -> None:
+    w.submit("a")
+    backup_at = w.now
+    w.grant("a")
+    w.start("a")
+    w.fail("a")
+    w.fault("restore", "store", backup_at=backup_at, last_fact=w._number)
+    w.generation = 2
+    w.submit("b")
+    w.run("b")
+
+
+@good
 def tokens_of_a_restored_store_are_new(w: World) -> None:
     w.submit("a")
     backup_at = w.now

@@ -32,6 +32,7 @@ class Differential:
     budget_s = 1500.0
     needs_root = False
     only_when_named = False
+    side_by_side = True
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Sequences in cases of a hundred; the slice has a few."""

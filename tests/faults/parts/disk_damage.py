@@ -45,6 +45,7 @@ class DiskDamage:
     budget_s = 60.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return what is damaged, and how often."""

@@ -38,6 +38,7 @@ class DiskErrorsArtifacts:
     budget_s = 200.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return cases of a few points each, against one C1."""

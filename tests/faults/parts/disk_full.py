@@ -31,6 +31,7 @@ class DiskFull:
     budget_s = 120.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return which directory is full, and how often it fills."""

@@ -87,6 +87,7 @@ class Recording:
                 await link.close()
                 with suppress(ProcessLookupError):
                     await asyncio.to_thread(process.kill)
+                self.recorder.settle()
             self.lives += 1
 
     def _start(self, failing_sync: int | None) -> Recorded:
@@ -264,6 +265,7 @@ class DiskPower:
     budget_s = 600.0
     needs_root = False
     only_when_named = False
+    side_by_side = True
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return recordings with so many images each."""

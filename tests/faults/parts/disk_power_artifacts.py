@@ -71,6 +71,7 @@ class DiskPowerArtifacts:
     budget_s = 120.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return recordings with so many images each."""

@@ -28,6 +28,7 @@ class DiskSlow:
     budget_s = 200.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return delays, and how long each is kept up."""

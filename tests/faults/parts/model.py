@@ -34,6 +34,7 @@ class Model:
     budget_s = 2400.0
     needs_root = False
     only_when_named = False
+    side_by_side = True
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Twenty cases of each kind; the slice has one of each walk."""

@@ -72,6 +72,7 @@ class Overload:
     budget_s = 600.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the only case."""

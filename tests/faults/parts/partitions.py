@@ -55,6 +55,7 @@ class Partitions:
     budget_s = 1500.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the epochs; `make test` has a partition in the epoch of `whole_kills`."""

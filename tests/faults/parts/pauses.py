@@ -36,6 +36,7 @@ class Pauses:
     budget_s = 900.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the epoch."""

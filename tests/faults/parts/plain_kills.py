@@ -183,6 +183,7 @@ class PlainKills:
     budget_s = 2400.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the runs, and the migrations, backups, restores and copies."""

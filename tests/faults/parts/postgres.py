@@ -141,6 +141,7 @@ class _Postgres:
     budget_s = 1500.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Each trouble, thrice, and Ray under it once; the slice has what leaves most in doubt."""

@@ -47,6 +47,7 @@ class Restores:
     budget_s = 300.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return restores that differ by their seed only."""

@@ -931,6 +931,7 @@ class Rules:
     budget_s = 1500.0
     needs_root = False
     only_when_named = False
+    side_by_side = True
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return scenarios, then towns of every kind in turn."""

@@ -26,6 +26,7 @@ class StateSearch:
     budget_s = 600.0
     needs_root = False
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Nothing is random; the slice searches what is small."""

@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tests.checker.inputs import read_run
 from tests.checker.sqlite_dump import export
 from tests.faults import samples
 from tests.faults.checking import check, write_schedule
 from tests.faults.programme import Case, Outcome, RunCase, Size
-from tests.faults.stack import EFFECTS, SETTINGS, Stack, allowed, eventually, stack
+from tests.faults.stack import EFFECTS, SETTINGS, Stack, allowed, eventually, measure, stack
 from tests.faults.still import stand_still
 
 LINE = "minutes of soak"
@@ -73,6 +74,7 @@ class Soak:
     budget_s = 60 * MINUTES + 600
     needs_root = True
     only_when_named = True
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the hour, or as many minutes as ``HCNA_SOAK_MINUTES`` says."""
@@ -91,7 +93,7 @@ class Soak:
                 workers=("w1", "w2"),
                 per_second=PER_SECOND,
                 settings={"limits": {"retention_s": RETENTION_S}},
-                patient=True,
+                brief=True,
             ) as on:
                 return go_through(on, case, own)
 
@@ -105,6 +107,7 @@ def go_through(on: Stack, case: Case, folder: Path) -> Outcome:
     store = on.rig["m1"].file("/root/.hcna/queue.db")
     began_at = time.time()
     troubles: list[str] = []
+    measured: list[dict[str, Any]] = []
     collector = Collector(store)
     on.clients.go_on()
     looking = _Looking(on)
@@ -126,7 +129,7 @@ def go_through(on: Stack, case: Case, folder: Path) -> Outcome:
             if not left:
                 left = list(FAULTS)
                 draw.shuffle(left)
-            troubles += strike(on, left.pop(), draw)
+            troubles += strike(on, left.pop(), draw, measured)
         drained_at = on.settle()
     collector.collect()
     on.clients.look(300)
@@ -136,6 +139,13 @@ def go_through(on: Stack, case: Case, folder: Path) -> Outcome:
         effects = on.rig[name].file(EFFECTS)
         if effects.exists():
             shutil.copy(effects, folder / f"effects-{name}.jsonl")
+    for name, found in measure(on, read_run(folder), on.faults).items():
+        on.timed.setdefault(name, []).extend(found)
+    measured += [
+        {"name": name, "from": 0.0, "to": took, "max_s": allowed(name)}
+        for name, found in on.timed.items()
+        for took in found
+    ]
     out = Outcome(violations=troubles)
     out.violations += [f"a client broke: {one}" for one in on.clients.broken]
     write_schedule(
@@ -147,6 +157,7 @@ def go_through(on: Stack, case: Case, folder: Path) -> Outcome:
         workers=sorted(on.workers.values()),
         canaries=[on.computer.key],
         faults=on.faults,
+        measured=measured,
         bounds={
             "moderator_accepting": allowed("moderator killed: accepting again"),
             "worker_requeued": allowed("worker killed: queued again"),
@@ -172,10 +183,17 @@ def go_through(on: Stack, case: Case, folder: Path) -> Outcome:
 # -- faults ----------------------------------------------------------------------------------------
 
 
-def strike(on: Stack, what: str, draw: random.Random) -> list[str]:
-    """Do one thing to the computer; return what did not come back."""
+def strike(on: Stack, what: str, draw: random.Random, measured: list[dict[str, Any]]) -> list[str]:
+    """Do one thing to the computer; return what did not come back.
+
+    Args:
+        on: The computer.
+        what: One of `FAULTS`.
+        draw: Of host and length.
+        measured: Where it is written down how long it took until all was back.
+    """
     host = draw.choice(sorted(on.workers))
-    worker = on.workers[host]
+    worker = target = on.workers[host]
     at = time.time()
     match what:
         case "moderator" | "c1":
@@ -193,15 +211,24 @@ def strike(on: Stack, what: str, draw: random.Random) -> list[str]:
             on.rig.heal("m1", host)
             fault["until"] = time.time()
         case "pause":
-            return stand_still(on, worker, "host", draw.uniform(5.0, 45.0))
+            stand_still(on, worker, "host", draw.uniform(5.0, 45.0))
         case "reboot":
             on.rig[host].unplug()
             on.note("reboot", worker, at)
             on.rig[host].boot()
         case _:
             raise LookupError(what)
-    back = allowed("worker rebooted: works again")
-    if not eventually(lambda: on.is_ready() and on.all_online(), back, 0.5):
+    back, ended = allowed("worker rebooted: works again"), time.time()
+    came = eventually(lambda: on.is_ready() and on.all_online(), back, 0.5)
+    measured.append(
+        {
+            "name": f"{what} of {target}: all back",
+            "from": ended,
+            "to": time.time() if came else None,
+            "max_s": back,
+        }
+    )
+    if not came:
         return [f"{what} of {host}: not all is back after {back:g} s, online are {on.online()}"]
     return []
 
@@ -238,7 +265,9 @@ class Collector:
         self._store = store
         self._mutex = threading.Lock()
         self._kept: dict[tuple[Any, ...], str] = {}
+        #: Of the last look: what has no name, and the names.
         self._rest: list[str] = []
+        self._last: set[tuple[Any, ...]] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
 
@@ -262,7 +291,7 @@ class Collector:
             except (sqlite3.Error, OSError):
                 return  # Its host is down.
             try:
-                rest = []
+                rest, last = [], set()
                 for line in target.read_text().splitlines():
                     record = json.loads(line)
                     name = identity(record)
@@ -270,15 +299,36 @@ class Collector:
                         rest.append(line)
                     else:
                         self._kept[name] = line
-                self._rest = rest
+                        last.add(name)
+                self._rest, self._last = rest, last
             finally:
                 target.unlink()
 
     def write(self, path: Path) -> None:
         """Write one dump of all that there ever was."""
         with self._mutex, path.open("w") as out:
-            for line in (*self._rest, *self._kept.values()):
+            for line in (*self._depths(), *self._kept.values()):
                 out.write(line + "\n")
+
+    def _depths(self) -> list[str]:
+        """Return what has no name, with depths that count also the tasks that were pruned."""
+        more: dict[tuple[str, str], int] = {}
+        for name in self._kept.keys() - self._last:
+            if name[0] == "task":
+                task = json.loads(self._kept[name])
+                where = task["queue"], task["state"]
+                more[where] = more.get(where, 0) + 1
+        lines = []
+        for line in self._rest:
+            record = json.loads(line)
+            if record["record"] == "depth":
+                record["tasks"] += more.pop((record["queue"], record["state"]), 0)
+                line = json.dumps(record, separators=(",", ":"))
+            lines.append(line)
+        for (queue, state), tasks in more.items():
+            missing = {"record": "depth", "queue": queue, "state": state, "tasks": tasks}
+            lines.append(json.dumps(missing, separators=(",", ":")))
+        return lines
 
     def pruned(self, store: Path) -> int:
         """Return how many tasks are no longer stored."""

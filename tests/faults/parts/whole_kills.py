@@ -75,6 +75,7 @@ class WholeKills:
     budget_s = 1800.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return the epochs."""
@@ -91,7 +92,16 @@ class WholeKills:
         draw.shuffle(kills)
         epochs = [kills[start : start + _PER_EPOCH] for start in range(0, len(kills), _PER_EPOCH)]
         return [
-            Case(name=f"epoch-{number:02}", seed=seed * 100 + number, options={"kills": one})
+            Case(
+                name=f"epoch-{number:02}",
+                seed=seed * 100 + number,
+                options={
+                    "kills": one,
+                    "failpoints": [
+                        what.removeprefix("point:") for what in one if what.startswith("point:")
+                    ],
+                },
+            )
             for number, one in enumerate(epochs, 1)
         ]
 

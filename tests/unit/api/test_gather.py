@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hcna_ray.api.gather import FULL_S, Gatherer
+from hcna_ray.api.gather import FULL_S, STALE_S, Gatherer
 from hcna_ray.core.errors import (
     ModeratorUnavailable,
     NoAnswer,
@@ -15,7 +15,7 @@ from hcna_ray.core.errors import (
     StoreUnavailable,
 )
 from hcna_ray.core.models import TaskSpec, TaskState
-from hcna_ray.runtime.messages import Accepted, Refused, SubmitBatch, SubmitResult
+from hcna_ray.runtime.messages import Accepted, ModeratorStatus, Refused, SubmitBatch, SubmitResult
 from tests.support.builders import T0
 from tests.support.fake_moderator import FakeModerator
 
@@ -102,9 +102,87 @@ async def test_that_the_queue_is_full_is_repeated_for_a_moment_without_asking() 
     assert len(moderator.batches) == asked
 
     moderator.desk.cancel("t0")
-    moderator.desk.clock.advance(FULL_S)
+    moderator.desk.clock.advance(STALE_S)
     (answer,) = await gatherer.submit([spec("t2")])
     assert isinstance(answer, Accepted)
+
+
+async def test_a_refusal_never_waits_for_the_moderator() -> None:
+    """It is asked beside the requests; as many as it has room for are sent, the rest is refused."""
+    moderator = FakeModerator(queue_tasks_max=2)
+    gatherer = a_gatherer(moderator)
+    await gatherer.submit([spec("t0"), spec("t1"), spec("t2")])
+    moderator.desk.cancel("t0")
+    moderator.desk.clock.advance(FULL_S)
+
+    with pytest.raises(QueueFull):
+        await gatherer.submit([spec("t3")])
+    await turns()
+    answers = await asyncio.gather(
+        gatherer.submit([spec("t4"), spec("t5")], atomic=True),
+        gatherer.submit([spec("t6")]),
+        gatherer.submit([spec("t7")]),
+        return_exceptions=True,
+    )
+
+    assert [type(answer) for answer in answers] == [QueueFull, list, QueueFull]
+    assert moderator.batches[-1].specs == (spec("t6"),)
+
+
+async def test_the_queue_is_full_no_longer_when_its_room_is_not_used_up() -> None:
+    moderator = FakeModerator(queue_tasks_max=5)
+    gatherer = a_gatherer(moderator)
+    await gatherer.submit([spec(f"t{number}") for number in range(6)])
+    for number in range(5):
+        moderator.desk.cancel(f"t{number}")
+
+    for number in range(2):
+        moderator.desk.clock.advance(FULL_S)
+        results = await asyncio.gather(
+            gatherer.submit([spec(f"u{number}")]), return_exceptions=True
+        )
+        assert isinstance(results[0], QueueFull) is (number == 0)
+        await turns()
+    answers = await gatherer.submit([spec(f"v{number}") for number in range(6)], atomic=False)
+
+    assert [type(answer) for answer in answers] == [Accepted] * 4 + [Refused] * 2
+
+
+async def test_a_moderator_that_does_not_tell_its_room_is_asked_by_the_next_request() -> None:
+    moderator = FakeModerator(queue_tasks_max=1)
+    gatherer = a_gatherer(moderator)
+    await gatherer.submit([spec("t0"), spec("t1")])
+    moderator.desk.clock.advance(FULL_S)
+    moderator.down = True
+
+    with pytest.raises(QueueFull):
+        await gatherer.submit([spec("t2")])
+    await turns()
+    with pytest.raises(ModeratorUnavailable):
+        await gatherer.submit([spec("t3")])
+
+
+async def test_a_look_for_room_ends_with_its_gatherer() -> None:
+    moderator = FakeModerator(queue_tasks_max=1)
+    gatherer = a_gatherer(moderator)
+    await gatherer.submit([spec("t0"), spec("t1")])
+    moderator.desk.clock.advance(FULL_S)
+    asked = asyncio.Event()
+
+    async def status() -> ModeratorStatus:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError("nobody waits for it any more")
+
+    moderator.status = status  # type: ignore[method-assign]
+    with pytest.raises(QueueFull):
+        await gatherer.submit([spec("t2")])
+    await asked.wait()
+
+    await gatherer.close(timeout_s=0.01)
+    await turns()
+
+    assert not [one for one in asyncio.all_tasks() if one.get_name() == "look-for-room"]
 
 
 async def test_a_repetition_under_a_key_is_answered_also_while_the_queue_is_full() -> None:

@@ -23,7 +23,8 @@ from hcna_ray.cli.machines import parse_lifetime
 from hcna_ray.cli.main import main
 from hcna_ray.cli.terminal import UsageProblem
 from hcna_ray.config import GIB, Settings
-from hcna_ray.security.keys import ensure_owner_key, make_private_dir
+from hcna_ray.durable import make_private_dir
+from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.supervisor.gate_protocol import Versions
 from hcna_ray.supervisor.membership import (
     read_members,

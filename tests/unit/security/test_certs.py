@@ -8,6 +8,7 @@ from ssl import PEM_cert_to_DER_cert
 import pytest
 from cryptography import x509
 
+from hcna_ray.durable import write_private
 from hcna_ray.security import certs
 from hcna_ray.security.certs import (
     CA_LIFE,
@@ -19,7 +20,6 @@ from hcna_ray.security.certs import (
     ensure_server,
     fingerprint,
 )
-from hcna_ray.security.keys import write_private
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 

@@ -11,6 +11,7 @@ import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hcna_ray.config import (
 )
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security import sealing
+from hcna_ray.security.authority import list_issued, revoke
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token, read_client_key
 from hcna_ray.security.sealing import PassphraseRefused, SealBroken
 from hcna_ray.store import backup as archives
@@ -56,6 +58,7 @@ from hcna_ray.supervisor.membership import (
     write_membership,
 )
 from hcna_ray.supervisor.membership import digest as token_digest
+from hcna_ray.supervisor.node_certs import ensure_m1_node
 from hcna_ray.supervisor.state import RunLock, pending_restore, restore_mark
 from tests.support.builders import T0, a_task
 
@@ -323,6 +326,24 @@ class TestSecrets:
         assert member is not None
         assert member.name == "W2"
         assert report.notes == ()
+
+    def test_the_authority_goes_on_where_it_was(
+        self, m1: Settings, spare: Settings, tmp_path: Path
+    ) -> None:
+        now = datetime.fromtimestamp(T0, UTC)
+        for name in ("ca.key", "gate.key"):
+            (m1.cluster_dir / name).unlink()
+        ensure_m1_node(m1, now=now)
+        revoke(m1.cluster_dir, "M1", now=now)
+        archive = Path(backup(m1, to=tmp_path / "c.tar.zst", passphrase=WORDS, now=T0).path)
+
+        restore(spare, archive, passphrase=WORDS, now=T0)
+
+        for name in ("ca.pem", "ca.key", "trust.pem", "node.pem", "issued.json", "crl.pem"):
+            assert (spare.cluster_dir / name).read_bytes() == (m1.cluster_dir / name).read_bytes()
+        # It knows whom it gave what, and gives the next one.
+        ensure_m1_node(spare, now=now)
+        assert [each.state(now) for each in list_issued(spare.cluster_dir)] == ["revoked", "good"]
 
     def test_an_invitation_is_never_opened_again(self, spare: Settings, with_keys: Path) -> None:
         restore(spare, with_keys, passphrase=WORDS, now=T0)

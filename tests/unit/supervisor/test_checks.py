@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from hcna_ray.config import GIB, MIB, ConfigError, Settings, load_settings
-from hcna_ray.security.keys import ensure_owner_key, make_private_dir
+from hcna_ray.durable import make_private_dir
+from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.supervisor import checks
 from hcna_ray.supervisor.checks import (
     Check,

@@ -1,0 +1,111 @@
+"""The certificate of this machine's Ray node: which names it needs, where it comes from.
+
+On M1's machine the authority is at hand, or the owner's own files are named in the settings. A
+machine that has joined asks M1's gate.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from hcna_ray.config import LOOPBACK, NodeSecuritySettings, Settings
+from hcna_ray.durable import write_private
+from hcna_ray.security.authority import Node, ensure_node, ensure_revocations, ensure_trust
+from hcna_ray.security.certs import CLIENT, SERVER
+from hcna_ray.security.own_certs import OwnCertificate, load_own
+from hcna_ray.supervisor.addresses import default_address, own_addresses
+
+#: Longest name that fits into a certificate.
+_NAME_CHARS_MAX = 253
+
+
+def names_of(node: str, hostname: str | None = None) -> tuple[str, ...]:
+    """Return the DNS names for the certificate of a node: its own, and what calls it locally."""
+    hostname = (socket.gethostname() if hostname is None else hostname).lower()
+    usable = hostname.isascii() and 0 < len(hostname) <= _NAME_CHARS_MAX and " " not in hostname
+    return (f"{node.lower()}.hcna.internal", "localhost", *([hostname] if usable else []))
+
+
+def addresses_here() -> tuple[str, ...]:
+    """Return the IP addresses under which this machine's processes are called."""
+    return (LOOPBACK, "::1", *(own.address for own in own_addresses()))
+
+
+def ensure_m1_node(
+    settings: Settings,
+    *,
+    now: datetime,
+    anew: bool = False,
+    addresses: Callable[[], tuple[str, ...]] = addresses_here,
+) -> Node:
+    """Return the files of M1's node, made or taken anew if they would not do any more.
+
+    Args:
+        settings: Of M1.
+        now: The time, aware.
+        anew: Make another certificate even if the present one would do.
+        addresses: What it is good for, besides ``ray.node_address``.
+
+    Raises:
+        CertificateBroken: The authority cannot be used.
+        OwnCertificateRefused: The settings name files that cannot be used.
+    """
+    directory, name = settings.cluster_dir, settings.moderator.name
+    wanted = settings.ray.node_address
+    here = (*addresses(), *([wanted] if wanted is not None else []))
+    own = own_certificate(settings.moderator.security, wanted, now=now)
+    write_if_changed(directory / "own-ca.pem", own.ca_pem if own is not None else "")
+    if own is None:
+        node = ensure_node(
+            directory, name, names=names_of(name), addresses=here, now=now, anew=anew
+        )
+    else:
+        ensure_trust(directory, now=now)
+        node = Node.of(directory)
+        write_if_changed(node.pem, own.pem)
+    ensure_revocations(directory, now=now)
+    return node
+
+
+def own_certificate(
+    security: NodeSecuritySettings, address: str | None, *, now: datetime
+) -> OwnCertificate | None:
+    """Return the certificate that the settings name for this node, or None if they name none.
+
+    Args:
+        security: Of the node.
+        address: Its address for the others, if it is chosen in the settings.
+        now: The time, aware.
+
+    Raises:
+        OwnCertificateRefused: It cannot be used.
+    """
+    if not security.enable_mtls:
+        return None
+    assert security.cert_path is not None
+    assert security.key_path is not None
+    # Ray's processes call each other by the node's address, and some by 127.0.0.1.
+    needed = {LOOPBACK, default_address() if address is None else address}
+    return load_own(
+        security.cert_path,
+        security.key_path,
+        security.ca_path,
+        addresses=needed,
+        purposes=(SERVER, CLIENT),
+        now=now,
+    )
+
+
+def write_if_changed(path: Path, text: str) -> bool:
+    """Write a private file unless it holds the text already; '' removes it. Whether it changed."""
+    before = path.read_text(encoding="ascii") if path.exists() else ""
+    if before == text:
+        return False
+    if text:
+        write_private(path, text)
+    else:
+        path.unlink()
+    return True

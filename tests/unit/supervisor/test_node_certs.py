@@ -1,0 +1,148 @@
+"""Which certificate M1's node gets, from the authority or from its owner."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from hcna_ray.config import NodeSecuritySettings, Settings, load_settings
+from hcna_ray.security.authority import Node, list_issued, sign_request, trusted
+from hcna_ray.security.certs import ensure_ca, load_cert, load_key, make_request, new_key
+from hcna_ray.security.own_certs import OwnCertificateRefused
+from hcna_ray.supervisor.daemon import Bootstrap, Supervisor
+from hcna_ray.supervisor.node_certs import ensure_m1_node, names_of, write_if_changed
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(home=tmp_path / "home", env={"HCNA_RAY__NODE_ADDRESS": "10.0.0.1"})
+
+
+def own(settings: Settings, directory: Path, *addresses: str) -> Settings:
+    """Return settings that name a certificate of the owner's own authority."""
+    ensure_ca(directory, now=NOW)
+    key = new_key()
+    made = sign_request(
+        directory,
+        make_request(key, "m1"),
+        name="m1",
+        kind="node",
+        names=["m1"],
+        addresses=addresses,
+        now=NOW,
+    )
+    for name, text in (("m1.key", key), ("m1.crt", made)):
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o600)
+    security = NodeSecuritySettings(
+        enable_mtls=True,
+        cert_path=directory / "m1.crt",
+        key_path=directory / "m1.key",
+        ca_path=directory / "ca.pem",
+    )
+    moderator = settings.moderator.model_copy(update={"security": security})
+    return settings.model_copy(update={"moderator": moderator})
+
+
+def names_in(node: Node) -> set[str]:
+    held = load_cert(node.pem).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    ips = {str(ip) for ip in held.get_values_for_type(x509.IPAddress)}
+    return ips | set(held.get_values_for_type(x509.DNSName))
+
+
+def test_names_of_a_node() -> None:
+    assert names_of("W2", "Laptop") == ("w2.hcna.internal", "localhost", "laptop")
+    assert names_of("W2", "übung") == ("w2.hcna.internal", "localhost")
+    assert names_of("W2", "") == ("w2.hcna.internal", "localhost")
+
+
+def test_m1_is_known_by_every_address_it_has(settings: Settings) -> None:
+    node = ensure_m1_node(settings, now=NOW, addresses=lambda: ("127.0.0.1", "10.9.9.9"))
+
+    held = names_in(node)
+    assert {"10.0.0.1", "10.9.9.9", "127.0.0.1", "localhost", "m1.hcna.internal"} <= held
+    assert (settings.cluster_dir / "crl.pem").exists()
+    again = ensure_m1_node(settings, now=NOW, addresses=lambda: ("127.0.0.1", "10.7.7.7"))
+    assert "10.7.7.7" in names_in(again)
+    assert [each.name for each in list_issued(settings.cluster_dir)] == ["M1", "M1"]
+
+
+def test_the_owners_certificate_is_taken_and_both_authorities_count(
+    settings: Settings, tmp_path: Path
+) -> None:
+    named = own(settings, tmp_path / "own", "10.0.0.1", "127.0.0.1")
+
+    node = ensure_m1_node(named, now=NOW)
+
+    authority = load_cert(tmp_path / "own" / "ca.pem")
+    load_cert(node.pem).verify_directly_issued_by(authority)
+    assert load_key(node.pem).public_key() == load_cert(node.pem).public_key()
+    assert trusted(node.trust) == [load_cert(settings.cluster_dir / "ca.pem"), authority]
+    assert list_issued(settings.cluster_dir) == ()
+    # When it is renewed on the disk, the new one is taken.
+    before = node.pem.read_text()
+    assert ensure_m1_node(named, now=NOW).pem.read_text() == before
+    own(settings, tmp_path / "own", "10.0.0.1", "127.0.0.1")
+    assert ensure_m1_node(named, now=NOW).pem.read_text() != before
+    # And when the settings name none any more, the authority is at work again.
+    back = ensure_m1_node(settings, now=NOW)
+    assert trusted(back.trust) == [load_cert(settings.cluster_dir / "ca.pem")]
+    load_cert(back.pem).verify_directly_issued_by(load_cert(settings.cluster_dir / "ca.pem"))
+
+
+def test_the_owners_certificate_must_be_for_the_nodes_addresses(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(OwnCertificateRefused, match=r"is not for 10\.0\.0\.1"):
+        ensure_m1_node(own(settings, tmp_path / "own", "127.0.0.1"), now=NOW)
+
+
+def test_a_file_is_written_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "x" / "own-ca.pem"
+
+    assert not write_if_changed(path, "")
+    assert write_if_changed(path, "a")
+    assert not write_if_changed(path, "a")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert write_if_changed(path, "")
+    assert not path.exists()
+
+
+class TestSupervisor:
+    @pytest.fixture
+    def supervisor(self, settings: Settings) -> Supervisor:
+        log = logging.getLogger("tests.node_certs")
+        return Supervisor(settings=settings, log=log, bootstrap=Bootstrap(wanted=False))
+
+    def test_a_certificate_is_renewed_before_its_end_and_said(
+        self, supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        settings = supervisor.settings
+        supervisor._renew_certificate()
+        ensure_m1_node(settings, now=NOW - timedelta(days=61), anew=True)
+        before = load_cert(settings.cluster_dir / "node.pem").serial_number
+
+        supervisor._renew_certificate()
+
+        after = load_cert(settings.cluster_dir / "node.pem")
+        assert after.serial_number != before
+        actions = [getattr(record, "action", "") for record in caplog.records]
+        assert actions.count("certificate.new") == 2
+        assert getattr(caplog.records[-1], "serial", "") == f"{after.serial_number:x}"
+
+    def test_trouble_is_said_and_ends_nothing(
+        self, supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ensure_ca(supervisor.settings.cluster_dir, now=NOW).key.unlink()
+
+        supervisor._renew_certificate()
+
+        assert "ca.key cannot be used" in caplog.records[-1].getMessage()
+        assert getattr(caplog.records[-1], "action", "") == "certificate.trouble"
