@@ -21,7 +21,7 @@ import logging
 import random
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,11 +140,11 @@ class Seen:
     completed: int = 0
     #: The same when the load ended, and what had been spent by then.
     in_time: int = 0
-    spent_in_time: Counter[str] = field(default_factory=Counter)
+    spent_in_time: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     submitted: int = 0
     granted_twice: int = 0
     #: Seconds of the moderator's core, by what for; and the disk's.
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     #: Seconds of all C1 replicas, and of all slots.
     posting: float = 0.0
     working: float = 0.0

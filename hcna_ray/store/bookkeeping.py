@@ -189,8 +189,9 @@ class Bookkeeper(ABC):
         return first
 
     def _add(self, number: str, delta: int) -> None:
-        self._numbers[number] += delta
-        self._changed_numbers.add(number)
+        if delta:
+            self._numbers[number] += delta
+            self._changed_numbers.add(number)
 
     # -- identity, sizes, counters ----------------------------------------------------------------
 
@@ -248,31 +249,36 @@ class Bookkeeper(ABC):
             ValueError: an accept sequence belongs to another task.
         """
         self._must_write()
-        indexed = [
+        placed = [
             rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
             for task in tasks
         ]
-        values = [
-            (*rows.spec_values(task), *rows.plain_values(task), *placed)
-            for task, placed in zip(tasks, indexed, strict=True)
-        ]
-        fresh = self._insert_tasks(values)
+        fresh = self._insert_tasks(
+            [
+                (*rows.spec_values(task), *rows.plain_values(task), *indexed)
+                for task, indexed in zip(tasks, placed, strict=True)
+            ]
+        )
         added: set[str] = set()
         ended: list[int] = []
         specs: list[tuple[int, bytes]] = []
-        for task, placed in zip(tasks, indexed, strict=True):
-            if task.seq not in fresh or task.id in added:
+        open_tasks = open_bytes = 0
+        for task, indexed in zip(tasks, placed, strict=True):
+            spec = task.spec
+            if task.seq not in fresh or spec.id in added:
                 continue
-            added.add(task.id)
-            specs.append((task.seq, codec.pack_spec(task.spec)))
-            self._depth[task.spec.queue, task.state.value] += 1
-            self._add_ready(placed[rows.READY_LANE], 1)
+            added.add(spec.id)
+            specs.append((task.seq, codec.pack_spec(spec)))
+            self._depth[spec.queue, indexed[rows.STATE]] += 1
+            self._add_ready(indexed[rows.READY_LANE], 1)
             if task.terminal:
                 ended.append(task.seq)
             else:
-                self._add("open_tasks", 1)
-                self._add("open_bytes", task.spec.bytes_stored)
-                self._remember(task, placed)
+                open_tasks += 1
+                open_bytes += spec.bytes_stored
+                self._remember(task, indexed)
+        self._add("open_tasks", open_tasks)
+        self._add("open_bytes", open_bytes)
         self._insert_specs(specs)
         self._number_ends([(self._next("last_end"), seq) for seq in sorted(ended)])
         if fresh and max(fresh) > self._numbers["last_seq"]:
@@ -330,7 +336,7 @@ class Bookkeeper(ABC):
         """Count a task out of where it stood and into where it stands; return its index values."""
         was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        if task.finished_at is None:
+        if not task.terminal:
             end_no = None
         elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
