@@ -7,6 +7,7 @@ any moment and read again, and is after a rollback. How the tables are reached i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter as Tally
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import VersionConflict
 from hcna_ray.core.models import LaneKey, Task
 from hcna_ray.store import codec, rows
@@ -24,6 +26,15 @@ from hcna_ray.store.rows import Row
 #: now is granted soon, and what is granted ends soon.
 KNOWN_MAX = 8192
 _SMALL = 4096
+#: Old idempotency keys that one prune looks at, for each that it may delete.
+_KEYS_LOOKED = 10
+
+#: Where an idempotency key stands among all of them by age: ``(at, principal, key)``.
+KeyPlace = tuple[float, str, str]
+#: Before the oldest.
+OLDEST_KEY: KeyPlace = (-math.inf, "", "")
+#: Numbers that a store has once the clock was put forward: seconds, and the instant after it.
+HELD = ("clock_held_s", "clock_held_since")
 
 
 @dataclass(slots=True)
@@ -52,11 +63,21 @@ class Change(NamedTuple):
     now: Row
 
 
+def ended_anew(before: Task, now: Task) -> bool:
+    """Whether a task that had ended has ended once more: it was replayed in the same commit.
+
+    Who follows ends must see the second one too.
+    """
+    return (before.state, before.finished_at) != (now.state, now.finished_at)
+
+
 class Bookkeeper(ABC):
     """The half of a `TaskStore` that is the same whichever database keeps the tables."""
 
     def __init__(self) -> None:
         self._writing = False
+        #: Where the next `_prune_keys` goes on.
+        self._keys_seen = OLDEST_KEY
         self._take_in((), ())
 
     # -- what each database does in its own way ---------------------------------------------------
@@ -78,6 +99,10 @@ class Bookkeeper(ABC):
         """Write each change over the version before it, and make sure that all were written."""
 
     @abstractmethod
+    def _insert_number(self, name: str) -> None:
+        """Insert a number, which is 0."""
+
+    @abstractmethod
     def _insert_lane(self, key: LaneKey) -> int:
         """Insert a lane and return its number."""
 
@@ -88,6 +113,17 @@ class Bookkeeper(ABC):
     @abstractmethod
     def _rows_by_seq(self, seqs: Sequence[int]) -> Sequence[Row]:
         """Return rows of `rows.COLUMNS`."""
+
+    @abstractmethod
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> Sequence[Row]:
+        """Return idempotency keys by age: the columns of `KeyPlace`, and whether its task is gone.
+
+        Only those behind ``after`` that were bound before an instant.
+        """
+
+    @abstractmethod
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        """Delete idempotency keys by ``(principal, key)``."""
 
     def _refresh(self) -> None:
         """Read what is kept in memory again if it is not known to be true."""
@@ -145,9 +181,17 @@ class Bookkeeper(ABC):
         self._add(sequence, 1)
         return self._numbers[sequence]
 
+    def _reserve(self, sequence: str, count: int) -> int:
+        """Use up ``count`` numbers of a sequence; return the first."""
+        first = self._numbers[sequence] + 1
+        if count:
+            self._add(sequence, count)
+        return first
+
     def _add(self, number: str, delta: int) -> None:
-        self._numbers[number] += delta
-        self._changed_numbers.add(number)
+        if delta:
+            self._numbers[number] += delta
+            self._changed_numbers.add(number)
 
     # -- identity, sizes, counters ----------------------------------------------------------------
 
@@ -181,6 +225,21 @@ class Bookkeeper(ABC):
         self._must_write()
         self._counts.update(deltas)
 
+    def clock_hold(self) -> ClockHold:
+        """Return what was last said to `hold_clock`."""
+        self._refresh()
+        by_s, since = (self._numbers.get(name, 0) for name in HELD)
+        return ClockHold(by_s=float(by_s), since=float(since))
+
+    def hold_clock(self, hold: ClockHold) -> None:
+        """Remember by how much the wall clock was put forward."""
+        self._must_write()
+        for name, value in zip(HELD, (hold.by_s, hold.since), strict=True):
+            if name not in self._numbers:
+                self._insert_number(name)
+                self._numbers[name] = 0
+            self._add(name, math.ceil(value) - self._numbers[name])
+
     # -- tasks ------------------------------------------------------------------------------------
 
     def insert(self, tasks: Sequence[Task]) -> set[str]:
@@ -190,31 +249,36 @@ class Bookkeeper(ABC):
             ValueError: an accept sequence belongs to another task.
         """
         self._must_write()
-        indexed = [
+        placed = [
             rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
             for task in tasks
         ]
-        values = [
-            (*rows.spec_values(task), *rows.plain_values(task), *placed)
-            for task, placed in zip(tasks, indexed, strict=True)
-        ]
-        fresh = self._insert_tasks(values)
+        fresh = self._insert_tasks(
+            [
+                (*rows.spec_values(task), *rows.plain_values(task), *indexed)
+                for task, indexed in zip(tasks, placed, strict=True)
+            ]
+        )
         added: set[str] = set()
         ended: list[int] = []
         specs: list[tuple[int, bytes]] = []
-        for task, placed in zip(tasks, indexed, strict=True):
-            if task.seq not in fresh or task.id in added:
+        open_tasks = open_bytes = 0
+        for task, indexed in zip(tasks, placed, strict=True):
+            spec = task.spec
+            if task.seq not in fresh or spec.id in added:
                 continue
-            added.add(task.id)
-            specs.append((task.seq, codec.pack_spec(task.spec)))
-            self._depth[task.spec.queue, task.state.value] += 1
-            self._add_ready(placed[rows.READY_LANE], 1)
+            added.add(spec.id)
+            specs.append((task.seq, codec.pack_spec(spec)))
+            self._depth[spec.queue, indexed[rows.STATE]] += 1
+            self._add_ready(indexed[rows.READY_LANE], 1)
             if task.terminal:
                 ended.append(task.seq)
             else:
-                self._add("open_tasks", 1)
-                self._add("open_bytes", task.spec.bytes_stored)
-                self._remember(task, placed)
+                open_tasks += 1
+                open_bytes += spec.bytes_stored
+                self._remember(task, indexed)
+        self._add("open_tasks", open_tasks)
+        self._add("open_bytes", open_bytes)
         self._insert_specs(specs)
         self._number_ends([(self._next("last_end"), seq) for seq in sorted(ended)])
         if fresh and max(fresh) > self._numbers["last_seq"]:
@@ -247,30 +311,35 @@ class Bookkeeper(ABC):
         """
         self._must_write()
         stored = self._by_seq([task.seq for task in tasks])
-        before: list[Row] = []
+        before: list[Known] = []
         for task in tasks:
             old = stored.pop(task.seq, None)
             if old is None or (old.task.id, old.task.version) != (task.id, task.version - 1):
                 raise VersionConflict(task.id, task.version - 1)
-            before.append(old.indexed)
+            before.append(old)
         changes: list[Change] = []
-        for task, was in zip(tasks, before, strict=True):
-            now = self._moved(task, was)
+        opened = opened_bytes = 0
+        for task, old in zip(tasks, before, strict=True):
+            was, now = old.indexed, self._moved(task, old)
+            if (was[rows.END_NO] is None) != (now[rows.END_NO] is None):
+                sign = 1 if now[rows.END_NO] is None else -1
+                opened += sign
+                opened_bytes += sign * task.spec.bytes_stored
             changes.append(Change(task, was, now))
             self._remember(task, now)
+        if opened or opened_bytes:
+            self._add("open_tasks", opened)
+            self._add("open_bytes", opened_bytes)
         self._update_tasks(changes)
 
-    def _moved(self, task: Task, was: Row) -> Row:
+    def _moved(self, task: Task, old: Known) -> Row:
         """Count a task out of where it stood and into where it stands; return its index values."""
+        was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        ended_before = end_no is not None
         if not task.terminal:
             end_no = None
-        elif end_no is None:
+        elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
-        if ended_before != (end_no is not None):
-            self._add("open_tasks", 1 if ended_before else -1)
-            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
         now = rows.indexed_values(
             task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
         )
@@ -298,6 +367,26 @@ class Bookkeeper(ABC):
             self._lane_by_id[lane_id].ready += delta
             self._changed_lanes.add(lane_id)
 
+    def _prune_keys(self, before: float, limit: int) -> None:
+        """Delete up to ``limit`` old idempotency keys whose tasks are gone.
+
+        However many belong to tasks that still live, one call passes over few of them; the next one
+        goes on behind those, and after the youngest of the old ones it begins again.
+        """
+        looked = limit * _KEYS_LOOKED
+        found = self._old_keys(self._keys_seen, before, looked)
+        gone: list[tuple[str, str]] = []
+        for *place, orphan in found:
+            if len(gone) == limit:
+                break
+            self._keys_seen = (place[0], place[1], place[2])
+            if orphan:
+                gone.append((place[1], place[2]))
+        else:
+            if len(found) < looked:
+                self._keys_seen = OLDEST_KEY
+        self._delete_keys(gone)
+
     def _drop_empty_lanes(self) -> list[int]:
         """Forget lanes without a ready task: no row names them, and needs are of many kinds.
 
@@ -315,13 +404,16 @@ class Bookkeeper(ABC):
     def _remember(self, task: Task, indexed: Row) -> Known:
         """Keep what the open transaction sees of a task that may be asked for again soon."""
         known = Known(task, indexed)
-        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        spec = task.spec
+        keep = (
+            task.finished_at is None and spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        )
         if keep:
             self._known[task.seq] = known
-            self._seq_of[task.id] = task.seq
+            self._seq_of[spec.id] = task.seq
             if len(self._known) > KNOWN_MAX:
                 _seq, oldest = self._known.popitem(last=False)
-                del self._seq_of[oldest.task.id]
+                del self._seq_of[oldest.task.spec.id]
         else:
             self._forget(task.seq)
         return known
@@ -329,7 +421,7 @@ class Bookkeeper(ABC):
     def _forget(self, seq: int) -> None:
         known = self._known.pop(seq, None)
         if known is not None:
-            del self._seq_of[known.task.id]
+            del self._seq_of[known.task.spec.id]
 
     def _by_seq(self, seqs: Sequence[int]) -> dict[int, Known]:
         """Return what stands at these accept sequences, in the order asked for."""

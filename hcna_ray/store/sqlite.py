@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -47,7 +48,7 @@ from hcna_ray.store.base import (
     StoredAudit,
     StoredFact,
 )
-from hcna_ray.store.bookkeeping import Bookkeeper, Change
+from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
 from hcna_ray.store.sqlite_locks import left_behind
@@ -366,10 +367,25 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     # -- tasks ----------------------------------------------------------------------------------
 
     def _insert_tasks(self, values: Sequence[Row]) -> set[int]:
-        return {seq for (seq,) in self._many(rows.INSERT_TASK, values)}
+        fresh: set[int] = set()
+
+        def watched() -> Iterator[Row]:
+            """Yield the rows; whoever asks for the next one has dealt with the one before."""
+            count = self._db.total_changes()
+            for row in values:
+                yield row
+                if count != (count := self._db.total_changes()):
+                    fresh.add(row[0])
+
+        # RETURNING would say the same for nearly as much time again.
+        self._many(rows.INSERT_TASK, watched())
+        return fresh
 
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._many("INSERT INTO task_spec VALUES (?, ?)", values)
+
+    def _insert_number(self, name: str) -> None:
+        self._run("INSERT INTO number VALUES (?, 0)", (name,))
 
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         self._many("UPDATE task SET end_no = ? WHERE seq = ?", values)
@@ -405,6 +421,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def _rows_by_seq(self, seqs: Sequence[int]) -> list[Row]:
         return self._run(_BY_SEQ, (codec.to_json(seqs),))
 
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> list[Row]:
+        return self._run(_OLD_KEYS, (*after, before, limit))
+
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        self._many("DELETE FROM idempotency_key WHERE principal = ? AND key = ?", names)
+
     def _found(self, sql: str, values: Sequence[Any] = ()) -> list[Task]:
         """Return the tasks whose accept sequences a statement finds, in its order."""
         return self._tasks_at(self._run(sql, values))
@@ -429,10 +451,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        self._many(
-            "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [rows.fact_values(self._next("last_fact"), fact) for fact in facts],
-        )
+        first = self._reserve("last_fact", len(facts))
+        if facts:
+            self._many(
+                "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)],
+            )
         return self._numbers["last_fact"]
 
     def save_attempts(self, attempts: Sequence[Attempt]) -> None:
@@ -476,10 +500,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return the not yet ended tasks with this ordering key, in accept order."""
         return self._found(_ORDERING_LINE, (key, limit))
 
-    def concurrency_keys_held(self, limit: int) -> list[str]:
+    def concurrency_keys_held(self, limit: int, *, after: str = "") -> list[str]:
         """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
         found: list[str] = []
-        last = ""
+        last = after
         while len(found) < limit:  # Leaps from key to key along the index: flat cost per key.
             row = self._run(
                 "SELECT held_key FROM task WHERE held_key > ? ORDER BY held_key LIMIT 1", (last,)
@@ -520,6 +544,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def dependents(self, parent_id: str, limit: int) -> list[str]:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
+
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (codec.to_json(ids),))}
 
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
@@ -594,14 +622,17 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         for seq, _id, queue, state in gone:
             self._forget(seq)
             self._depth[queue, state] -= 1
-        # Passes over old keys of tasks that still live: few, as keys outlive ended tasks by days.
-        self._run(
-            "DELETE FROM idempotency_key WHERE (principal, key) IN ("
-            "SELECT principal, key FROM idempotency_key AS k WHERE at < ? "
-            "AND NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) ORDER BY at LIMIT ?)",
-            (keys_before, limit),
-        )
+        self._prune_keys(keys_before, limit)
         self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
+        return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT ?", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._run("DELETE FROM audit WHERE number <= ?", (gone[-1],))
         return len(gone)
 
 
@@ -763,10 +794,18 @@ _ORDERING_LINE = (
 )
 _HELD = "SELECT seq FROM task WHERE held_key = ? ORDER BY dispatch_key, seq LIMIT ?"
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = ? ORDER BY child_seq LIMIT ?"
+_WAITED_FOR = (
+    "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = value)"
+)
 _PRUNABLE = (
     "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "
     "ORDER BY finished_at, seq LIMIT ?"
+)
+_OLD_KEYS = (
+    "SELECT at, principal, key, NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) "
+    "FROM idempotency_key AS k WHERE (at, principal, key) > (?, ?, ?) AND at < ? "
+    "ORDER BY at, principal, key LIMIT ?"
 )
 # The rows are picked by number first: a sort must not carry payloads around.
 _ENDED = (
