@@ -253,8 +253,8 @@ class Worker:
 
 
 class _Ids:
-    def task_id(self) -> str:
-        return f"task-{ULID()}"
+    def task_ids(self, count: int) -> list[str]:
+        return [f"task-{ULID()}" for _ in range(count)]
 
     def batch_id(self) -> str:
         return f"batch-{ULID()}"
