@@ -51,10 +51,10 @@ from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.checker.recorder import Caller, History
-from tests.checker.sqlite_dump import export
 from tests.support.c1 import ADMIN_KEY, URL, FixedKeys
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.moderator_process import SocketLink, SocketModerator, Where, open_reader
+from tests.support.read_store import export
 from tests.support.workshop import NoArtifacts
 
 REPOSITORY = Path(__file__).parents[2]
