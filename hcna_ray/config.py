@@ -846,6 +846,11 @@ class Settings(_Section):
         return self.home / "keys"
 
     @property
+    def audit_file(self) -> Path:
+        """Where the moderator keeps the audit log besides the store."""
+        return self.logs_dir / "audit.log"
+
+    @property
     def logs_dir(self) -> Path:
         """Directory of the JSON-lines logs."""
         return self.home / "logs"

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from hcna_ray.api import openapi, problems
 from hcna_ray.api.admission import Admission
+from hcna_ray.api.audit import AuditDesk
 from hcna_ray.api.gather import Gatherer
 from hcna_ray.api.limits import BodyLimits, RequestLimits
 from hcna_ray.api.metrics import RequestStats
@@ -53,6 +54,8 @@ CALL_BYTES_MAX = 16 * 1024 * 1024
 FILE_THREADS = 4
 #: How long a stopping replica lets tasks on their way get through.
 CLOSE_S = 5.0
+#: How long it waits for the moderator to take what was counted for the audit log.
+AUDIT_CLOSE_S = 2.0
 #: Pause between two sweeps of stale uploads.
 SWEEP_S = 600.0
 #: What goes around a part in a request, counted generously.
@@ -164,6 +167,7 @@ def build_app(
         cache=ClusterCache(moderator, reads, clock),
         submissions=Submissions(registry, settings),
         stats=RequestStats(),
+        audit=AuditDesk(moderator, clock),
         started_at=clock.now(),
         files=ThreadPoolExecutor(FILE_THREADS, "files"),
     )
@@ -219,11 +223,16 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.feed.start()
         sweeping = asyncio.create_task(_sweep(services), name="sweep-uploads")
+        auditing = asyncio.create_task(services.audit.run(), name="audit")
         try:
             yield
         finally:
             sweeping.cancel()
+            auditing.cancel()
             await services.gatherer.close(CLOSE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AUDIT_CLOSE_S):
+                    await services.audit.flush()
             await services.feed.stop()
             await services.reads.close()
             services.files.shutdown(wait=False)

@@ -88,8 +88,8 @@ class ModeratorPort(Protocol):
         """Return the moderator's own condition."""
         ...
 
-    async def audit(self, entry: AuditEntry) -> None:
-        """Add a line to the audit log."""
+    async def audit(self, *entries: AuditEntry) -> None:
+        """Add lines to the audit log."""
         ...
 
 

@@ -141,6 +141,6 @@ class RayModerator:
         status: ModeratorStatus = await self._look("status", timeout_s=LOOK_S)
         return status
 
-    async def audit(self, entry: AuditEntry) -> None:
-        """Add a line to the audit log."""
-        await self._link.acall("audit", entry, timeout_s=ANSWER_S)
+    async def audit(self, *entries: AuditEntry) -> None:
+        """Add lines to the audit log."""
+        await self._link.acall("audit", *entries, timeout_s=ANSWER_S)

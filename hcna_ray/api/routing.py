@@ -7,7 +7,6 @@ is declared here is also what ``/openapi.json`` tells.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,7 @@ from hcna_ray.api.schemas import IDEMPOTENCY_KEY, NoQuery, ProblemOut, Query
 from hcna_ray.api.services import Services
 from hcna_ray.core.envelopes import trace_id
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.core.models import AuditEntry
 from hcna_ray.security.keys import ApiKey
-
-log = logging.getLogger(__name__)
 
 Access = Literal["open", "key", "admin"]
 Method = Literal["GET", "HEAD", "POST", "PUT", "DELETE"]
@@ -270,10 +266,10 @@ def _guard(
     async def endpoint(request: Request) -> Response:
         services: Services = request.app.state.services
         since = services.clock.elapsed()
+        caller: ApiKey | None = None
         try:
             caller = None if access == "open" else authenticate(request.headers, services.keys)
             if access == "admin" and caller is not None and caller.role != "admin":
-                await _note_refusal(services, caller, f"{method} {request.url.path}"[:200])
                 raise Forbidden(
                     f"the key {caller.name!r} has no admin role, which this route needs"
                 )
@@ -292,28 +288,11 @@ def _guard(
             response = Response(status_code=400)  # Nobody is there to read it.
         except Exception as error:
             response = unexpected(error)
+        services.audit.count(request, caller, method, path, response.status_code)
         services.stats.count(path, method, response.status_code, services.clock.elapsed() - since)
         return response
 
     return endpoint
-
-
-async def _note_refusal(services: Services, caller: ApiKey, target: str) -> None:
-    entry = AuditEntry(
-        at=services.clock.now(),
-        principal=caller.name,
-        action="api.admin_route",
-        target=target,
-        outcome="refused",
-        detail="the key has no admin role",
-    )
-    try:
-        await services.moderator.audit(entry)
-    except HcnaError as error:
-        log.warning(
-            "refusal could not be audited",
-            extra={"action": "api.audit_failed", "principal": caller.name, "error": error.code},
-        )
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:

@@ -499,6 +499,7 @@ class AuditLineOut(Answer):
     target: str
     outcome: str
     detail: str
+    hash: str | None
 
 
 class AuditOut(Answer):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hcna_ray.api.admission import Admission
+from hcna_ray.api.audit import AuditDesk
 from hcna_ray.api.gather import Gatherer
 from hcna_ray.api.metrics import RequestStats
 from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
@@ -143,6 +144,7 @@ class Services:
     cache: ClusterCache
     submissions: Submissions
     stats: RequestStats
+    audit: AuditDesk
     started_at: float
     #: Blocking file work.
     files: ThreadPoolExecutor

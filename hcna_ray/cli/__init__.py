@@ -7,6 +7,7 @@
     tasks     submit, task, map, why
     workers   workers, intent
     demo, measure   the two tours
+    audit     audit
 
 Data goes to stdout, talk to stderr, ``--json`` works everywhere. Speaks to C1 only through
 ``hcna_ray.client``; only ``up``, ``down`` and ``status`` load the supervisor, and only when run.

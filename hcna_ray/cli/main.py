@@ -13,6 +13,7 @@ import sys
 import typer
 
 from hcna_ray.cli import (
+    audit,
     backup,
     certs,
     cluster,
@@ -53,6 +54,7 @@ measure.register(app)
 service.register(app)
 backup.register(app)
 certs.register(app)
+audit.register(app)
 store.register(app)
 
 _INTERRUPTED = 130

@@ -24,6 +24,7 @@ from ulid import ULID
 
 from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings
+from hcna_ray.core.audit import ENTRIES_MAX, clipped
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
@@ -36,6 +37,7 @@ from hcna_ray.runtime import wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.audit_log import AuditLogThread
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
@@ -137,6 +139,7 @@ class ModeratorActor(_Face):
         #: Both are there as soon as the store is open.
         self._reader: TaskReader | None = None
         self._feed: ChangeFeed | None = None
+        self._audit_log: AuditLogThread | None = None
         self._writer = WriterThread(
             self._build,
             self._clock,
@@ -154,6 +157,9 @@ class ModeratorActor(_Face):
             reader = open_reader(self._settings)
             self._feed = ChangeFeed(reader.last_fact())
             self._reader = reader
+            self._audit_log = AuditLogThread(
+                self._settings.audit_file, lambda: open_reader(self._settings)
+            )
         except BaseException:
             store.close()  # Or the next attempt would find it held by this one.
             raise
@@ -181,6 +187,8 @@ class ModeratorActor(_Face):
         task.add_done_callback(self._background.discard)
 
     def _publish(self, outbound: Outbound) -> None:
+        if outbound.audited and self._audit_log is not None:
+            self._audit_log.tell()
         if outbound.answers or outbound.last_fact:
             self._loop.call_soon_threadsafe(self._deliver, outbound)
 
@@ -291,9 +299,9 @@ class ModeratorActor(_Face):
         """Pause or resume a queue."""
         return await self._ask(PauseQueue(queue=name, paused=paused, principal=principal))
 
-    async def do_audit(self, entry: AuditEntry) -> Any:
-        """Add an audit line."""
-        return await self._ask(Note(entry=entry))
+    async def do_audit(self, *entries: AuditEntry) -> Any:
+        """Add audit lines."""
+        return await self._ask(Note(entries=tuple(map(clipped, entries[:ENTRIES_MAX]))))
 
     # -- workers ---------------------------------------------------------------------------------
 

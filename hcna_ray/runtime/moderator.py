@@ -75,6 +75,8 @@ class Outbound:
     answers: tuple[tuple[Pending, object], ...]
     ended: tuple[str, ...] = ()
     last_fact: int = 0
+    #: Whether there are new lines in the audit log.
+    audited: bool = False
 
 
 class Moderator:
@@ -157,7 +159,7 @@ class Moderator:
             self._try_to_rebuild()
             return self._refused({*batch, *(pending for pending, _ in turn.answers)}, error)
         self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
-        return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact)
+        return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact, bool(turn.ledger.audit))
 
     def renew(self, beat: Heartbeat) -> HeartbeatReply | None:
         """Answer a heartbeat from memory, if that is safe. Callable from any thread."""
@@ -321,7 +323,7 @@ class Moderator:
                 self._pause(turn, request)
                 return None
             case Note():
-                turn.ledger.audit.append(request.entry)
+                turn.ledger.audit += request.entries
                 return None
             case Query():
                 return self._answer(request.name, turn.elapsed)

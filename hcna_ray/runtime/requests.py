@@ -110,9 +110,9 @@ class PauseQueue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
-    """Add a line to the audit log."""
+    """Add lines to the audit log."""
 
-    entry: AuditEntry
+    entries: tuple[AuditEntry, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

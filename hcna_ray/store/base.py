@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from hcna_ray.core.audit import AuditPoint
 from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.models import (
     Attempt,
@@ -42,10 +43,21 @@ class StoredFact(NamedTuple):
 
 
 class StoredAudit(NamedTuple):
-    """An `AuditEntry` with its number."""
+    """An `AuditEntry` with its number and its hash (`hcna_ray.core.audit`)."""
 
     number: int
     entry: AuditEntry
+    #: ``None`` for a line from before the log was chained.
+    hash: str | None
+
+
+class AuditState(NamedTuple):
+    """Where the audit log begins and ends, as it is kept apart from its lines."""
+
+    #: The last line that was pruned; or, where lines without a hash are left, the last of those.
+    anchor: AuditPoint
+    #: The number of the last line that was written.
+    last: int
 
 
 class Settlement(NamedTuple):
@@ -266,7 +278,7 @@ class TaskStore(Protocol):
         ...
 
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Add audit lines."""
+        """Add audit lines, each chained to the one before it (`hcna_ray.core.audit`)."""
         ...
 
     def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
@@ -281,7 +293,7 @@ class TaskStore(Protocol):
         """Delete up to ``limit`` audit lines of before an instant; return how many went.
 
         Oldest number first, and none behind one that stays: what is left is the end of the log,
-        without a gap. Numbers are never used again.
+        without a gap. Numbers are never used again. The last one's hash stays as the anchor.
         """
         ...
 
@@ -348,6 +360,14 @@ class TaskReader(Protocol):
 
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
         """Return audit lines, newest first."""
+        ...
+
+    def audit_after(self, after: int, limit: int) -> list[StoredAudit]:
+        """Return audit lines with numbers above ``after``, oldest first."""
+        ...
+
+    def audit_state(self) -> AuditState:
+        """Return where the audit log begins and ends."""
         ...
 
     def workers(self) -> list[WorkerRecord]:

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hcna_ray.core.audit import GENESIS, chain_hash
 from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import VersionConflict
-from hcna_ray.core.models import LaneKey, Task
+from hcna_ray.core.models import AuditEntry, LaneKey, Task
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import Counter, QueueSize
 from hcna_ray.store.rows import Row
@@ -125,6 +126,10 @@ class Bookkeeper(ABC):
     def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
         """Delete idempotency keys by ``(principal, key)``."""
 
+    @abstractmethod
+    def _audit_tails(self) -> Sequence[Row]:
+        """Return the hashes of the last audit line and of the anchor, as far as there are any."""
+
     def _refresh(self) -> None:
         """Read what is kept in memory again if it is not known to be true."""
         return
@@ -147,6 +152,8 @@ class Bookkeeper(ABC):
         self._changed_lanes: set[int] = set()
         self._depth: Tally[tuple[str, str]] = Tally()
         self._counts: Tally[Counter] = Tally()
+        #: Hash that the next audit line follows; read when it is first needed.
+        self._audit_head: str | None = None
 
     def _take_changes(
         self,
@@ -239,6 +246,21 @@ class Bookkeeper(ABC):
                 self._insert_number(name)
                 self._numbers[name] = 0
             self._add(name, math.ceil(value) - self._numbers[name])
+
+    def _chained(self, entries: Sequence[AuditEntry]) -> list[Row]:
+        """Give audit lines their numbers and hashes; return them as rows of `rows.AUDIT`."""
+        head = self._audit_head
+        if head is None:
+            # Lines of before there was a chain have none.
+            found = (digest for (digest,) in self._audit_tails() if digest is not None)
+            head = str(next(found, GENESIS))
+        values = []
+        for entry in entries:
+            number = self._next("last_audit")
+            head = chain_hash(head, number, entry)
+            values.append(rows.audit_values(number, entry, head))
+        self._audit_head = head
+        return values
 
     # -- tasks ------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
+from hcna_ray.core.audit import AuditPoint, chain_hash
 from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import NotFound, VersionConflict
 from hcna_ray.core.models import (
@@ -25,6 +26,7 @@ from hcna_ray.core.models import (
     WorkerRecord,
 )
 from hcna_ray.store.base import (
+    AuditState,
     Counter,
     KeyClaim,
     QueueSize,
@@ -123,7 +125,9 @@ class MemoryTaskStore:
         self._workers: _Table[str, WorkerRecord] = _Table(lock)
         self._paused: _Table[str, bool] = _Table(lock)
         self._counters: _Table[Counter, int] = _Table(lock)
-        self._audit: _Table[int, AuditEntry] = _Table(lock)
+        self._audit: _Table[int, StoredAudit] = _Table(lock)
+        #: The anchor, at 0.
+        self._anchor: _Table[int, AuditPoint] = _Table(lock)
         self._tables: list[_Table[Any, Any]] = [
             value for value in vars(self).values() if isinstance(value, _Table)
         ]
@@ -478,10 +482,15 @@ class MemoryTaskStore:
             self._counters.put(counter, self._counters.now.get(counter, 0) + delta)
 
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Add audit lines."""
+        """Add audit lines, each chained to the one before it."""
         self._must_write()
+        anchor = self._anchor.now.get(0, AuditPoint())
+        last = max(self._audit.now, default=None)
+        head = anchor.hash if last is None else self._audit.now[last].hash or anchor.hash
         for entry in entries:
-            self._audit.put(self._add("last_audit", 1), entry)
+            number = self._add("last_audit", 1)
+            head = chain_hash(head, number, entry)
+            self._audit.put(number, StoredAudit(number, entry, head))
 
     def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
         """Delete up to ``limit`` old tasks, and up to ``limit`` keys; see `TaskStore.prune`."""
@@ -512,10 +521,11 @@ class MemoryTaskStore:
     def prune_audit(self, before: float, limit: int) -> int:
         """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
         self._must_write()
-        oldest = sorted(self._audit.now.items())[:limit]
-        gone = [number for number, _ in takewhile(lambda line: line[1].at < before, oldest)]
-        for number in gone:
-            self._audit.drop(number)
+        oldest = sorted(self._audit.now.values())[:limit]
+        gone = list(takewhile(lambda line: line.entry.at < before, oldest))
+        for line in gone:
+            self._audit.drop(line.number)
+            self._anchor.put(0, AuditPoint(line.number, line.hash or ""))
         return len(gone)
 
     def clock_hold(self) -> ClockHold:
@@ -631,11 +641,23 @@ class MemoryTaskReader:
         """Return audit lines with numbers below ``before``, newest first."""
         with self._lock:
             found = [
-                StoredAudit(number, entry)
-                for number, entry in self._store._audit.all_committed().items()
+                line
+                for number, line in self._store._audit.all_committed().items()
                 if before is None or number < before
             ]
         return sorted(found, key=lambda line: line.number, reverse=True)[:limit]
+
+    def audit_after(self, after: int, limit: int) -> list[StoredAudit]:
+        """Return audit lines with numbers above ``after``, oldest first."""
+        with self._lock:
+            lines = self._store._audit.all_committed()
+        return [lines[number] for number in sorted(lines) if number > after][:limit]
+
+    def audit_state(self) -> AuditState:
+        """Return where the audit log begins and ends."""
+        with self._lock:
+            last = self._store._numbers.committed("last_audit") or 0
+            return AuditState(self._store._anchor.committed(0) or AuditPoint(), last)
 
     def workers(self) -> list[WorkerRecord]:
         """Return every worker on record, by name."""

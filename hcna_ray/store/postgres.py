@@ -22,6 +22,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from hcna_ray import failpoints
+from hcna_ray.core.audit import GENESIS, WENT_BACK, AuditPoint, chain_hash
 from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
@@ -35,7 +36,14 @@ from hcna_ray.core.models import (
     WorkerRecord,
 )
 from hcna_ray.store import codec, origin, rows
-from hcna_ray.store.base import Counter, KeyClaim, Settlement, StoredAudit, StoredFact
+from hcna_ray.store.base import (
+    AuditState,
+    Counter,
+    KeyClaim,
+    Settlement,
+    StoredAudit,
+    StoredFact,
+)
 from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.generations import generation_above, numbers_to_skip
 from hcna_ray.store.migrations import known_migrations, missing_migrations
@@ -263,8 +271,7 @@ class PostgresTaskStore(Bookkeeper):
         marks = {name: n for name, n in self._marks.items() if name in _NEVER_LOWER}
         session.run(_RAISE, (texts(marks), integers(marks.values())))
         told = f"the server has lost {forgotten} confirmed commits: what they held is gone"
-        session.run("UPDATE number SET value = value + 1 WHERE name = 'last_audit'")
-        session.run(_NOTE, (told,))
+        _note(session, told)
         log.critical(
             "%s; the generation is raised",
             told,
@@ -316,8 +323,7 @@ class PostgresTaskStore(Bookkeeper):
         skip = numbers_to_skip(created_at=at, now=now)
         session.run(_LEAP, (generation, skip))
         if told is not None:
-            session.run("UPDATE number SET value = value + 1 WHERE name = 'last_audit'")
-            session.run(_NOTE, (told,))
+            _note(session, told)
         return int(before), generation
 
     def settle_in(self) -> None:
@@ -786,10 +792,12 @@ class PostgresTaskStore(Bookkeeper):
         return frozenset(queue for (queue,) in self._run(_PAUSED))
 
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Add audit lines."""
+        """Add audit lines, each chained to the one before it."""
         self._must_write()
-        values = [rows.audit_values(self._next("last_audit"), entry) for entry in entries]
-        self._queue_rows(_INSERT_AUDIT, _AUDIT_KINDS, values)
+        self._queue_rows(_INSERT_AUDIT, _AUDIT_KINDS, self._chained(entries))
+
+    def _audit_tails(self) -> list[Row]:
+        return self._run(_AUDIT_TAILS)
 
     def _old_keys(self, after: KeyPlace, before: float, limit: int) -> Sequence[Row]:
         return self._run(_OLD_KEYS, (after[0], *after, float(before), limit))
@@ -825,10 +833,14 @@ class PostgresTaskStore(Bookkeeper):
     def prune_audit(self, before: float, limit: int) -> int:
         """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
         self._must_write()
-        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT %s", (limit,))
-        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        oldest = self._run("SELECT number, at, hash FROM audit ORDER BY number LIMIT %s", (limit,))
+        gone = list(takewhile(lambda row: row[1] < before, oldest))
         if gone:
-            self._queue("DELETE FROM audit WHERE number <= %s", (gone[-1],))
+            number, _at, digest = gone[-1]
+            self._queue("DELETE FROM audit WHERE number <= %s", (number,))
+            if digest is not None:
+                self._queue("DELETE FROM audit_anchor", ())
+                self._queue("INSERT INTO audit_anchor VALUES (%s, %s)", (number, digest))
         return len(gone)
 
 
@@ -973,6 +985,15 @@ class PostgresTaskReader:
         found = self._run(_AUDIT, (_SEQ_MAX if before is None else before, limit))
         return [rows.audit_from_row(row) for row in found]
 
+    def audit_after(self, after: int, limit: int) -> list[StoredAudit]:
+        """Return audit lines with numbers above ``after``, oldest first."""
+        return [rows.audit_from_row(row) for row in self._run(_AUDIT_AFTER, (after, limit))]
+
+    def audit_state(self) -> AuditState:
+        """Return where the audit log begins and ends."""
+        ((last, number, digest),) = self._run(_AUDIT_STATE)
+        return AuditState(AuditPoint() if number is None else AuditPoint(number, digest), last)
+
     def workers(self) -> list[WorkerRecord]:
         """Return every worker on record, by name."""
         return _workers(self._run(_WORKERS))
@@ -1036,6 +1057,22 @@ def _applied(session: Session) -> dict[int, str]:
     return dict(session.run("SELECT number, sha256 FROM schema_migration"))
 
 
+def _note(session: Session, told: str) -> None:
+    """Add a line to the audit log past the bookkeeping: the server has gone back."""
+    heads = [digest for (digest,) in session.run(_AUDIT_TAILS) if digest is not None]
+    ((number, at),) = session.run(_NOTE)
+    entry = AuditEntry(
+        at=at,
+        principal="moderator",
+        action=WENT_BACK,
+        target="",
+        outcome="done",
+        detail=told,
+    )
+    row = rows.audit_values(number, entry, chain_hash([*heads, GENESIS][0], number, entry))
+    session.run(_INSERT_AUDIT, _columns(_AUDIT_KINDS, [row]))
+
+
 # -- statements ------------------------------------------------------------------------------------
 
 _Column = Callable[[Iterable[Any]], Array]
@@ -1067,7 +1104,7 @@ _FACT_KINDS: list[_Column] = [
 _ATTEMPT_KINDS: list[_Column] = [
     *(texts, integers, integers, texts, texts, floats, floats, texts, blobs),
 ]
-_AUDIT_KINDS: list[_Column] = [integers, floats, texts, texts, texts, texts, texts]
+_AUDIT_KINDS: list[_Column] = [integers, floats, texts, texts, texts, texts, texts, texts]
 
 
 def _columns(kinds: Sequence[_Column], values: Sequence[Row]) -> list[Array]:
@@ -1113,9 +1150,8 @@ _LEAP = (
     "WHERE name IN ('generation', 'last_fact', 'last_end')"
 )
 _NOTE = (
-    "INSERT INTO audit (number, at, principal, action, target, outcome, detail) SELECT value, "
-    "extract(epoch FROM clock_timestamp())::double precision, 'moderator', 'store.went_back', "
-    "'', 'done', %s FROM number WHERE name = 'last_audit'"
+    "UPDATE number SET value = value + 1 WHERE name = 'last_audit' RETURNING value, "
+    "extract(epoch FROM clock_timestamp())::double precision"
 )
 # Counts the transaction and, until it ends, keeps everybody else from taking the epoch.
 _FENCE = f"UPDATE leader SET commits = commits + 1 WHERE epoch = %s RETURNING commits, {_SAFE}"
@@ -1220,6 +1256,17 @@ _FACTS_OF_TASK = (
 )
 _AUDIT = (
     f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number < %s ORDER BY number DESC LIMIT %s"
+)
+_AUDIT_AFTER = (
+    f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number > %s ORDER BY number LIMIT %s"
+)
+_AUDIT_TAILS = (
+    "(SELECT hash FROM audit ORDER BY number DESC LIMIT 1) "
+    "UNION ALL (SELECT hash FROM audit_anchor)"
+)
+_AUDIT_STATE = (
+    "SELECT n.value, a.number, a.hash FROM number AS n LEFT JOIN audit_anchor AS a ON true "
+    "WHERE n.name = 'last_audit'"
 )
 
 

@@ -107,7 +107,7 @@ FACT = (
     "worker",
     "detail",
 )
-AUDIT = ("number", "at", "principal", "action", "target", "outcome", "detail")
+AUDIT = ("number", "at", "principal", "action", "target", "outcome", "detail", "hash")
 
 #: What `task_from_row` and `indexed_of_row` read. CROSS JOIN: the task is found first.
 COLUMNS = ", ".join(
@@ -327,7 +327,7 @@ def fact_from_row(row: Row) -> StoredFact:
     )
 
 
-def audit_values(number: int, entry: AuditEntry) -> Row:
+def audit_values(number: int, entry: AuditEntry, digest: str) -> Row:
     """Return the values of `AUDIT`."""
     return (
         number,
@@ -337,6 +337,7 @@ def audit_values(number: int, entry: AuditEntry) -> Row:
         entry.target,
         entry.outcome,
         entry.detail,
+        digest,
     )
 
 
@@ -352,4 +353,5 @@ def audit_from_row(row: Row) -> StoredAudit:
             outcome=row[5],
             detail=row[6],
         ),
+        row[7],
     )

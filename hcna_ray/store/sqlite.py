@@ -22,6 +22,7 @@ from urllib.parse import quote
 import apsw
 
 from hcna_ray import failpoints
+from hcna_ray.core.audit import AuditPoint
 from hcna_ray.core.errors import (
     NotFound,
     Overloaded,
@@ -42,6 +43,7 @@ from hcna_ray.core.models import (
 )
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import (
+    AuditState,
     Counter,
     KeyClaim,
     Settlement,
@@ -605,12 +607,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             self._run("DELETE FROM paused_queue WHERE queue = ?", (queue,))
 
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
-        """Add audit lines."""
+        """Add audit lines, each chained to the one before it."""
         self._must_write()
-        self._many(
-            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [rows.audit_values(self._next("last_audit"), entry) for entry in entries],
-        )
+        self._many("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", self._chained(entries))
+
+    def _audit_tails(self) -> list[Row]:
+        return [*self._run(_AUDIT_TAIL), *self._run(_AUDIT_ANCHOR)]
 
     def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
         """Delete up to ``limit`` old tasks, and up to ``limit`` keys; see `TaskStore.prune`."""
@@ -633,10 +635,14 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def prune_audit(self, before: float, limit: int) -> int:
         """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
         self._must_write()
-        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT ?", (limit,))
-        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        oldest = self._run("SELECT number, at, hash FROM audit ORDER BY number LIMIT ?", (limit,))
+        gone = list(takewhile(lambda row: row[1] < before, oldest))
         if gone:
-            self._run("DELETE FROM audit WHERE number <= ?", (gone[-1],))
+            number, _at, digest = gone[-1]
+            self._run("DELETE FROM audit WHERE number <= ?", (number,))
+            if digest is not None:
+                self._run("DELETE FROM audit_anchor")
+                self._run("INSERT INTO audit_anchor VALUES (?, ?)", (number, digest))
         return len(gone)
 
 
@@ -775,6 +781,15 @@ class SqliteTaskReader(_Connection):
         found = self._run(_AUDIT, (_SEQ_MAX if before is None else before, limit))
         return [rows.audit_from_row(row) for row in found]
 
+    def audit_after(self, after: int, limit: int) -> list[StoredAudit]:
+        """Return audit lines with numbers above ``after``, oldest first."""
+        return [rows.audit_from_row(row) for row in self._run(_AUDIT_AFTER, (after, limit))]
+
+    def audit_state(self) -> AuditState:
+        """Return where the audit log begins and ends."""
+        ((last, number, digest),) = self._run(_AUDIT_STATE)
+        return AuditState(AuditPoint() if number is None else AuditPoint(number, digest), last)
+
 
 _BY_SEQ = (
     f"SELECT {rows.COLUMNS} FROM json_each(?) AS j CROSS JOIN task AS t ON t.seq = j.value "
@@ -838,6 +853,13 @@ _FACT = f"SELECT {', '.join(rows.FACT)} FROM fact"
 _FACTS = f"{_FACT} WHERE number > ? ORDER BY number LIMIT ?"
 _FACTS_OF_TASK = f"{_FACT} WHERE task_id = ? AND number > ? ORDER BY number LIMIT ?"
 _AUDIT = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number < ? ORDER BY number DESC LIMIT ?"
+_AUDIT_AFTER = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number > ? ORDER BY number LIMIT ?"
+_AUDIT_TAIL = "SELECT hash FROM audit ORDER BY number DESC LIMIT 1"
+_AUDIT_ANCHOR = "SELECT hash FROM audit_anchor"
+_AUDIT_STATE = (
+    "SELECT n.value, a.number, a.hash FROM number AS n LEFT JOIN audit_anchor AS a "
+    "WHERE n.name = 'last_audit'"
+)
 
 
 def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tuple[str, list[Any]]:

@@ -160,8 +160,9 @@ class Dump:
     """Transition log and tasks of one store at one moment (`DUMP_FORMAT`).
 
     A dump is JSON lines; each has a field ``record``: ``dump`` (the head), ``fact``, ``task``,
-    ``attempt``, ``key``, ``counter``, ``depth``, ``number``, ``worker``, ``audit``, ``paused`` or
-    ``late`` (a report that the fence refused or found to be a repetition).
+    ``attempt``, ``key``, ``counter``, ``depth``, ``number``, ``worker``, ``audit``,
+    ``audit_anchor``, ``paused`` or ``late`` (a report that the fence refused or found to be a
+    repetition).
     """
 
     head: Row
@@ -552,7 +553,7 @@ def _take(dump: Dump, record: str, where: str, text: str, fields: _Fields) -> No
                     outcome=fields.maybe_text("outcome"),
                 )
             )
-        case "key" | "counter" | "depth" | "number" | "worker" | "audit" | "paused" | "late":
+        case _ if record in _REQUIRED:
             for name in _REQUIRED[record]:
                 if fields.raw.get(name) is None:
                     raise _Refused(f"no {name!r}")
@@ -568,6 +569,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "number": ("name", "value"),
     "worker": ("name",),
     "audit": ("number", "at", "action"),
+    "audit_anchor": ("number", "hash"),
     "paused": ("queue",),
     "late": ("task", "gen", "attempt", "verdict"),
 }

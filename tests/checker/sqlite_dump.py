@@ -1,7 +1,8 @@
 """The adapter for hcna-ray's SQLite store: its tables become a dump (`inputs.Dump`).
 
-Knows the schema of ``0001_tasks.sql`` and form 1 of its blobs from their files, not from the code
-that writes them. Another store needs another such module and nothing else.
+Knows the schema of ``0001_tasks.sql`` and ``0002_audit_chain.sql`` and form 1 of the blobs
+from their files, not from the code that writes them. Another store needs another such module and
+nothing else.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ def records(db: Database, taken_at: float, *, source: str) -> Iterator[Record]:
         yield {"record": "paused", "queue": row["queue"]}
     for row in db.execute("SELECT name, body FROM worker"):
         yield _worker(row)
+    for row in db.execute("SELECT * FROM audit_anchor"):
+        yield {"record": "audit_anchor", **dict(row)}
     for row in db.execute("SELECT * FROM audit ORDER BY number"):
         yield {"record": "audit", **dict(row)}
         yield from _late(row)

@@ -384,7 +384,7 @@ class TestNumbers:
         last_fact=100,
         last_end=10,
         last_seq=5,
-        schema=1,
+        schema=2,
         tasks={},
         leases=0,
         facts=100,

@@ -1206,6 +1206,7 @@ QUERIES: dict[str, tuple[str, list[Any]]] = {
     "facts": (module._FACTS, [0, 9]),
     "facts of task": (module._FACTS_OF_TASK, ["t1", 0, "t1", 9]),
     "audit": (module._AUDIT, [9, 9]),
+    "audit after": (module._AUDIT_AFTER, [9, 9]),
 } | {
     f"page by {name}": page_query(where, before_seq=900, limit=9)
     for name, where in {
@@ -1248,6 +1249,7 @@ INDEXES: dict[str, tuple[str, ...]] = {
     "facts": ("fact_pkey",),
     "facts of task": ("fact_task",),
     "audit": ("audit_pkey",),
+    "audit after": ("audit_pkey",),
     "page by nothing": ("task_pkey",),
     "page by state": ("task_state",),
     "page by kind": ("task_state",),

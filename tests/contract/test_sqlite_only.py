@@ -671,6 +671,9 @@ QUERIES: dict[str, tuple[str, Any]] = {
     "facts": (sqlite._FACTS, [0, 9]),
     "facts of task": (sqlite._FACTS_OF_TASK, ["t1", 0, 9]),
     "audit": (sqlite._AUDIT, [9, 9]),
+    "audit_after": (sqlite._AUDIT_AFTER, [9, 9]),
+    "audit_tail": (sqlite._AUDIT_TAIL, []),
+    "audit_state": (sqlite._AUDIT_STATE, []),
 } | {
     f"page by {name}": page_query(where, before_seq=900, limit=9)
     for name, where in {

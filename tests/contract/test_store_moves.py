@@ -38,7 +38,8 @@ from tests.support.builders import (
 from tests.support.postgres import PostgresServer
 
 TABLES = {
-    *("attempt", "audit", "counter", "dependency", "depth", "fact", "idempotency_key", "lane"),
+    *("attempt", "audit", "audit_anchor", "counter", "dependency", "depth", "fact"),
+    *("idempotency_key", "lane"),
     *("number", "paused_queue", "settlement", "task", "task_spec", "worker"),
 }
 
@@ -69,9 +70,10 @@ def source(tmp_path: Path) -> Path:
         store.save_worker(a_worker_record())
         store.set_paused("night", True)
         store.bump({Counter("attempts", "echo", "completed"): 7})
-        store.append_audit([an_audit_entry(detail="\x00")])
+        store.append_audit([an_audit_entry(at=T0 - 99), an_audit_entry(detail="\x00")])
     with store.transaction():
         store.raise_generation()
+        assert store.prune_audit(T0, 9) == 1
         assert store.prune(T0 - 9, T0, 9) == 1
         store.drop_settlement(1)
     store.close()
@@ -355,7 +357,7 @@ class TestCommands:
         monkeypatch.setenv("DATABASE_URL", postgres_url)
         assert main(["store", "migrate"]) == 0
         told = capfd.readouterr()
-        assert "rows in 14 tables copied and compared" in told.out
+        assert "rows in 15 tables copied and compared" in told.out
         assert "never start on it again" in " ".join(told.err.split())
 
         assert main(["store", "info", "--json"]) == 0
@@ -442,7 +444,7 @@ class TestCommands:
         source.rename(source.with_name("old.db"))
         assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 0
         told = capfd.readouterr()
-        assert "rows in 14 tables copied and compared" in told.out
+        assert "rows in 15 tables copied and compared" in told.out
         assert "take it out of store.url and DATABASE_URL" in " ".join(told.err.split())
         assert "never start on it again" in " ".join(told.err.split())
         monkeypatch.delenv("DATABASE_URL")

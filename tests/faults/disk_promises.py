@@ -42,6 +42,7 @@ TABLES = (
     "worker",
     "paused_queue",
     "audit",
+    "audit_anchor",
 )
 
 

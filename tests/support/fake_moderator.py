@@ -177,9 +177,9 @@ class FakeModerator:
         status: ModeratorStatus = self._ask(Query(name="status"))
         return status
 
-    async def audit(self, entry: AuditEntry) -> None:
-        self.audited.append(entry)
-        self._ask(Note(entry=entry))
+    async def audit(self, *entries: AuditEntry) -> None:
+        self.audited += entries
+        self._ask(Note(entries=entries))
 
     # -- a worker --------------------------------------------------------------------------------
 

@@ -285,8 +285,8 @@ class SocketModerator:
         status: ModeratorStatus = await self._link.ask(Query(name="status"))
         return status
 
-    async def audit(self, entry: AuditEntry) -> None:
-        await self._link.ask(Note(entry=entry))
+    async def audit(self, *entries: AuditEntry) -> None:
+        await self._link.ask(Note(entries=entries))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,10 @@ async def _pause(call: Call, paused: bool) -> Response:
     answers={200: AuditOut},
 )
 async def list_audit(call: Call) -> Response:
-    """Show who did what, newest first."""
+    """Show who did what, newest first, with the hash that chains each line to the one before it.
+
+    ``hcna audit verify`` follows the chain, ``hcna audit export`` writes it to a file.
+    """
     query = call.query(PageQuery)
     limit = page_limit(call, query.limit)
     before = None if query.cursor is None else int(query.cursor)
@@ -112,6 +115,7 @@ async def list_audit(call: Call) -> Response:
             "target": line.entry.target,
             "outcome": line.entry.outcome,
             "detail": line.entry.detail,
+            "hash": line.hash,
         }
         for line in shown
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 
 from tests.checker.checks.counters import is_pruned
@@ -25,10 +26,11 @@ def readable(run: Run) -> Outcome:
 def log_is_whole(run: Run) -> Outcome:
     """C14: numbers of the log rise without a gap to the last one; time does not run back in it.
 
-    Every stored task begins with its acceptance. Where audit lines are chained (``prev``, ``hash``
-    and the hashed ``body``: SHA-256 of ``prev`` followed by ``body``) the chain is followed; where
-    they are not, their numbers must have no gap. Of a pruned store gaps in the log are expected; a
-    restore whose ``last_fact`` is told may leave out the numbers that follow it.
+    Every stored task begins with its acceptance. Audit lines are chained: ``hash`` is the SHA-256
+    of the JSON array of `CHAINED`, the hash before it, and the line's fields. The chain begins
+    behind the record ``audit_anchor``, or at its genesis; lines up to it without a hash are from
+    before there was a chain. Of a pruned store gaps in the log are expected; a restore whose
+    ``last_fact`` is told may leave out the numbers that follow it.
     """
     out = Outcome("C14")
     dump = run.dump
@@ -84,32 +86,53 @@ def _numbers(run: Run, dump: Dump, out: Outcome, pruned: bool) -> None:
         out.report(None, f"the log ends with {before}, the store counted {last}")
 
 
+#: How the hashed array of an audit line begins, and the fields that follow the hash before it.
+CHAINED = "hcna.audit.v1"
+FIELDS = ("number", "at", "principal", "action", "target", "outcome", "detail")
+#: What the very first line follows.
+GENESIS = "0" * 64
+
+
 def _audit(dump: Dump, out: Outcome) -> None:
     rows = sorted(dump.rows["audit"], key=lambda row: int(row.raw["number"]))
-    if not rows:
-        return
-    chained = [row for row in rows if row.raw.get("hash")]
-    if chained:
-        _chain(rows, out)
-    else:
-        out.notes.append("audit lines are not chained: only their numbers were checked")
-    for before, row in zip([None, *rows], rows, strict=False):
-        out.examined += 1
-        expected = 1 if before is None else int(before.raw["number"]) + 1
-        if int(row.raw["number"]) != expected:
-            out.report(None, f"audit line {expected} is gone", row)
+    anchors = dump.rows["audit_anchor"]
+    if len(anchors) > 1:
+        out.report(None, "the audit log has more than one anchor", *anchors)
+    anchor = anchors[0] if anchors else None
+    start = 0 if anchor is None else int(anchor.raw["number"])
+    before = GENESIS if anchor is None else str(anchor.raw["hash"])
+    old = [row for row in rows if int(row.raw["number"]) <= start and not row.raw.get("hash")]
+    if old:
+        out.notes.append(f"{len(old)} audit lines are from before the log was chained")
+    _chain([row for row in rows if row not in old], start, before, out)
     last = dump.numbers.get("last_audit")
-    if last is not None and last != int(rows[-1].raw["number"]):
-        out.report(None, f"the audit log ends early: {last} lines were counted", rows[-1])
+    ended = max([start, *(int(row.raw["number"]) for row in rows)])
+    if last is not None and last != ended:
+        out.report(None, f"the audit log ends with {ended}: {last} lines were counted", *rows[-1:])
 
 
-def _chain(rows: list[Row], out: Outcome) -> None:
-    previous = ""
+def _chain(rows: list[Row], number: int, before: str | None, out: Outcome) -> None:
     for row in rows:
         out.examined += 1
-        told, body = str(row.raw.get("prev") or ""), str(row.raw.get("body") or "")
-        if told != previous:
-            out.report(None, "an audit line does not follow the one before it", row)
-        elif hashlib.sha256((told + body).encode()).hexdigest() != row.raw.get("hash"):
-            out.report(None, "an audit line does not have its own hash", row)
-        previous = str(row.raw.get("hash"))
+        found = int(row.raw["number"])
+        if found != number + 1:
+            told = _hash(before or "", row) == row.raw.get("hash")
+            if row.raw["action"] == "store.went_back" and told:
+                out.notes.append(f"audit lines {number + 1} to {found - 1} went with the server")
+            else:
+                out.report(None, f"audit lines {number + 1} to {found - 1} are gone", row)
+                before = None
+        number = found
+        if not row.raw.get("hash"):
+            out.report(None, "an audit line has no hash", row)
+        elif before is not None and _hash(before, row) != row.raw["hash"]:
+            out.report(
+                None, "an audit line is not what was hashed, or does not follow its neighbour", row
+            )
+        before = row.raw.get("hash")
+
+
+def _hash(before: str, row: Row) -> str:
+    values = {**row.raw, "at": float(row.raw["at"]) + 0.0}
+    line = [CHAINED, before, *(values.get(name) for name in FIELDS)]
+    return hashlib.sha256(json.dumps(line, separators=(",", ":")).encode()).hexdigest()

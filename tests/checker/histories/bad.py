@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable
 
 from tests.checker.histories.world import CANARY, Line, Story, World
@@ -766,23 +765,67 @@ def a_task_without_a_log(w: World) -> None:
     w.override("a", state="cancelled", due_at=None)
 
 
-@breaks("C14")
-def an_audit_line_is_gone(w: World) -> None:
+def _three_audit_lines(w: World) -> list[Line]:
     for queue in ("a", "b", "c"):
         w.audit("queue.pause", queue)
-    del w.extra[1]
-    w.edits.append(lambda records: _of(records, "number", name="last_audit").update(value=3))
+    return w.extra[-3:]
+
+
+@breaks("C14")
+def an_audit_line_is_gone(w: World) -> None:
+    w.extra.remove(_three_audit_lines(w)[1])
+
+
+@breaks("C14")
+def the_audit_log_is_cut(w: World) -> None:
+    w.extra.remove(_three_audit_lines(w)[2])
+
+
+@breaks("C14")
+def the_audit_log_is_gone(w: World) -> None:
+    for line in _three_audit_lines(w):
+        w.extra.remove(line)
+
+
+@breaks("C14")
+def the_audit_log_has_lost_its_beginning(w: World) -> None:
+    w.extra.remove(_three_audit_lines(w)[0])
 
 
 @breaks("C14")
 def an_audit_line_was_rewritten(w: World) -> None:
-    previous = ""
-    for index in range(3):
-        body = f'{{"line":{index}}}'
-        digest = hashlib.sha256((previous + body).encode()).hexdigest()
-        w.audit("queue.pause", f"q{index}", prev=previous, body=body, hash=digest)
-        previous = digest
-    w.extra[1]["body"] = '{"line":"nothing happened"}'
+    _three_audit_lines(w)[1]["principal"] = "eve"
+
+
+@breaks("C14")
+def an_audit_line_has_another_time(w: World) -> None:
+    _three_audit_lines(w)[1]["at"] += 0.001
+
+
+@breaks("C14")
+def an_audit_line_has_no_hash(w: World) -> None:
+    del _three_audit_lines(w)[2]["hash"]
+
+
+@breaks("C14")
+def two_audit_lines_have_changed_places(w: World) -> None:
+    _one, two, three = _three_audit_lines(w)
+    two["number"], three["number"] = three["number"], two["number"]
+
+
+@breaks("C14")
+def an_audit_line_was_put_in(w: World) -> None:
+    _one, two, three = _three_audit_lines(w)
+    w.extra.append({**two, "number": 3, "target": "z"})
+    three["number"] = 4
+    w.edits.append(lambda records: _of(records, "number", name="last_audit").update(value=4))
+
+
+@breaks("C14")
+def the_audit_log_stands_on_another_anchor(w: World) -> None:
+    _three_audit_lines(w)
+    w.prune_audit(1)
+    _of(w.extra, "audit_anchor")["hash"] = "f" * 64
 
 
 # -- C15 -------------------------------------------------------------------------------------------

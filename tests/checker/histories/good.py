@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from tests.checker.histories.world import CANARY, Story, World
 
 GOOD: dict[str, Story] = {}
@@ -541,12 +539,39 @@ def tokens_of_a_restored_store_are_new(w: World) -> None:
 
 @good
 def a_chained_audit_log(w: World) -> None:
-    previous = ""
-    for index in range(3):
-        body = f'{{"line":{index}}}'
-        digest = hashlib.sha256((previous + body).encode()).hexdigest()
-        w.audit("queue.pause", f"q{index}", prev=previous, body=body, hash=digest)
-        previous = digest
+    for queue in ("a", "b", "c"):
+        w.audit("queue.pause", queue, detail="é\n")
+
+
+@good
+def an_audit_log_whose_beginning_was_pruned(w: World) -> None:
+    for queue in ("a", "b", "c", "d"):
+        w.audit("queue.pause", queue)
+    w.prune_audit(2)
+
+
+@good
+def an_audit_log_of_which_nothing_is_left(w: World) -> None:
+    for queue in ("a", "b"):
+        w.audit("queue.pause", queue)
+    w.prune_audit(2)
+
+
+@good
+def an_audit_log_that_was_chained_later(w: World) -> None:
+    for queue in ("a", "b"):
+        w.audit("queue.pause", queue)
+        del w.extra[-1]["hash"]
+    w.audited = (2, "0" * 64)
+    w.extra.append({"record": "audit_anchor", "number": 2, "hash": "0" * 64})
+    w.audit("queue.pause", "c")
+
+
+@good
+def audit_lines_that_went_with_the_server(w: World) -> None:
+    w.audit("queue.pause", "a")
+    w.audited = (4, w.audited[1])
+    w.audit("store.went_back", "")
 
 
 @good

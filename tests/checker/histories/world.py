@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class World:
         self.keys: dict[tuple[str, str], str] = {}
         self._number = 0
         self._calls = 0
+        #: Number and hash of the last line of the audit log.
+        self.audited = (0, "0" * 64)
 
     # -- time and lines ----------------------------------------------------------------------------
 
@@ -235,9 +238,24 @@ class World:
 
     def audit(self, action: str, target: str, **more: Any) -> None:
         """Add a line to the audit log."""
-        number = 1 + sum(1 for one in self.extra if one["record"] == "audit")
-        line: Line = {"record": "audit", "number": number, "at": self.now, "action": action}
-        self.extra.append({**line, "target": target, **more})
+        number, before = self.audited
+        line: Line = {"record": "audit", "number": number + 1, "at": self.now, "action": action}
+        line |= {"principal": "ann", "target": target, "outcome": "done", "detail": "", **more}
+        hashed = ("number", "at", "principal", "action", "target", "outcome", "detail")
+        array = ["hcna.audit.v1", before, *(line[name] for name in hashed)]
+        text = json.dumps(array, separators=(",", ":"))
+        line["hash"] = hashlib.sha256(text.encode()).hexdigest()
+        self.audited = line["number"], line["hash"]
+        self.extra.append(line)
+
+    def prune_audit(self, count: int) -> None:
+        """Forget the first lines of the audit log, and keep what the next one follows."""
+        lines = [one for one in self.extra if one["record"] == "audit"]
+        for line in lines[:count]:
+            self.extra.remove(line)
+        last = lines[count - 1]
+        anchor: Line = {"record": "audit_anchor", "number": last["number"], "hash": last["hash"]}
+        self.extra.append(anchor)
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -347,7 +365,7 @@ class World:
             "last_fact": self._number,
             "last_seq": len(self.specs),
             "last_end": sum(1 for one in self.facts if one["kind"] in TERMINAL),
-            "last_audit": sum(1 for one in self.extra if one["record"] == "audit"),
+            "last_audit": self.audited[0],
             "open_tasks": len(still),
             "open_bytes": 100 * len(still),
         }

@@ -35,5 +35,6 @@ async def test_a_key_of_a_user_opens_no_admin_route(c1: Composite) -> None:
         reply: httpx.Response = await guest.get("/admin/keys")
 
     assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
+    await c1.services.audit.flush()
     (entry,) = c1.moderator.audited
-    assert (entry.principal, entry.outcome) == ("guest", "refused")
+    assert (entry.principal, entry.target, entry.outcome) == ("guest", "GET /admin/keys", "403")

@@ -1,0 +1,13 @@
+-- Audit lines are chained: `hash` is over the line and the hash before it. Lines from before this
+-- migration have none; the anchor stands behind the last of them, so that what follows has a start.
+ALTER TABLE audit ADD COLUMN hash text COLLATE "C";
+
+-- What the oldest line that is kept follows: at most one row, none as long as nothing was pruned.
+CREATE TABLE audit_anchor (
+    number bigint PRIMARY KEY,
+    hash text COLLATE "C" NOT NULL
+);
+
+INSERT INTO audit_anchor
+    SELECT value, '0000000000000000000000000000000000000000000000000000000000000000'
+    FROM number WHERE name = 'last_audit' AND value > 0;

@@ -1,0 +1,140 @@
+"""The moderator's file of the audit log follows the store, whatever happens to either."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from hcna_ray.runtime.audit_log import FILES_KEPT, AuditLog
+from hcna_ray.store.audit import verify_file, verify_store
+from hcna_ray.store.memory import MemoryTaskStore
+from tests.support.builders import T0, an_audit_entry
+
+
+@pytest.fixture
+def store() -> MemoryTaskStore:
+    return MemoryTaskStore()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.log"
+
+
+def write(store: MemoryTaskStore, *actions: str, at: float = T0) -> None:
+    with store.transaction():
+        store.append_audit([an_audit_entry(action, at=at) for action in actions])
+
+
+def actions(path: Path) -> list[str]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return [line["action"] for line in lines if "action" in line]
+
+
+def test_the_file_follows_the_store(store: MemoryTaskStore, path: Path) -> None:
+    follower = AuditLog(path, store.reader())
+    write(store, "a1", "a2")
+    assert follower.catch_up() == 2
+    assert follower.catch_up() == 0
+    write(store, "a3")
+    assert follower.catch_up() == 1
+    assert actions(path) == ["a1", "a2", "a3"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert verify_file(path).whole
+    assert verify_store(store.reader(), file=path).whole
+
+
+def test_another_process_goes_on_where_the_last_one_was_killed(
+    store: MemoryTaskStore, path: Path
+) -> None:
+    write(store, "a1", "a2")
+    AuditLog(path, store.reader()).catch_up()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])  # The last line was not written to its end.
+    write(store, "a3")
+    assert AuditLog(path, store.reader()).catch_up() == 2
+    assert actions(path) == ["a1", "a2", "a3"]
+    assert verify_file(path).whole
+
+
+def test_a_full_disk_only_delays_it(store: MemoryTaskStore, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    follower = AuditLog(folder / "audit.log", store.reader())
+    write(store, "a1")
+    with pytest.raises(OSError, match="logs"):
+        follower.catch_up()
+    folder.mkdir()
+    assert follower.catch_up() == 1
+
+
+def test_a_long_file_is_put_aside_and_each_can_be_checked(
+    store: MemoryTaskStore, path: Path
+) -> None:
+    follower = AuditLog(path, store.reader(), bytes_max=600)
+    for number in range(4 * FILES_KEPT):
+        write(store, f"a{number}")
+        follower.catch_up()
+    files = [path, *(path.with_name(f"audit.log.{n}") for n in range(1, FILES_KEPT + 1))]
+    assert sorted(path.parent.iterdir()) == sorted(files)
+    reports = [verify_file(file) for file in files]
+    assert all(report.whole for report in reports)
+    for newer, older in itertools.pairwise(reports):
+        assert newer.anchor == older.head
+
+
+def test_behind_a_prune_another_file_is_begun(store: MemoryTaskStore, path: Path) -> None:
+    write(store, "a1")
+    AuditLog(path, store.reader()).catch_up()
+    write(store, "a2")
+    with store.transaction():
+        store.prune_audit(T0 + 1, 9)
+    write(store, "a3")
+    AuditLog(path, store.reader()).catch_up()
+    assert actions(path) == ["a3"]
+    assert verify_file(path).whole
+    assert actions(path.with_name("audit.log.1")) == ["a1"]
+
+
+def test_a_file_that_has_all_that_was_pruned_goes_on(store: MemoryTaskStore, path: Path) -> None:
+    write(store, "a1", "a2")
+    AuditLog(path, store.reader()).catch_up()
+    with store.transaction():
+        store.prune_audit(T0 + 1, 9)
+    write(store, "a3")
+    AuditLog(path, store.reader()).catch_up()
+    assert actions(path) == ["a1", "a2", "a3"]
+
+
+def test_beside_a_restored_store_another_file_is_begun(path: Path) -> None:
+    lost, restored = MemoryTaskStore(), MemoryTaskStore()
+    for store in (lost, restored):
+        write(store, "a1")
+    write(lost, "a2", "a3")
+    AuditLog(path, lost.reader()).catch_up()
+    write(restored, "store.restore")
+    AuditLog(path, restored.reader()).catch_up()
+    assert actions(path) == ["a1", "store.restore"]
+    assert actions(path.with_name("audit.log.1")) == ["a1", "a2", "a3"]
+    assert verify_store(restored.reader(), file=path).whole
+
+
+def test_a_file_of_somebody_else_is_put_aside(store: MemoryTaskStore, path: Path) -> None:
+    path.write_text("type=SYSCALL msg=audit(1364481363.243:24287)\n")
+    write(store, "a1")
+    AuditLog(path, store.reader()).catch_up()
+    assert actions(path) == ["a1"]
+    assert "SYSCALL" in path.with_name("audit.log.1").read_text()
+
+
+def test_a_gap_in_the_store_is_a_gap_in_the_file(store: MemoryTaskStore, path: Path) -> None:
+    follower = AuditLog(path, store.reader())
+    write(store, "a1")
+    follower.catch_up()
+    write(store, "a2", "a3")
+    store._audit.now.pop(2)
+    follower.catch_up()
+    assert actions(path) == ["a1", "a3"]
+    assert not verify_file(path).whole
