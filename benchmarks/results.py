@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.children import FOLDER
+from tests.support import json_lines
 from tests.support.sources import PRODUCT, digest
 
 #: Foreign use of the cores beyond which a round is marked.
@@ -54,13 +55,7 @@ class Ledger:
     def __init__(self, folder: Path = FOLDER) -> None:
         """Open or begin the results in a folder."""
         self._file = folder / "results.jsonl"
-        self.results: list[Result] = []
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    self.results.append(Result(**json.loads(line)))
-                except (TypeError, ValueError):
-                    continue
+        self.results = json_lines.read(self._file, Result)
 
     def add(self, result: Result) -> None:
         """Append a result."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.faults import parts
+from tests.support import json_lines
 from tests.support.sources import ROOT, commit, digest
 
 RESULTS = ROOT / "build" / "faults"
@@ -177,13 +178,7 @@ class Ledger:
         """Open or begin the results in a folder."""
         self.folder = folder
         self._file = folder / "results.jsonl"
-        self.results: list[Result] = []
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    self.results.append(Result(**json.loads(line)))
-                except (TypeError, ValueError):
-                    continue
+        self.results = json_lines.read(self._file, Result)
 
     def add(self, result: Result) -> None:
         """Append a result, durably enough for a programme that is killed."""
