@@ -152,10 +152,12 @@ class NodeSecuritySettings(_Section):
         description="Certificate of the authority that signed the nodes' certificates.",
     )
     enable_bpcs: bool = Field(
-        default=False, description="Encrypt intents and telemetry as messages, on top of TLS."
+        default=False,
+        description="Encrypt intents and telemetry as messages, on M1 and on each worker.",
     )
     bpcs_key_exchange: Literal["diffie-hellman", "pre-shared"] = Field(
-        default="diffie-hellman", description="Where the key of the message cipher comes from."
+        default="diffie-hellman",
+        description="Where the key of the message cipher comes from: agreed on, or keys/bpcs.key.",
     )
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psutil
@@ -36,13 +37,21 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
-from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
+from hcna_ray.runtime.attempts import (
+    node_id_of,
+    outputs_of,
+    run_heavy,
+    run_slot,
+    scratch_root,
+)
 from hcna_ray.runtime.audit_log import AuditLogThread
 from hcna_ray.runtime.feed import ChangeFeed
+from hcna_ray.runtime.keyring import cipher_of, guard_of
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
     Heartbeat,
+    HeartbeatReply,
     Hello,
     Offer,
     ReplayQuery,
@@ -52,6 +61,7 @@ from hcna_ray.runtime.messages import (
     in_brief,
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
+from hcna_ray.runtime.orders import OrderDesk
 from hcna_ray.runtime.output import OutputSettings, prune_outputs
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.ray_link import (
@@ -77,6 +87,7 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.security.orders import OrderSigner
 from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.factory import open_reader, open_store
 
@@ -140,6 +151,11 @@ class ModeratorActor(_Face):
         self._reader: TaskReader | None = None
         self._feed: ChangeFeed | None = None
         self._audit_log: AuditLogThread | None = None
+        self._orders = OrderDesk(
+            OrderSigner(settings.cluster_dir),
+            cipher_of(settings, settings.moderator.security),
+            elapsed=self._clock.elapsed,
+        )
         self._writer = WriterThread(
             self._build,
             self._clock,
@@ -307,15 +323,52 @@ class ModeratorActor(_Face):
 
     async def do_hello(self, hello: Hello) -> Any:
         """Register a worker."""
-        return await self._ask(hello)
+        async with self._noted(hello.worker):
+            self._orders.check_hello(hello)
+        welcome = await self._ask(hello)
+        async with self._noted(hello.worker):
+            return self._orders.welcome(hello, welcome)
 
     async def do_heartbeat(self, beat: Heartbeat) -> Any:
         """Renew a session."""
-        return await self._ask(beat)
+        async with self._noted(beat.worker):
+            opened = self._orders.open_heartbeat(beat)
+        return HeartbeatReply(known=False) if opened is None else await self._ask(opened)
 
     async def do_exchange(self, raw: bytes) -> bytes:
         """Take outcomes, hand out leases."""
-        return wire.pack_grant(await self._ask(wire.unpack_exchange(raw)))
+        exchange = wire.unpack_exchange(raw)
+        if exchange.answers:
+            async with self._noted(exchange.worker):
+                exchange = self._orders.open_answers(exchange)
+        return wire.pack_grant(self._orders.send(exchange, await self._ask(exchange)))
+
+    async def do_order_refused(self, worker: str, count: int, why: str) -> None:
+        """Put on record that a worker has refused orders that claimed to be ours."""
+        await self._note_refusal(worker, "order.refused", f"{count} times; the last time: {why}")
+
+    @asynccontextmanager
+    async def _noted(self, worker: str) -> AsyncIterator[None]:
+        """Put on record that a worker's message is refused."""
+        try:
+            yield
+        except HcnaError as error:
+            await self._note_refusal(worker, "worker.refused", str(error))
+            raise
+
+    async def _note_refusal(self, worker: str, action: str, why: str) -> None:
+        if not self._orders.may_tell(worker):
+            return
+        log.error("%s: %s: %s", worker, action, why, extra={"action": action, "worker": worker})
+        entry = AuditEntry(
+            at=self._clock.now(),
+            principal=worker,
+            action=action,
+            target="",
+            outcome="refused",
+            detail=why,
+        )
+        await self._ask(Note(entries=(clipped(entry),)))
 
     async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""
@@ -399,7 +452,10 @@ class NodeAgent(_Face):
                 exchange_wait_s=slots.exchange_wait_s,
                 moderator_address=_moderator_address(settings),
             ),
-            AgentModeratorLink(slots.exchange_wait_s),
+            AgentModeratorLink(
+                slots.exchange_wait_s,
+                guard_of(settings, cipher_of(settings, settings.worker.security)),
+            ),
             _RayProcesses(worker, home, incarnation),
             SystemClock(),
             describe=lambda reports: self._describe(incarnation, reports),

@@ -176,6 +176,8 @@ class Hello:
     ray_node_id: str = ""
     #: The worker's wall clock when this was sent; 0 when it does not say.
     sent_at: float = 0.0
+    #: This side's half of a channel, if messages are sealed (`hcna_ray.runtime.orders`).
+    cipher: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +199,10 @@ class Welcome:
     generation: int
     lease_ttl_s: float
     heartbeat_s: float
+    #: M1's half of a channel, if messages are sealed.
+    cipher: bytes = b""
+    #: That M1 says this (`hcna_ray.runtime.orders`).
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,6 +346,8 @@ class Grant:
     intents: tuple[IntentOrder, ...] = ()
     #: The worker session is unknown (a new moderator): the agent must say hello first.
     hello: bool = False
+    #: That M1 says this, if there are stops or intents in it (`hcna_ray.runtime.orders`).
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from hcna_ray import failpoints
+from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.messages import (
@@ -29,6 +30,8 @@ from hcna_ray.runtime.messages import (
     SlotGone,
     Welcome,
 )
+from hcna_ray.runtime.orders import OrderGuard
+from hcna_ray.security.orders import OrderRefused
 
 NAMESPACE = "hcna"
 MODERATOR = "moderator"
@@ -100,32 +103,56 @@ def _unwrap(reply: tuple[str, Any]) -> Any:
     return value
 
 
-async def _exchange(link: ActorLink, exchange: Exchange, timeout_s: float) -> Grant:
-    raw: bytes = await link.acall("exchange", wire.pack_exchange(exchange), timeout_s=timeout_s)
-    return wire.unpack_grant(raw)
+async def _exchange(
+    link: ActorLink, guard: OrderGuard, exchange: Exchange, timeout_s: float
+) -> Grant:
+    if guard.refused[0]:
+        await _tell_refused(link, guard, exchange.worker)
+    asked = boottime()
+    raw: bytes = await link.acall(
+        "exchange", wire.pack_exchange(guard.seal_answers(exchange)), timeout_s=timeout_s
+    )
+    try:
+        return guard.receive(exchange, wire.unpack_grant(raw), boottime() - asked)
+    except OrderRefused:
+        await _tell_refused(link, guard, exchange.worker)
+        raise
+
+
+async def _tell_refused(link: ActorLink, guard: OrderGuard, worker: str) -> None:
+    """Have M1's audit log say what was refused here. What M1 does not hear is told next time."""
+    count, why = guard.refused
+    try:
+        await link.acall("order_refused", worker, count, why)
+    except HcnaError:
+        return
+    guard.refused = (0, "")
 
 
 class AgentModeratorLink:
     """`hcna_ray.runtime.agent.ModeratorLink` over Ray."""
 
-    def __init__(self, exchange_wait_s: float) -> None:
-        """Remember how long an exchange may park."""
-        self._link = ActorLink(MODERATOR)
+    def __init__(self, exchange_wait_s: float, guard: OrderGuard) -> None:
+        """Remember how long an exchange may park, and who looks at what M1 orders."""
+        self._link, self._guard = ActorLink(MODERATOR), guard
         self._exchange_timeout_s = exchange_wait_s + CALL_TIMEOUT_S
 
     async def hello(self, hello: Hello) -> Welcome:
-        """Register."""
+        """Register. Raises `OrderRefused` if it is not M1 that answers."""
+        hello = self._guard.hello(hello)
         welcome: Welcome = await self._link.acall("hello", hello)
+        self._guard.welcomed(hello, welcome)
         return welcome
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         """Renew the session."""
-        reply: HeartbeatReply = await self._link.acall("heartbeat", beat, timeout_s=4.0)
+        sealed = self._guard.seal_heartbeat(beat)
+        reply: HeartbeatReply = await self._link.acall("heartbeat", sealed, timeout_s=4.0)
         return reply
 
     async def exchange(self, exchange: Exchange) -> Grant:
-        """Park for work."""
-        return await _exchange(self._link, exchange, self._exchange_timeout_s)
+        """Park for work. Raises `OrderRefused` for an answer that is not M1's."""
+        return await _exchange(self._link, self._guard, exchange, self._exchange_timeout_s)
 
     async def slot_gone(self, gone: SlotGone) -> None:
         """Tell that a process ended."""
@@ -139,15 +166,17 @@ class AgentModeratorLink:
 class SlotModeratorLink:
     """A slot's calls over Ray (`hcna_ray.runtime.host.SlotLink`)."""
 
-    def __init__(self, worker: str, incarnation: str, exchange_wait_s: float) -> None:
-        """Remember who calls."""
-        self._worker, self._incarnation = worker, incarnation
+    def __init__(
+        self, worker: str, incarnation: str, exchange_wait_s: float, guard: OrderGuard
+    ) -> None:
+        """Remember who calls, and who looks at what M1 orders."""
+        self._worker, self._incarnation, self._guard = worker, incarnation, guard
         self._exchange_timeout_s = exchange_wait_s + CALL_TIMEOUT_S
         self._link = ActorLink(MODERATOR)
 
     async def exchange(self, exchange: Exchange) -> Grant:
-        """Park for work. Raises as `ActorLink.call` does."""
-        return await _exchange(self._link, exchange, self._exchange_timeout_s)
+        """Park for work. Raises as `ActorLink.call` does, and `OrderRefused`."""
+        return await _exchange(self._link, self._guard, exchange, self._exchange_timeout_s)
 
     async def report(self, reports: tuple[Report, ...]) -> bool:
         """Send reports; return whether they were confirmed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Generator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer, NotFound, StaleWorker
 from hcna_ray.core.models import Token
 from hcna_ray.runtime import wire
-from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind
+from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind, Stop
+from hcna_ray.runtime.orders import OrderGuard
 from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
+from hcna_ray.security.orders import OrderRefused, OrderVerifier
 from tests.support.builders import T0
 
 EXCHANGE = Exchange(worker="W1", incarnation="a", slot=0, seq=1)
@@ -64,6 +67,10 @@ class PaperRay:
     def get(self, ref: Ref, timeout: float) -> Any:
         self.timeout = timeout
         return ref.result()
+
+
+def a_guard(cluster_dir: Path) -> OrderGuard:
+    return OrderGuard(OrderVerifier(cluster_dir), patience_s=25.0, elapsed=lambda: 0.0)
 
 
 @pytest.fixture
@@ -150,8 +157,10 @@ async def test_who_is_cancelled_while_waiting_is_cancelled(ray: PaperRay) -> Non
         await waiting
 
 
-async def test_a_slots_reports_are_confirmed_by_an_acknowledgement_alone(ray: PaperRay) -> None:
-    link = SlotModeratorLink("W1", "a", 20.0)
+async def test_a_slots_reports_are_confirmed_by_an_acknowledgement_alone(
+    ray: PaperRay, tmp_path: Path
+) -> None:
+    link = SlotModeratorLink("W1", "a", 20.0, a_guard(tmp_path))
     ray.answer = ("ok", Ack(applied=1))
     assert await link.report((STARTED,)) is True
     method, (raw,), _ = ray.calls[-1]
@@ -161,8 +170,8 @@ async def test_a_slots_reports_are_confirmed_by_an_acknowledgement_alone(ray: Pa
         assert await link.report((STARTED,)) is False
 
 
-async def test_a_slots_exchange_raises_what_ends_it(ray: PaperRay) -> None:
-    link = SlotModeratorLink("W1", "a", 20.0)
+async def test_a_slots_exchange_raises_what_ends_it(ray: PaperRay, tmp_path: Path) -> None:
+    link = SlotModeratorLink("W1", "a", 20.0, a_guard(tmp_path))
     ray.answer = ("ok", wire.pack_grant(Grant(seq=1)))
     assert await link.exchange(EXCHANGE) == Grant(seq=1)
     method, (raw,), _ = ray.calls[-1]
@@ -172,17 +181,37 @@ async def test_a_slots_exchange_raises_what_ends_it(ray: PaperRay) -> None:
         await link.exchange(EXCHANGE)
 
 
-async def test_an_agents_calls_find_the_moderator(ray: PaperRay) -> None:
-    link = AgentModeratorLink(20.0)
+async def test_an_agents_calls_find_the_moderator(ray: PaperRay, tmp_path: Path) -> None:
+    link = AgentModeratorLink(20.0, a_guard(tmp_path))
     ray.answer = ("ok", wire.pack_grant(Grant(seq=1, hello=True)))
     assert (await link.exchange(EXCHANGE)).hello
     assert ray.lookups == ["hcna/moderator"]
     assert agent_name("W1") == "agent:W1"
 
 
+async def test_an_order_that_is_not_m1s_is_told_to_m1_and_not_carried_out(
+    ray: PaperRay, tmp_path: Path
+) -> None:
+    link = AgentModeratorLink(20.0, a_guard(tmp_path))
+    stop = Stop("t1", Token(1, 1), 0, "cancelled")
+    ray.answer = ("ok", wire.pack_grant(Grant(seq=1, stops=(stop,), proof=b"forged")))
+    with pytest.raises(OrderRefused):
+        await link.exchange(EXCHANGE)
+    method, (worker, count, why), _ = ray.calls[-1]
+    assert (method, worker, count) == ("order_refused", "W1", 1)
+    assert "cannot be read" in why
+    ray.answer = ("ok", wire.pack_grant(Grant(seq=1, stops=(stop,))))
+    assert (await link.exchange(EXCHANGE)).stops == ()
+    # An exchange later the word of it leaves.
+    ray.answer = ("ok", wire.pack_grant(Grant(seq=1)))
+    await link.exchange(EXCHANGE)
+    assert [call[0] for call in ray.calls[-2:]] == ["order_refused", "exchange"]
+
+
 @pytest.mark.parametrize(
     "error",
     [
+        OrderRefused("somebody else"),
         ModeratorUnavailable("away", 2),
         StaleWorker("W1", "a", "b"),
         NotFound("task", "t1"),

@@ -1,0 +1,127 @@
+"""Ray's face of the moderator: what it does with orders and sealed messages, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hcna_ray.core.models import AuditEntry
+from hcna_ray.runtime import wire
+from hcna_ray.runtime.actors import ModeratorActor
+from hcna_ray.runtime.messages import Grant, Heartbeat, HeartbeatReply, Hello
+from hcna_ray.runtime.orders import CipherMismatch
+from hcna_ray.runtime.requests import Note
+from hcna_ray.security.cipher import MessageRefused
+from tests.support.builders import T0
+from tests.unit.runtime.test_orders import (
+    BPCS,
+    INTENT,
+    STOP,
+    TELEMETRY,
+    WELCOME,
+    Cluster,
+    a_hello,
+    an_exchange,
+)
+
+
+class FixedClock:
+    def now(self) -> float:
+        return T0
+
+    def elapsed(self) -> float:
+        return 0.0
+
+
+class Actor(ModeratorActor):
+    """The real face over a moderator that gives one answer to everything."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._orders, self._clock = cluster.desk, FixedClock()  # type: ignore[assignment]
+        self.asked: list[Any] = []
+        self.answer: Any = None
+
+    async def _ask(self, request: Any) -> Any:
+        self.asked.append(request)
+        return self.answer
+
+    @property
+    def audited(self) -> list[AuditEntry]:
+        return [entry for one in self.asked if isinstance(one, Note) for entry in one.entries]
+
+
+Make = Callable[..., Cluster]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return lambda m1, w1: Cluster(tmp_path, m1, w1)
+
+
+async def greeted(actor: Actor, cluster: Cluster) -> Hello:
+    actor.answer = WELCOME
+    sent = cluster.guard.hello(a_hello())
+    cluster.guard.welcomed(sent, await actor.do_hello(sent))
+    return sent
+
+
+async def test_what_leaves_is_what_a_worker_believes(make: Make) -> None:
+    cluster = make(BPCS[0], BPCS[0])
+    actor = Actor(cluster)
+    await greeted(actor, cluster)
+    actor.answer = Grant(seq=1, stops=(STOP,), intents=(INTENT,))
+    raw = await actor.do_exchange(wire.pack_exchange(an_exchange()))
+    found = cluster.received(raw)
+    assert (found.stops, found.intents) == ((STOP,), (INTENT,))
+    answered = an_exchange(2, answers=(("m1", {"pong": True}),))
+    actor.answer = Grant(seq=2)
+    await actor.do_exchange(wire.pack_exchange(cluster.guard.seal_answers(answered)))
+    assert actor.asked[-1] == answered
+    assert actor.audited == []
+
+
+async def test_telemetry_that_comes_again_is_refused_and_on_record_once(make: Make) -> None:
+    cluster = make(BPCS[0], BPCS[0])
+    actor = Actor(cluster)
+    await greeted(actor, cluster)
+    actor.answer = HeartbeatReply(known=True)
+    captured = cluster.beat()
+    assert (await actor.do_heartbeat(captured)).known
+    assert actor.asked[-1].telemetry == TELEMETRY
+    for _ in range(9):
+        with pytest.raises(MessageRefused):
+            await actor.do_heartbeat(captured)
+    (entry,) = actor.audited
+    assert (entry.principal, entry.action, entry.outcome) == ("W1", "worker.refused", "refused")
+
+
+async def test_a_worker_without_the_cipher_is_refused_and_on_record(make: Make) -> None:
+    cluster = make(BPCS[0], {})
+    actor = Actor(cluster)
+    with pytest.raises(CipherMismatch):
+        await actor.do_hello(a_hello())
+    (entry,) = actor.audited
+    assert "worker.security.enable_bpcs: true" in entry.detail
+    beat = Heartbeat(worker="W1", incarnation="a", telemetry={})
+    assert not (await actor.do_heartbeat(beat)).known  # It is told to say hello first.
+
+
+async def test_what_a_worker_refused_is_on_record(make: Make) -> None:
+    actor = Actor(make({}, {}))
+    for count in (3, 4):
+        await actor.do_order_refused("W1", count, "x" * 5000)
+    (entry,) = actor.audited
+    assert (entry.principal, entry.action) == ("W1", "order.refused")
+    assert entry.detail.startswith("3 times; the last time: xxx")
+    assert len(entry.detail) == 1000
+
+
+async def test_audit_lines_from_elsewhere_are_bounded(make: Make) -> None:
+    actor = Actor(make({}, {}))
+    entry = AuditEntry(at=T0, principal="p" * 5000, action="a", target="t", outcome="o")
+    await actor.do_audit(*[entry] * 5000)
+    assert len(actor.audited) == 1000
+    assert {len(one.principal) for one in actor.audited} == {200}
