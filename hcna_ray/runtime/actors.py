@@ -47,6 +47,7 @@ from hcna_ray.runtime.attempts import (
 from hcna_ray.runtime.audit_log import AuditLogThread
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.keyring import cipher_of, guard_of
+from hcna_ray.runtime.local_rpc import SOCKET_FILE, LocalServer
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
@@ -164,6 +165,7 @@ class ModeratorActor(_Face):
         )
         # An actor whose constructor fails is gone; one that waits for its store can say so.
         self._writer.begin()
+        self._spawn(self._serve_locally())
         self._spawn(self._ensure_agents())
 
     def _build(self) -> Moderator:
@@ -213,6 +215,17 @@ class ModeratorActor(_Face):
             pending.resolve(answer)
         if self._feed is not None:
             self._feed.publish(outbound.last_fact, outbound.ended)
+
+    async def _serve_locally(self) -> None:
+        """Answer processes on this machine on a socket too."""
+        path = self._settings.run_dir / SOCKET_FILE
+        try:
+            await LocalServer(path, self.call).run()
+        except OSError as error:
+            log.warning(
+                "no socket for processes on this machine: they call through Ray",
+                extra={"action": "local.failed", "error": str(error)},
+            )
 
     async def _ask(self, request: Request) -> Any:
         future: asyncio.Future[object] = self._loop.create_future()
@@ -455,6 +468,7 @@ class NodeAgent(_Face):
             AgentModeratorLink(
                 slots.exchange_wait_s,
                 guard_of(settings, cipher_of(settings, settings.worker.security)),
+                settings.run_dir / SOCKET_FILE,
             ),
             _RayProcesses(worker, home, incarnation),
             SystemClock(),
