@@ -124,6 +124,34 @@ def call_a_failure_a_success(db: sqlite3.Connection) -> None:
     db.execute(f"UPDATE task {change}", (b"{}", task))
 
 
+@caught_by("C14")
+def rewrite_an_audit_line(db: sqlite3.Connection) -> None:
+    (number,) = _one(db, "SELECT number FROM audit")
+    db.execute("UPDATE audit SET principal = 'eve' WHERE number = ?", (number,))
+
+
+@caught_by("C14")
+def remove_an_audit_line_and_close_the_gap(db: sqlite3.Connection) -> None:
+    (number,) = _one(db, "SELECT number FROM audit")
+    db.execute("DELETE FROM audit WHERE number = ?", (number,))
+    db.execute("UPDATE audit SET number = -number WHERE number > ?", (number,))
+    db.execute("UPDATE audit SET number = -number - 1 WHERE number < 0")
+    db.execute("UPDATE number SET value = value - 1 WHERE name = 'last_audit'")
+
+
+@caught_by("C14")
+def cut_the_audit_log(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM audit WHERE number = (SELECT max(number) FROM audit)")
+
+
+@caught_by("C14")
+def let_two_audit_lines_change_places(db: sqlite3.Connection) -> None:
+    (number,) = _one(db, "SELECT number FROM audit")
+    db.execute("UPDATE audit SET number = -1 WHERE number = ?", (number,))
+    db.execute("UPDATE audit SET number = ? WHERE number = ?", (number, int(str(number)) + 1))
+    db.execute("UPDATE audit SET number = ? WHERE number = -1", (int(str(number)) + 1,))
+
+
 @caught_by("C6")
 def rewrite_a_token(db: sqlite3.Connection) -> None:
     (task,) = _one(db, "SELECT task_id FROM fact WHERE kind = 'completed'")

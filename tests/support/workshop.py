@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hcna_ray.core.clock import SystemClock
+from hcna_ray.core.clock import SystemClock, boottime
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
 from hcna_ray.core.models import TaskState
+from hcna_ray.runtime import wire
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.host import HostSettings, SlotHost, signal_group
 from hcna_ray.runtime.messages import (
@@ -29,7 +31,10 @@ from hcna_ray.runtime.messages import (
     Welcome,
 )
 from hcna_ray.runtime.nursery import ProcessNursery
+from hcna_ray.runtime.orders import OrderDesk, OrderGuard
 from hcna_ray.runtime.requests import Pending, Reports
+from hcna_ray.security.certs import ensure_ca
+from hcna_ray.security.orders import OrderSigner, OrderVerifier
 from tests.support.paper_worker import WAITING, Desk
 
 REPOSITORY = Path(__file__).parents[2]
@@ -149,6 +154,10 @@ class Workshop:
         self.home, self.desk = home, desk
         self.outbox = home / "outbox"
         self.outputs = home / "outputs"
+        #: What M1 orders is signed, and looked at by agent and hosts, as over Ray.
+        ensure_ca(home / "cluster", now=datetime.now(UTC))
+        self.orders = OrderDesk(OrderSigner(home / "cluster"), None, elapsed=boottime)
+        self.guard = OrderGuard(OrderVerifier(home / "cluster"), patience_s=60.0, elapsed=boottime)
         #: What agents said of hosts that ended, and what hosts reported, as far as it arrived.
         self.gone: list[SlotGone] = []
         self.reported: list[tuple[Report, ...]] = []
@@ -283,7 +292,9 @@ class Workshop:
     # -- the moderator ---------------------------------------------------------------------------
 
     async def hello(self, hello: Hello) -> Welcome:
-        welcome: Welcome = self.ask(hello)
+        hello = self.guard.hello(hello)
+        welcome: Welcome = self.orders.welcome(hello, self.ask(hello))
+        self.guard.welcomed(hello, welcome)
         return welcome
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
@@ -300,7 +311,8 @@ class Workshop:
         if isinstance(answer, HcnaError):
             raise answer
         assert isinstance(answer, Grant)
-        return answer
+        travelled = wire.pack_grant(self.orders.send(exchange, answer))
+        return self.guard.receive(exchange, wire.unpack_grant(travelled), 0.0)
 
     async def slot_gone(self, gone: SlotGone) -> None:
         self.ask(gone)
