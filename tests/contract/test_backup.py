@@ -17,7 +17,9 @@ import pytest
 from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.core.models import OnDisconnect, RetryPolicy, TaskState, Token
 from hcna_ray.runtime.messages import Grant, ReportKind
+from hcna_ray.runtime.requests import PauseQueue
 from hcna_ray.store import backup as store_backup
+from hcna_ray.store.audit import verify_store
 from hcna_ray.store.backup import BackupRefused, Point, next_generation
 from hcna_ray.store.generations import numbers_to_skip
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
@@ -383,13 +385,17 @@ class TestFence:
         worker = PaperWorker(desk)
         desk.submit_ids("t1")
         worker.report(worker.started(worker.granted()[0]))
+        desk.ask(PauseQueue(queue="night", paused=True, principal="ann"))
         archive = saved(settings, tmp_path, now=T0)
         desk.store.close()
         report = restore(spare, archive, now=T0 + 60)
 
         assert spare.store_path is not None
         reader = SqliteTaskReader(spare.store_path)
-        (entry,) = [one.entry for one in reader.audit(before=None, limit=10)]
+        entry, before = [one.entry for one in reader.audit(before=None, limit=10)]
+        assert before.action == "queue.pause"
+        chain = verify_store(reader)
+        assert (chain.whole, chain.lines) == (True, 2)
         assert (entry.action, entry.target) == ("store.restore", archive.name)
         assert f"generation 1 is now {report.generation}" in entry.detail
         last = reader.facts(after=0, limit=100, task_id="t1")[-1]

@@ -22,6 +22,7 @@ from hcna_ray.core.models import OnDisconnect, TaskState, Token
 from hcna_ray.runtime.artifacts import open_store as open_artifacts
 from hcna_ray.runtime.messages import ReportKind
 from hcna_ray.store import origin
+from hcna_ray.store.audit import verify_store
 from hcna_ray.store.backup import BackupRefused, inspect
 from hcna_ray.store.base import StoredAudit
 from hcna_ray.store.generations import NUMBERS_PER_S
@@ -94,7 +95,9 @@ def number(settings: Settings, name: str) -> int:
 def audit_of(settings: Settings) -> list[StoredAudit]:
     reader = PostgresTaskReader(settings.store_url)
     found = reader.audit(before=None, limit=9)
+    report = verify_store(reader)
     reader.close()
+    assert report.whole, report.problems  # Its chain goes on over whatever has happened.
     return found
 
 

@@ -39,6 +39,7 @@ from hcna_ray.runtime.requests import Pending, Request
 from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.store import postgres as module
 from hcna_ray.store import postgres_session, rows, sqlite
+from hcna_ray.store.audit import verify_store
 from hcna_ray.store.base import KeyClaim
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
 from hcna_ray.store.postgres import (
@@ -60,7 +61,15 @@ from hcna_ray.store.postgres_session import (
 )
 from hcna_ray.store.rows import Row
 from tests.support import postgres as support
-from tests.support.builders import T0, a_fact, a_lease, a_spec, a_task, an_attempt
+from tests.support.builders import (
+    T0,
+    a_fact,
+    a_lease,
+    a_spec,
+    a_task,
+    an_attempt,
+    an_audit_entry,
+)
 from tests.support.paper_worker import PaperClock
 from tests.support.postgres import PostgresMissing, PostgresServer, running_server
 
@@ -760,6 +769,7 @@ class TestServerThatForgot:
         put(store, a_task("t2", seq=2))
         with store.transaction():
             last = store.append_facts([a_fact("t2"), a_fact("t2")])
+            store.append_audit([an_audit_entry("lost"), an_audit_entry("with it")])
         generation = store.generation()
         server.stop()
         shutil.rmtree(server.data)
@@ -777,6 +787,11 @@ class TestServerThatForgot:
         (line,) = reader.audit(before=None, limit=9)
         assert (line.entry.action, line.entry.target) == ("store.went_back", "")
         assert "lost 2 confirmed commits" in line.entry.detail
+        with store.transaction():
+            store.append_audit([an_audit_entry("after it")])
+        report = verify_store(reader)
+        assert report.whole
+        assert report.notes[0].startswith("lines 1 to 2 were lost with commits")
         reader.close()
         store.close()
         again = PostgresTaskStore(url)

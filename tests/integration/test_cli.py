@@ -16,6 +16,7 @@ import pytest
 from hcna_ray.client import Client
 from hcna_ray.supervisor.state import read_state, read_supervisor
 from tests.integration.conftest import Cluster
+from tests.support.live import eventually
 
 W1 = "HCNA-W1--prod--home--v1.0"
 HCNA = Path(sys.executable).parent / "hcna"
@@ -209,6 +210,24 @@ def test_intent(hcna: Shell) -> None:
     assert hcna("intent", "W1", "test.ping").json["pong"] is True
     whole = hcna("intent", W1, "test.ping", "--json").json
     assert (whole["dst"], whole["intent"]) == (W1, "test.ping")
+
+
+def test_the_audit_log_is_whole_and_in_a_file_too(
+    hcna: Shell, cluster: Cluster, tmp_path: Path
+) -> None:
+    msg = hcna("intent", "W1", "test.ping", "--json").json
+    assert msg["dst"] == "W1"
+    file = cluster.settings.audit_file
+    eventually(
+        lambda: file.is_file() and "intent.send" in file.read_text(), 30.0, "the line in the file"
+    )
+    told = hcna("audit", "verify", "--json").json
+    assert set(told) == {cluster.settings.store_name, str(file)}
+    assert all(one["whole"] and one["lines"] for one in told.values())
+    copy = tmp_path / "copy.jsonl"
+    assert hcna("audit", "export", str(copy)).code == 0
+    copy.write_text(copy.read_text().replace('"intent.send"', '"intent.sent"', 1))
+    assert hcna("audit", "verify", "--file", str(copy), "--alone").code == 5
 
 
 @pytest.mark.parametrize(
