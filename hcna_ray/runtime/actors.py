@@ -15,7 +15,7 @@ import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import psutil
@@ -28,7 +28,7 @@ from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.audit import ENTRIES_MAX, clipped
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
-from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
+from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable, WorkerNameTaken
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
@@ -338,7 +338,11 @@ class ModeratorActor(_Face):
         """Register a worker."""
         async with self._noted(hello.worker):
             self._orders.check_hello(hello)
-        welcome = await self._ask(hello)
+        try:
+            welcome = await self._ask(hello)
+        except WorkerNameTaken as error:
+            await self._note_refusal(hello.worker, "worker.refused", str(error))
+            raise
         async with self._noted(hello.worker):
             return self._orders.welcome(hello, welcome)
 
@@ -381,7 +385,8 @@ class ModeratorActor(_Face):
             outcome="refused",
             detail=why,
         )
-        await self._ask(Note(entries=(clipped(entry),)))
+        with suppress(HcnaError):  # It is in the log; a store that is away must not hide it.
+            await self._ask(Note(entries=(clipped(entry),)))
 
     async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""

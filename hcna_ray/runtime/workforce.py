@@ -212,6 +212,8 @@ class Workforce:
         if hello.sent_at:
             session.skews.append(skew)
         turn.writes.append(lambda: self._store.save_worker(record))
+        if hello.machine_id and (known is None or known.record.machine_id != hello.machine_id):
+            turn.note(hello.worker, "worker.join", hello.address, "done", hello.machine_id)
         log.info(
             "%s node %s registered successfully",
             hello.worker,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hcna_ray.core.errors import WorkerNameTaken
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.actors import ModeratorActor
@@ -46,6 +47,8 @@ class Actor(ModeratorActor):
 
     async def _ask(self, request: Any) -> Any:
         self.asked.append(request)
+        if isinstance(self.answer, Exception):
+            raise self.answer
         return self.answer
 
     @property
@@ -107,6 +110,17 @@ async def test_a_worker_without_the_cipher_is_refused_and_on_record(make: Make) 
     assert "worker.security.enable_bpcs: true" in entry.detail
     beat = Heartbeat(worker="W1", incarnation="a", telemetry={})
     assert not (await actor.do_heartbeat(beat)).known  # It is told to say hello first.
+
+
+async def test_a_machine_with_a_taken_name_is_on_record(make: Make) -> None:
+    actor = Actor(make({}, {}))
+    actor.answer = WorkerNameTaken("W1", "10.0.0.2")
+    for _ in range(3):
+        with pytest.raises(WorkerNameTaken):
+            await actor.do_hello(a_hello())
+    (entry,) = actor.audited  # Nor does a store that is away hide why it was refused.
+    assert (entry.principal, entry.action) == ("W1", "worker.refused")
+    assert "10.0.0.2" in entry.detail
 
 
 async def test_what_a_worker_refused_is_on_record(make: Make) -> None:

@@ -702,3 +702,12 @@ def test_a_lease_counts_from_the_last_heartbeat_that_was_answered(
     assert states[3:] == [WorkerState.SUSPECT] * 4
     desk.tick(1.0)
     assert desk.workers()["W1"].state is WorkerState.ASLEEP
+
+
+def test_a_machine_that_joins_is_on_record_once(desk: Desk) -> None:
+    PaperWorker(desk, machine_id="m-a", address="10.0.0.2")
+    PaperWorker(desk, incarnation="b", machine_id="m-a", address="10.0.0.2")
+    (line,) = desk.store.reader().audit(before=None, limit=9)  # type: ignore[attr-defined]
+    entry = line.entry
+    assert (entry.principal, entry.action, entry.target) == ("W1", "worker.join", "10.0.0.2")
+    assert entry.detail == "m-a"
