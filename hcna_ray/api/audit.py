@@ -162,13 +162,16 @@ class AuditDesk:
         entries = [_entry(window.sort, what, tally) for what, tally in found]
         try:
             await self._moderator.audit(*entries)
-        except HcnaError as error:
+        except Exception as error:
             window.put_back(found)
             if not isinstance(error, NoAnswer):  # Else it may be told twice: twice the lines.
                 window.lines += len(found)
-            log.warning(
+            known = isinstance(error, HcnaError)
+            log.log(
+                logging.WARNING if known else logging.ERROR,
                 "the audit log was not told what was counted; it will be",
-                extra={"action": "api.audit_failed", "error": error.code, "lines": len(found)},
+                exc_info=not known,  # A bug: the counting must not end with it.
+                extra={"action": "api.audit_failed", "error": str(error), "lines": len(found)},
             )
 
 

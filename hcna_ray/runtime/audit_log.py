@@ -167,9 +167,12 @@ class AuditLogThread:
                 if audit_log is None:
                     audit_log = AuditLog(self._path, self._open_reader())
                 audit_log.catch_up()
-            except (HcnaError, OSError) as error:
-                log.warning(
+            except Exception as error:
+                known = isinstance(error, HcnaError | OSError)
+                log.log(
+                    logging.WARNING if known else logging.ERROR,
                     "the file of the audit log is behind the store",
+                    exc_info=not known,  # A bug: the thread must not end with it.
                     extra={"action": "audit.file_behind", "error": str(error)},
                 )
             self._news.wait(LOOK_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from starlette.requests import Request
 
 from hcna_ray.api.audit import KINDS_MAX, OTHERS, REFUSED_S, AuditDesk
@@ -108,7 +109,11 @@ async def test_a_flood_that_goes_on_for_days_stays_within_its_lines() -> None:
     assert sum(times(one) for one in it.lines) == counted
 
 
-async def test_while_the_moderator_is_away_it_is_counted_on() -> None:
+@pytest.mark.parametrize("trouble", [ModeratorUnavailable("away"), RuntimeError("a bug")])
+async def test_while_the_moderator_is_away_it_is_counted_on(trouble: Exception) -> None:
+    async def away(*entries: AuditEntry) -> None:
+        raise trouble
+
     it = Desk()
     there, it.moderator.audit = it.moderator.audit, away  # type: ignore[method-assign]
     it.refuse(times=2)
@@ -120,10 +125,6 @@ async def test_while_the_moderator_is_away_it_is_counted_on() -> None:
     it.moderator.audit = there  # type: ignore[method-assign]
     await it.desk.flush()
     assert sum(times(one) for one in it.lines) == 3 + 2 * KINDS_MAX
-
-
-async def away(*entries: AuditEntry) -> None:
-    raise ModeratorUnavailable("away")
 
 
 async def test_a_refusal_is_no_call_to_the_moderator(c1: Composite) -> None:
