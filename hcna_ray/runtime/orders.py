@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError
 from hcna_ray.runtime.messages import (
     Exchange,
     Grant,
@@ -52,7 +52,7 @@ _UPGRADE = (
 )
 
 
-class CipherMismatch(ModeratorUnavailable):
+class CipherMismatch(HcnaError):
     """One side seals its messages, the other does not. The text says what to set where."""
 
     code = "cipher_mismatch"

@@ -135,9 +135,10 @@ async def _exchange(
     )
     try:
         return guard.receive(exchange, wire.unpack_grant(raw), boottime() - asked)
-    except OrderRefused:
+    except OrderRefused as error:
         await _tell_refused(link, guard, exchange.worker)
-        raise
+        # Whoever that was, M1 has not answered: the same question is asked again.
+        raise ModeratorUnavailable(str(error)) from error
 
 
 async def _tell_refused(link: ActorLink, guard: OrderGuard, worker: str) -> None:
@@ -180,7 +181,7 @@ class AgentModeratorLink:
         return reply
 
     async def exchange(self, exchange: Exchange) -> Grant:
-        """Park for work. Raises `OrderRefused` for an answer that is not M1's."""
+        """Park for work. An answer that is not M1's is none: `ModeratorUnavailable`."""
         return await _exchange(self._link, self._guard, exchange, self._exchange_timeout_s)
 
     async def slot_gone(self, gone: SlotGone) -> None:
@@ -217,7 +218,7 @@ class SlotModeratorLink:
         self._link = ActorLink(MODERATOR, local)
 
     async def exchange(self, exchange: Exchange) -> Grant:
-        """Park for work. Raises as `ActorLink.call` does, and `OrderRefused`."""
+        """Park for work. Raises as `ActorLink.call` does; an answer that is not M1's is none."""
         return await _exchange(self._link, self._guard, exchange, self._exchange_timeout_s)
 
     async def report(self, reports: tuple[Report, ...]) -> bool:

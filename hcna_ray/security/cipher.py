@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from hcna_ray.core.errors import ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError
 
 GROUP, NAME = "hcna_ray.ciphers", "bpcs"
 KeyExchange = Literal["diffie-hellman", "pre-shared"]
@@ -40,13 +40,13 @@ _COUNTER_BYTES = 8
 _INFO = b"hcna.bpcs.v1 "
 
 
-class CipherUnready(ModeratorUnavailable):
+class CipherUnready(HcnaError):
     """The message cipher is on, and this side cannot use it. The text says what to do."""
 
     code = "cipher_unready"
 
 
-class MessageRefused(ModeratorUnavailable):
+class MessageRefused(HcnaError):
     """A sealed message does not open: changed, captured and sent again, or of another session."""
 
     code = "message_refused"

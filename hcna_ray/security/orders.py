@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hcna_ray.core.errors import ModeratorUnavailable
+from hcna_ray.core.errors import HcnaError
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -37,11 +37,8 @@ _HEAD = struct.Struct(">H")
 LOOK = timedelta(hours=1)
 
 
-class OrderRefused(ModeratorUnavailable):
-    """What claims to come from M1 is not signed by it, or is no answer to what was asked.
-
-    To the worker that is as if M1 were away: it asks again.
-    """
+class OrderRefused(HcnaError):
+    """What claims to come from M1 is not signed by it, or is no answer to what was asked."""
 
     code = "order_refused"
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from hcna_ray.config import NodeSecuritySettings, Settings
-from hcna_ray.core.errors import ModeratorUnavailable
 from hcna_ray.core.models import HEAVY_SLOT, Token
 from hcna_ray.runtime import orders, wire
 from hcna_ray.runtime.keyring import cipher_of, guard_of
@@ -255,11 +254,6 @@ def test_a_slot_checks_its_stops_too(make: Make) -> None:
     asked = an_exchange(slot=3)
     raw = cluster.sent(Grant(seq=1, stops=(STOP,), offers=(OFFER,)), asked)
     assert guard_of(cluster.w1).receive(asked, wire.unpack_grant(raw), 0.1).stops == (STOP,)
-
-
-def test_to_a_worker_a_refusal_is_a_moderator_that_is_away() -> None:
-    for error in (OrderRefused("x"), MessageRefused("x"), CipherMismatch("x"), CipherUnready("x")):
-        assert isinstance(error, ModeratorUnavailable)
 
 
 # -- rolling upgrade -------------------------------------------------------------------------------
