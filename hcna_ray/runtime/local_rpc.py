@@ -32,6 +32,8 @@ SOCKET_FILE = "moderator.sock"
 #: A frame: its length, then what was pickled.
 _HEAD = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30
+#: Less than this is copied once more to be sent in one call.
+_JOINED_BYTES = 1 << 16
 #: Pause before somebody is looked for again where nobody was.
 AGAIN_S = 1.0
 #: Pause between two looks whether the name of the socket still leads to us.
@@ -63,7 +65,12 @@ class _Frames(asyncio.Protocol):
         """Send a frame, or nothing if the connection is lost."""
         if self.transport is not None:
             raw = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-            self.transport.write(_HEAD.pack(len(raw)) + raw)
+            head = _HEAD.pack(len(raw))
+            if len(raw) < _JOINED_BYTES:
+                self.transport.write(head + raw)
+            else:
+                self.transport.write(head)
+                self.transport.write(raw)
 
     def data_received(self, data: bytes) -> None:
         arrived = self._arrived

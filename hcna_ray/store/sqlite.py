@@ -217,7 +217,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         # Not from ``-shm``: whoever closes any descriptor of a file gives up all the POSIX locks
         # that his process has on it. The next one to open the store would take himself for the
         # only one, and empty the index under this one's feet (SIGBUS, or worse).
-        recovered, _ = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        try:
+            recovered, _ = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        except apsw.Error as error:
+            raise _translated(error) from error
         why = lost_commits(self.path, before, max(0, recovered))
         if why is not None:
             raise StoreDamaged(f"{self.path}: {why}")
