@@ -1,7 +1,7 @@
 """What every route has in common: a declared policy, one way to read requests, one to answer.
 
-A route cannot be added without saying who may use it and which budget it is counted against. What
-is declared here is also what ``/openapi.json`` tells.
+A route cannot be added without saying who may use it (`hcna_ray.api.policy`) and which budget it is
+counted against. What is declared here is also what ``/openapi.json`` tells.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -24,17 +24,26 @@ from hcna_ray import failpoints
 from hcna_ray.api import strict_json
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.auth import authenticate
-from hcna_ray.api.problems import Forbidden, invalid, refuse_field, respond, unexpected
+from hcna_ray.api.policy import Check, Policy, rank_of
+from hcna_ray.api.problems import (
+    Forbidden,
+    OutOfScope,
+    Unauthorized,
+    invalid,
+    refuse_field,
+    respond,
+    unexpected,
+)
 from hcna_ray.api.schemas import IDEMPOTENCY_KEY, NoQuery, ProblemOut, Query
 from hcna_ray.api.services import Services
+from hcna_ray.api.visibility import check_artifact, check_task
 from hcna_ray.core.envelopes import trace_id
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import AuditEntry
-from hcna_ray.security.keys import ApiKey
+from hcna_ray.security.keys import ApiKey, Role
 
 log = logging.getLogger(__name__)
 
-Access = Literal["open", "key", "admin"]
 Method = Literal["GET", "HEAD", "POST", "PUT", "DELETE"]
 M = TypeVar("M", bound=BaseModel)
 Q = TypeVar("Q", bound=Query)
@@ -57,9 +66,15 @@ class Call:
         self._query = query
 
     @property
+    def key(self) -> ApiKey:
+        """The caller's key, on a route that is not open."""
+        assert self.caller is not None
+        return self.caller
+
+    @property
     def principal(self) -> str:
-        """Name of the caller's key; empty on an open route."""
-        return "" if self.caller is None else self.caller.name
+        """Whom the caller acts for: its key's owner; empty on an open route."""
+        return "" if self.caller is None else self.caller.owner
 
     def path(self, name: str) -> str:
         """Return a path parameter."""
@@ -152,7 +167,7 @@ class Route:
 
     method: Method
     path: str
-    access: Access
+    policy: Policy
     sort: Sort | SortOf
     name: str
     pattern: re.Pattern[str]
@@ -168,7 +183,7 @@ _UNKNOWN = {"POST": (504,), "DELETE": (504,)}
 _WORDS = {
     400: "The body is not strict JSON, or a header is malformed.",
     401: "No key, or one that is not valid.",
-    403: "The key may not do this.",
+    403: "The key's role or its scopes do not allow this.",
     404: "It does not exist.",
     409: "It does not fit the state of things.",
     413: "The body is too large.",
@@ -176,7 +191,7 @@ _WORDS = {
     415: "The body is compressed.",
     416: "The range lies behind the end.",
     422: "The request does not fit its model.",
-    429: "The caller's quota is used up; see Retry-After.",
+    429: "The key's rate or quota is used up; see Retry-After.",
     431: "The header fields are too large.",
     500: "Something went wrong inside; the log id tells what.",
     503: "Not now; see Retry-After.",
@@ -197,7 +212,7 @@ class Routes:
         method: Method,
         path: str,
         *,
-        access: Access,
+        policy: Policy,
         sort: Sort | SortOf,
         answers: Mapping[int, type[BaseModel] | str],
         problems: Sequence[int] = (),
@@ -211,7 +226,7 @@ class Routes:
         Args:
             method: HTTP method.
             path: Template such as ``/tasks/{task_id}``.
-            access: ``open`` to everyone, with a ``key``, or with an ``admin`` key.
+            policy: Who may use it, and what of the request is held against the key.
             sort: Budget it is counted against, or how to tell from the request.
             answers: Model of each good status, or a media type for what is not JSON.
             problems: Further statuses that it may refuse with.
@@ -222,14 +237,14 @@ class Routes:
         """
 
         def declare(handler: Handler) -> Handler:
-            guarded = _guard(handler, method, path, access, sort, query)
+            guarded = _guard(handler, method, path, policy, sort, query)
             pattern, _, _ = compile_path(path)
             models = [m for m in (*answers.values(), body) if isinstance(m, type)]
             self.declared.append(
                 Route(
                     method=method,
                     path=path,
-                    access=access,
+                    policy=policy,
                     sort=sort,
                     name=handler.__name__,
                     pattern=pattern,
@@ -249,9 +264,9 @@ class Routes:
                 response_class=Response,
                 response_model=None,
                 responses=_responses(
-                    answers, (*problems, *_UNKNOWN.get(method, ())), access, body is not None
+                    answers, (*problems, *_UNKNOWN.get(method, ())), policy, body is not None
                 ),
-                openapi_extra=_extra(method, path, access, body, body_optional, query),
+                openapi_extra=_extra(method, path, policy, body, body_optional, query),
                 include_in_schema=in_schema,
             )
             return handler
@@ -263,22 +278,31 @@ def _guard(
     handler: Handler,
     method: str,
     path: str,
-    access: Access,
+    policy: Policy,
     sort: Sort | SortOf,
     query_model: type[Query] | None,
 ) -> Endpoint:
+    check = policy.check
+    least = {public: policy.least(public=public) for public in (False, True)}
+    ranks = {public: rank_of(role) for public, role in least.items()}
+
     async def endpoint(request: Request) -> Response:
         services: Services = request.app.state.services
         since = services.clock.elapsed()
         try:
-            caller = None if access == "open" else authenticate(request.headers, services.keys)
-            if access == "admin" and caller is not None and caller.role != "admin":
-                await _note_refusal(services, caller, f"{method} {request.url.path}"[:200])
-                raise Forbidden(
-                    f"the key {caller.name!r} has no admin role, which this route needs"
-                )
+            rank = ranks[services.public]
+            if rank < 0:
+                caller = None if check is Check.NONE else _perhaps(request, services)
+            else:
+                caller = authenticate(request.headers, services.keys, services.clock)
+                if caller.rate is not None:
+                    services.rates.take(caller)
+                if caller.rank < rank:
+                    await _refuse_role(services, caller, request, least[services.public])
             budget = sort if isinstance(sort, Sort) else sort(request)
             with services.admission.admit(budget):
+                if caller is not None and not caller.sees_all and check in _OF_THE_PATH:
+                    await _check_path(services, caller, check, request)
                 query = NoQuery() if query_model is None else _read_query(request, query_model)
                 call = Call(request, services, caller, query)
                 if method == "POST":
@@ -298,22 +322,57 @@ def _guard(
     return endpoint
 
 
-async def _note_refusal(services: Services, caller: ApiKey, target: str) -> None:
+#: What the path names is held against the key here, before a handler sees the request. The other
+#: checks concern bodies, filters and answers: handlers make them, with `hcna_ray.api.visibility`.
+_OF_THE_PATH = frozenset({Check.TASK, Check.QUEUE, Check.ARTIFACT, Check.MACHINES})
+
+
+async def _check_path(services: Services, caller: ApiKey, check: Check, request: Request) -> None:
+    """Raise unless what the path names is there for the caller."""
+    params = request.path_params
+    if check is Check.TASK:
+        await check_task(services, caller, params["task_id"])
+    elif check is Check.QUEUE:
+        if not caller.covers(queue=params["name"]):
+            raise OutOfScope(f"the key {caller.name!r} is not for the queue {params['name']!r:.80}")
+    elif check is Check.MACHINES:
+        if caller.scoped:
+            raise OutOfScope(
+                f"the key {caller.name!r} is limited to some tasks; a machine runs those of others"
+            )
+    elif "sha256" in params:  # An upload names none in its path.
+        await check_artifact(services, caller, params["sha256"])
+
+
+def _perhaps(request: Request, services: Services) -> ApiKey | None:
+    """Return the caller of an open route: nobody, unless the key it shows is good."""
+    try:
+        return authenticate(request.headers, services.keys, services.clock)
+    except Unauthorized:
+        return None
+
+
+async def _refuse_role(
+    services: Services, caller: ApiKey, request: Request, least: Role | None
+) -> NoReturn:
     entry = AuditEntry(
         at=services.clock.now(),
-        principal=caller.name,
-        action="api.admin_route",
-        target=target,
+        principal=caller.owner,
+        action="api.refused",
+        target=f"{request.method} {request.url.path}"[:200],
         outcome="refused",
-        detail="the key has no admin role",
+        detail=f"the key {caller.name!r} has role {caller.role}, {least} is needed",
     )
     try:
         await services.moderator.audit(entry)
     except HcnaError as error:
         log.warning(
             "refusal could not be audited",
-            extra={"action": "api.audit_failed", "principal": caller.name, "error": error.code},
+            extra={"action": "api.audit_failed", "principal": caller.owner, "error": error.code},
         )
+    raise Forbidden(
+        f"the key {caller.name!r} has role {caller.role}; this needs role {least}, or a higher one"
+    )
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:
@@ -347,7 +406,7 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 def _responses(
     answers: Mapping[int, type[BaseModel] | str],
     problems: Sequence[int],
-    access: Access,
+    policy: Policy,
     has_body: bool,
 ) -> dict[int | str, dict[str, Any]]:
     found: dict[int | str, dict[str, Any]] = {}
@@ -363,9 +422,9 @@ def _responses(
     statuses = {*problems, *_HEAD_PROBLEMS}
     if has_body:
         statuses.add(400)
-    if access != "open":
-        statuses.add(401)
-    if access == "admin":
+    if policy.role is not None or policy.in_public is not None:
+        statuses |= {401, 429}
+    if rank_of(policy.least(public=True)) > 0:
         statuses.add(403)
     for status in sorted(statuses):
         found[status] = {
@@ -394,7 +453,7 @@ _IDEMPOTENCY_KEY = {
 def _extra(
     method: str,
     path: str,
-    access: Access,
+    policy: Policy,
     body: type[BaseModel] | str | None,
     body_optional: bool,
     query: type[Query] | None,
@@ -421,8 +480,9 @@ def _extra(
         parameters += [_IDEMPOTENCY_KEY, _TRACEPARENT]
     extra: dict[str, Any] = {
         "parameters": parameters,
-        "security": [] if access == "open" else [{"bearer": []}, {"apiKey": []}],
-        "x-hcna-access": access,
+        "security": [] if policy.role is None else [{"bearer": []}, {"apiKey": []}],
+        "x-hcna-role": policy.role or "open",
+        "x-hcna-check": policy.check.value,
     }
     if body is not None:
         content: dict[str, Any] = (

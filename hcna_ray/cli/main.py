@@ -17,6 +17,7 @@ from hcna_ray.cli import (
     certs,
     cluster,
     demo,
+    keys,
     machines,
     measure,
     service,
@@ -53,6 +54,7 @@ measure.register(app)
 service.register(app)
 backup.register(app)
 certs.register(app)
+keys.register(app)
 store.register(app)
 
 _INTERRUPTED = 130

@@ -330,6 +330,14 @@ class TaskReader(Protocol):
         """Return whether any task carries this batch id."""
         ...
 
+    def open_of(self, principal: str, limit: int) -> int:
+        """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
+        ...
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
+        ...
+
     def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
         """Return history with numbers above ``after``, oldest first."""
         ...

@@ -405,7 +405,7 @@ def test_the_owner_removes_a_member(rig: GateRig) -> None:
 def test_only_an_admin_sees_the_members(rig: GateRig) -> None:
     rig.join()
     keys = rig.settings.keys_dir
-    user = create_key(keys, name="somebody", role="user", now=0.0)
+    user = create_key(keys, name="somebody", role="operator", now=0.0)
     channel = rig.channel()
 
     for authorization in ("", "Bearer", f"Bearer {user}", "Bearer wrong", "Member x"):
