@@ -73,8 +73,11 @@ class Call:
 
     @property
     def principal(self) -> str:
-        """Whom the caller acts for: its key's owner; empty on an open route."""
-        return "" if self.caller is None else self.caller.owner
+        """Name of the caller's key, for the audit; empty on an open route.
+
+        Whose a task is says the key's *owner*, which several keys may share.
+        """
+        return "" if self.caller is None else self.caller.name
 
     def path(self, name: str) -> str:
         """Return a path parameter."""
@@ -357,18 +360,18 @@ async def _refuse_role(
 ) -> NoReturn:
     entry = AuditEntry(
         at=services.clock.now(),
-        principal=caller.owner,
+        principal=caller.name,
         action="api.refused",
         target=f"{request.method} {request.url.path}"[:200],
         outcome="refused",
-        detail=f"the key {caller.name!r} has role {caller.role}, {least} is needed",
+        detail=f"the key has role {caller.role}, {least} is needed",
     )
     try:
         await services.moderator.audit(entry)
     except HcnaError as error:
         log.warning(
             "refusal could not be audited",
-            extra={"action": "api.audit_failed", "principal": caller.owner, "error": error.code},
+            extra={"action": "api.audit_failed", "principal": caller.name, "error": error.code},
         )
     raise Forbidden(
         f"the key {caller.name!r} has role {caller.role}; this needs role {least}, or a higher one"
