@@ -11,9 +11,10 @@ from typing import Any
 
 from benchmarks.children import Trouble, do
 from benchmarks.load import Connection, Done, get
-from benchmarks.machine import Meter, Usage, fsync_ms
+from benchmarks.machine import Meter, Usage
 from benchmarks.statistics import median, quantile
 from benchmarks.systems import STAMPED, Target
+from hcna_ray.cli.measure import time_fdatasync
 
 CONNECTIONS = 32
 BATCH_CONNECTIONS = 4
@@ -81,7 +82,7 @@ class Visit:
         self.figures: dict[str, float] = {}
         self.usages: list[Usage] = []
         self.notes: list[str] = []
-        self.fsync_ms = median(fsync_ms(target.folder))
+        self.fsync_ms = median(time_fdatasync(target.folder))
 
     @contextmanager
     def metered(self) -> Iterator[Meter]:

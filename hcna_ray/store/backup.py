@@ -68,6 +68,9 @@ _BLOCK = 512
 _CHUNK = 1 << 20
 #: Compressed bytes decompressed at once: a hostile frame makes 32 KiB of each.
 _PIECE = 4096
+#: By how much the store's log may grow beside a copy. It cannot start again before the copy is
+#: done, and a slow disk or share must not fill the store's own.
+LOG_GROWTH_MAX = 1 << 30
 #: Pages copied between two looks at the clock of the disk (8 MiB).
 _PAGES_PER_STEP = 2048
 _LEVEL = 3
@@ -305,10 +308,12 @@ def snapshot(source: Path, target: Path) -> Point:
 
     One read transaction is held during the copy, so the writer is not kept waiting; it is short,
     as only pages are copied, because its log cannot start again before we are done. The copy is
-    carried to the disk in steps: a writer's fsync must not have to wait for all of it at once.
+    carried to the disk in steps: a writer's fsync must not have to wait for all of it at once. It
+    is given up when the log has grown by `LOG_GROWTH_MAX`.
 
     Raises:
-        BackupRefused: There is no store, or the disk of the copy is full.
+        BackupRefused: There is no store, the disk of the copy is full, or it is too slow for all
+            that is written meanwhile.
         BackupDamaged: The store itself is damaged.
     """
     if not source.is_file():
@@ -340,10 +345,16 @@ def _copy_pages(source: Path, target: Path) -> None:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM sqlite_schema").fetchall()
         copy = writer.backup("main", reader, "main")
+        log_at_first = _log_bytes(source)
         try:
             while not copy.done:
                 copy.step(_PAGES_PER_STEP)
                 os.fdatasync(descriptor)
+                if _log_bytes(source) - log_at_first > LOG_GROWTH_MAX:
+                    raise BackupRefused(
+                        f"more than {LOG_GROWTH_MAX >> 20} MiB were written to the task store "
+                        "while it was copied: copy it to a faster disk, or when less is going on"
+                    )
         finally:
             copy.finish()
         reader.execute("ROLLBACK")
@@ -351,6 +362,13 @@ def _copy_pages(source: Path, target: Path) -> None:
         os.close(descriptor)
         writer.close()
         reader.close()
+
+
+def _log_bytes(source: Path) -> int:
+    try:
+        return os.stat(f"{source}-wal").st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _open_copy(path: Path) -> apsw.Connection:

@@ -335,6 +335,8 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             )
 
     def _note_wal_pages(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        if pages < self._wal_pages:
+            self._checkpoint_at = self._wal_step  # The log has started again.
         self._wal_pages = pages
         return apsw.SQLITE_OK
 
@@ -343,8 +345,6 @@ class SqliteTaskStore(_Connection, Bookkeeper):
 
         A full disk or a busy reader only postpones it: the transaction is durable already.
         """
-        if self._wal_pages < self._wal_step:
-            self._checkpoint_at = self._wal_step  # The log has started again.
         if self._wal_pages < self._checkpoint_at:
             return
         # Past three quarters the readers of old pages are waited for, and the log starts again.

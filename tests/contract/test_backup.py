@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import apsw
@@ -15,6 +17,7 @@ import pytest
 from hcna_ray.config import LimitSettings, RaySettings, Settings
 from hcna_ray.core.models import OnDisconnect, RetryPolicy, TaskState, Token
 from hcna_ray.runtime.messages import Grant, ReportKind
+from hcna_ray.store import backup as store_backup
 from hcna_ray.store.backup import BackupRefused, Point, next_generation
 from hcna_ray.store.generations import numbers_to_skip
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
@@ -192,6 +195,37 @@ class TestPoint:
         slow.close()
         store.close()
         assert longest < 3.0  # It was 5: the whole patience of a connection.
+
+    def test_a_copy_that_lets_the_log_grow_without_end_is_given_up(
+        self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = SqliteTaskStore(settings.store_path, wal_bytes_max=1 << 20)  # type: ignore[arg-type]
+        numbers = itertools.count(1)
+
+        def write_on(_descriptor: int = -1) -> None:
+            with store.transaction():
+                store.insert(
+                    [a_task(f"t{n}", seq=n, payload=bytes(4000)) for n in islice(numbers, 100)]
+                )
+
+        for _ in range(10):
+            write_on()
+        monkeypatch.setattr(store_backup, "LOG_GROWTH_MAX", 4 << 20)
+        monkeypatch.setattr(store_backup, "_PAGES_PER_STEP", 1)
+        # At every step of the copy more is written than the step has copied.
+        monkeypatch.setattr(os, "fdatasync", write_on)
+
+        with pytest.raises(BackupRefused, match="more than 4 MiB were written"):
+            store_backup.snapshot(store.path, tmp_path / "copy")
+
+        monkeypatch.undo()
+        log = Path(f"{store.path}-wal")
+        assert log.stat().st_size > 4 << 20
+        write_on()  # The log has been carried over, whole.
+        for _ in range(20):
+            write_on()
+            assert log.stat().st_size <= 2 << 20  # Its bound, and one commit.
+        store.close()
 
     def test_a_damaged_store_is_not_saved(self, settings: Settings, tmp_path: Path) -> None:
         assert settings.store_path is not None

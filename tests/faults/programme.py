@@ -7,7 +7,6 @@ that can be repeated by its name and seed; its *outcome* counts what was tried a
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -16,7 +15,6 @@ import pkgutil
 import queue
 import shutil
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +26,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.faults import parts
+from tests.support import json_lines
+from tests.support.sources import ROOT, commit, digest
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "faults"
 #: All randomness follows from it; another one makes another programme of the same kind.
 DEFAULT_SEED = 20260
@@ -164,23 +163,7 @@ class Result:
 
 def product_digest() -> str:
     """Return a short hash of the product's sources: results of other sources are not these."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "hcna_ray").rglob("*")):
-        if path.suffix in (".py", ".sql", ".yaml"):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def commit() -> str:
-    """Return the commit that is checked out, with ``+`` if something was changed since."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    return digest("hcna_ray")
 
 
 def stated(violations: Sequence[str]) -> str | None:
@@ -195,13 +178,7 @@ class Ledger:
         """Open or begin the results in a folder."""
         self.folder = folder
         self._file = folder / "results.jsonl"
-        self.results: list[Result] = []
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    self.results.append(Result(**json.loads(line)))
-                except (TypeError, ValueError):
-                    continue
+        self.results = json_lines.read(self._file, Result)
 
     def add(self, result: Result) -> None:
         """Append a result, durably enough for a programme that is killed."""

@@ -30,11 +30,12 @@ from tests.checker.checks.leases import tenures
 from tests.checker.inputs import Run, read_run
 from tests.checker.recorder import steady_now
 from tests.faults.clients import Clients
-from tests.faults.programme import Outcome, commit
+from tests.faults.programme import Outcome
 from tests.rig.computer import HCNA, Computer
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.read_store import export, query
 from tests.support.rig import Rig, RigError
+from tests.support.sources import commit
 
 T = TypeVar("T")
 

@@ -24,8 +24,9 @@ from tests.faults.disk_model import PAGE
 from tests.faults.disk_promises import Found, Promise, promises, recover
 from tests.faults.disk_recording import Player, Recorded, Recorder, last_tick
 from tests.faults.disk_traffic import PaperWorker, Submitter
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.support.moderator_process import SocketLink
+from tests.support.sources import ROOT
 
 FULL_LINE = "power-loss images, FULL"
 NORMAL_LINE = "power-loss images, NORMAL"

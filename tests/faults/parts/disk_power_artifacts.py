@@ -15,7 +15,8 @@ from pathlib import Path
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.faults.disk_artifacts import Stored, Uploader, client_of, reopen, stored, wrong_files
 from tests.faults.disk_recording import Player, Recorder, last_tick
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.support.sources import ROOT
 
 START_S = 30.0
 TOLD_MAX = 5

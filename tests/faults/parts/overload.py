@@ -26,8 +26,9 @@ from tests.checker.recorder import Caller, History
 from tests.faults import samples
 from tests.faults.checking import check, own_environment, write_schedule
 from tests.faults.offers import Plan, Told
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.support.read_store import export, query
+from tests.support.sources import ROOT
 
 LINE = "offers under overload"
 
