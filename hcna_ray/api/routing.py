@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -40,7 +40,7 @@ from hcna_ray.api.visibility import check_artifact, check_task
 from hcna_ray.core.envelopes import trace_id
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import AuditEntry
-from hcna_ray.security.keys import ApiKey, Role
+from hcna_ray.security.keys import ApiKey
 
 log = logging.getLogger(__name__)
 
@@ -292,16 +292,22 @@ def _guard(
     async def endpoint(request: Request) -> Response:
         services: Services = request.app.state.services
         since = services.clock.elapsed()
+        caller: ApiKey | None = None
         try:
             rank = ranks[services.public]
             if rank < 0:
-                caller = None if check is Check.NONE else _perhaps(request, services)
+                if check is not Check.NONE:
+                    caller = _perhaps(request, services)
             else:
                 caller = authenticate(request.headers, services.keys, services.clock)
                 if caller.rate is not None:
                     services.rates.take(caller)
                 if caller.rank < rank:
-                    await _refuse_role(services, caller, request, least[services.public])
+                    await _note_refusal(services, caller, f"{method} {request.url.path}"[:200])
+                    raise Forbidden(
+                        f"the key {caller.name!r} has role {caller.role}; this needs role "
+                        f"{least[services.public]}, or a higher one"
+                    )
             budget = sort if isinstance(sort, Sort) else sort(request)
             with services.admission.admit(budget):
                 if caller is not None and not caller.sees_all and check in _OF_THE_PATH:
@@ -355,16 +361,14 @@ def _perhaps(request: Request, services: Services) -> ApiKey | None:
         return None
 
 
-async def _refuse_role(
-    services: Services, caller: ApiKey, request: Request, least: Role | None
-) -> NoReturn:
+async def _note_refusal(services: Services, caller: ApiKey, target: str) -> None:
     entry = AuditEntry(
         at=services.clock.now(),
         principal=caller.name,
         action="api.refused",
-        target=f"{request.method} {request.url.path}"[:200],
+        target=target,
         outcome="refused",
-        detail=f"the key has role {caller.role}, {least} is needed",
+        detail=f"the key has role {caller.role}",
     )
     try:
         await services.moderator.audit(entry)
@@ -373,9 +377,6 @@ async def _refuse_role(
             "refusal could not be audited",
             extra={"action": "api.audit_failed", "principal": caller.name, "error": error.code},
         )
-    raise Forbidden(
-        f"the key {caller.name!r} has role {caller.role}; this needs role {least}, or a higher one"
-    )
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:

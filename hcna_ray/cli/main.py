@@ -29,6 +29,7 @@ from hcna_ray.cli.terminal import CommandFailed, ExitCode
 from hcna_ray.client import (
     ApiError,
     ConnectionFailed,
+    Forbidden,
     HcnaClientError,
     NotFound,
     Overloaded,
@@ -121,6 +122,10 @@ def _after_refusal(error: ApiError) -> str:
     match error:
         case Unauthorized():
             return 'eval "$(hcna env)" on the machine of C1, or set HCNA_API_KEY'
+        case Forbidden():
+            return "hcna keys create on M1 makes a key that may do this"
+        case _ if error.code == "quota":
+            return "hcna task list --status queued"
         case NotFound() if error.code == "worker_not_found":
             return "hcna workers"
         case NotFound() if error.code == "task_not_found":

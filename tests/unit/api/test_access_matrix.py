@@ -17,6 +17,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 
+from hcna_ray.api import schemas
 from hcna_ray.api.app import declared_routes
 from hcna_ray.api.policy import Check
 from hcna_ray.api.routing import Route
@@ -392,6 +393,8 @@ async def test_an_outline_holds_nothing_that_was_written(world: World, state: Ta
     whole = await _get(world, "operator", f"/tasks/{task_id}?payload=true")
     bare = await _get(world, "watcher", f"/tasks/{task_id}?payload=true")
 
+    for view in (whole, bare):
+        schemas.TaskOut.model_validate(view)
     assert "payload" in whole
     assert CANARY in str(whole)
     assert "payload" not in bare
@@ -404,6 +407,7 @@ async def test_an_outline_holds_nothing_that_was_written(world: World, state: Ta
         n: v for n, v in whole.items() if n not in hidden
     }
     listed = await _get(world, "watcher", "/tasks")
+    schemas.TasksOut.model_validate(listed)
     assert CANARY not in str(listed)
     assert task_id in str(listed)
 
@@ -427,6 +431,9 @@ async def test_a_listing_holds_ones_own(world: World) -> None:
 
 async def test_of_a_worker_each_sees_what_it_may(world: World) -> None:
     def seen(view: Any) -> tuple[bool, bool, bool]:
+        shape = schemas.StatusOut if "versions" in view else schemas.WorkersOut
+        shape.model_validate(view)
+        schemas.WorkerOut.model_validate(view["workers"][0])
         worker = view["workers"][0]
         runs = [item["task_id"] for item in worker["running"]]
         return world.running in runs, worker["address"] == PLACE, bool(worker["telemetry"])
