@@ -107,6 +107,9 @@ class Quotas:
         count.on_the_way += held.places
         try:
             yield held
+        except BaseException:
+            count.at = -math.inf  # Nobody knows what became of it: counted anew before the next.
+            raise
         finally:
             count.on_the_way -= held.places
             count.open += held.accepted

@@ -220,6 +220,8 @@ def create_key(
         rate=rate,
         burst=_burst_of(rate) if burst is None else burst,
     )
+    if name == OWNER:
+        raise KeyRefused(f"the key {OWNER!r} is made at the first start; choose another name")
     with locked_dir(keys_dir):
         return _create(keys_dir, wanted, now)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -342,6 +343,19 @@ async def test_running_again_asks_for_a_place(house: House) -> None:
         assert (await ci.post("/tasks/retry", json={"filter": {}})).status_code == 429
         one = await ci.post("/tasks/t0/retry")
         assert (one.status_code, one.json()["code"]) == (429, "quota")
+
+
+async def test_tasks_whose_answer_was_lost_are_counted(house: House) -> None:
+    async with house.client("ci", quota=2) as ci:
+        await submitted(ci)
+        house.moderator.dies = True
+        lost = asyncio.create_task(ci.post("/tasks", json={"task_type": "echo"}))
+        for _ in range(50):
+            await asyncio.sleep(0)
+        house.moderator.desk.clock.advance(20.0)  # C1 gives up at the next try.
+        assert (await lost).status_code == 504
+        house.moderator.revive()
+        assert (await ci.post("/tasks", json={"task_type": "echo"})).status_code == 429
 
 
 async def test_a_count_of_long_ago_is_not_believed(house: House) -> None:

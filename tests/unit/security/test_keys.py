@@ -163,6 +163,7 @@ def test_the_ray_token_is_made_once(keys_dir: Path) -> None:
     [
         {"name": "ci"},
         {"name": ""},
+        {"name": "owner", "role": "admin"},
         {"name": "a\nb"},
         {"name": " x"},
         {"name": "x" * 65},
