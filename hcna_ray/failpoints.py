@@ -94,8 +94,8 @@ POINTS: Mapping[str, str] = {
     "c1.answer.made": "m2: a request's answer is made and not sent",
     "actor.call.received": "m1: a call has reached the moderator's actor, not its writer",
     "actor.call.decided": "m2: the writer's answer is there, the caller does not have it",
-    "actor.call.before": "a call is about to be given to Ray",
-    "actor.call.answered": "Ray has brought an answer, nothing was made of it",
+    "actor.call.before": "a call to an actor is about to leave",
+    "actor.call.answered": "an actor's answer is there, nothing was made of it",
     # A worker's agent.
     "agent.hello.before": "leftovers were collected, the moderator does not know",
     "agent.hello.answered": "the moderator knows what this worker left, it is still there",

@@ -163,7 +163,7 @@ def build_app(
             call_bytes=CALL_BYTES_MAX,
             resend_s=limits.resend_s,
         ),
-        feed=ChangeFeed(moderator, batches_of),
+        feed=ChangeFeed(moderator, batches_of, clock),
         cache=ClusterCache(moderator, reads, clock),
         submissions=Submissions(registry, settings),
         stats=RequestStats(),

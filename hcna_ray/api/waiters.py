@@ -3,6 +3,9 @@
 One loop per replica keeps a single ``changes`` call open and wakes whoever waits for what ended. A
 waiter registers first, then reads, then waits: what ends in between wakes it all the same. After
 anything that may have hidden a change (a gap, a lost moderator) everybody is woken to look again.
+
+While nobody has waited for some seconds there is no such call: it would be answered for every
+commit, and nobody would care.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from hcna_ray.api.ports import ModeratorPort
+from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,10 @@ log = logging.getLogger(__name__)
 POLL_S = 20.0
 PAUSE_S = 0.1
 PAUSE_S_MAX = 1.0
+#: How long the call is kept up after the last waiter has gone.
+LINGER_S = 5.0
+#: Stands for what nobody has followed: older than all that is remembered.
+_UNKNOWN = -1
 
 #: Tells which batch each of some ended tasks belongs to, if any.
 BatchesOf = Callable[[tuple[str, ...]], Awaitable[Iterable[str]]]
@@ -29,12 +37,15 @@ BatchesOf = Callable[[tuple[str, ...]], Awaitable[Iterable[str]]]
 class ChangeFeed:
     """Fans what ended out to waiters. Invariant: at most one ``changes`` call is open."""
 
-    def __init__(self, moderator: ModeratorPort, batches_of: BatchesOf) -> None:
-        self._moderator = moderator
+    def __init__(self, moderator: ModeratorPort, batches_of: BatchesOf, clock: Clock) -> None:
+        self._moderator, self._clock = moderator, clock
         self._batches_of = batches_of
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._batch_waiters = 0
-        self._after = 0
+        self._after = _UNKNOWN
+        self._wanted = asyncio.Event()
+        #: When the last waiter has gone.
+        self._left = -LINGER_S
         self._loop: asyncio.Task[None] | None = None
         self.connected = False
 
@@ -71,6 +82,8 @@ class ChangeFeed:
         for key in keys:
             self._waiters.setdefault(key, set()).add(event)
         self._batch_waiters += batch_id is not None
+        if keys:
+            self._wanted.set()
         try:
             yield event
         finally:
@@ -80,10 +93,16 @@ class ChangeFeed:
                 events.discard(event)
                 if not events:
                     del self._waiters[key]
+            if keys and not self._waiters:
+                self._left = self._clock.elapsed()
 
     async def _run(self) -> None:
         pause = PAUSE_S
         while True:
+            if not self._waiters and self._clock.elapsed() - self._left >= LINGER_S:
+                self._wanted.clear()
+                await self._wanted.wait()
+                self._after = _UNKNOWN
             try:
                 changes = await self._moderator.changes(self._after, POLL_S)
                 if not self.connected or changes.gap:

@@ -37,6 +37,7 @@ from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
+from hcna_ray.runtime.local_rpc import SOCKET_FILE, LocalServer
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
@@ -145,6 +146,7 @@ class ModeratorActor(_Face):
         )
         # An actor whose constructor fails is gone; one that waits for its store can say so.
         self._writer.begin()
+        self._spawn(self._serve_locally())
         self._spawn(self._ensure_agents())
 
     def _build(self) -> Moderator:
@@ -189,6 +191,17 @@ class ModeratorActor(_Face):
             pending.resolve(answer)
         if self._feed is not None:
             self._feed.publish(outbound.last_fact, outbound.ended)
+
+    async def _serve_locally(self) -> None:
+        """Answer processes on this machine on a socket too."""
+        path = self._settings.run_dir / SOCKET_FILE
+        try:
+            await LocalServer(path, self.call).run()
+        except OSError as error:
+            log.warning(
+                "no socket for processes on this machine: they call through Ray",
+                extra={"action": "local.failed", "error": str(error)},
+            )
 
     async def _ask(self, request: Request) -> Any:
         future: asyncio.Future[object] = self._loop.create_future()
@@ -391,7 +404,7 @@ class NodeAgent(_Face):
                 exchange_wait_s=slots.exchange_wait_s,
                 moderator_address=_moderator_address(settings),
             ),
-            AgentModeratorLink(slots.exchange_wait_s),
+            AgentModeratorLink(slots.exchange_wait_s, settings.run_dir / SOCKET_FILE),
             _RayProcesses(worker, home, incarnation),
             SystemClock(),
             describe=lambda reports: self._describe(incarnation, reports),

@@ -4,11 +4,14 @@ Every actor of ours answers ``call(method, args, kwargs)`` with ``("ok", value)`
 HcnaError)``: expected trouble travels as a value, so that Ray neither logs nor wraps it. What Ray
 itself raises (the actor died, is restarting, did not answer) becomes `NoAnswer`, for the call may
 have been carried out; the caller repeats it, which is always harmless.
+
+Processes on the moderator's machine take the shorter way to it: `hcna_ray.runtime.local_rpc`.
 """
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.runtime import wire
+from hcna_ray.runtime.local_rpc import LocalCalls
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
@@ -45,10 +49,16 @@ def agent_name(worker: str) -> str:
 class ActorLink:
     """A handle to one named actor that finds it again after it died."""
 
-    def __init__(self, name: str) -> None:
-        """Name the actor; nothing is looked up yet."""
+    def __init__(self, name: str, local: Path | None = None) -> None:
+        """Name the actor; nothing is looked up yet.
+
+        Args:
+            name: Its name.
+            local: Its socket, if it is on this machine.
+        """
         self._name = name
         self._handle: Any = None
+        self._local = None if local is None else LocalCalls(local)
 
     def _start(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._handle is None:
@@ -56,7 +66,6 @@ class ActorLink:
                 self._handle = ray.get_actor(self._name, namespace=NAMESPACE)
             except ValueError as error:
                 raise ModeratorUnavailable(f"actor {self._name} is not there yet", 1) from error
-        failpoints.hit("actor.call.before")
         return self._handle.call.remote(method, args, kwargs)
 
     def call(
@@ -69,6 +78,7 @@ class ActorLink:
             ModeratorUnavailable: there is no such actor; nothing was sent.
             HcnaError: the actor's own answer.
         """
+        _leave()
         try:
             reply = ray.get(self._start(method, args, kwargs), timeout=timeout_s)
         except (RayError, GetTimeoutError) as error:
@@ -79,11 +89,16 @@ class ActorLink:
         self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any
     ) -> Any:
         """Call and wait, on an event loop. Raises as `call` does."""
+        _leave()
+        reply = None
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._start(method, args, kwargs)
+                if self._local is not None:
+                    reply = await self._local.ask(method, args, kwargs)
+                if reply is None:
+                    reply = await self._start(method, args, kwargs)
                 failpoints.hit("actor.call.answered")
-        except (RayError, TimeoutError) as error:
+        except (RayError, TimeoutError, ConnectionError) as error:
             raise self._no_answer(error) from error
         return _unwrap(reply)
 
@@ -93,10 +108,16 @@ class ActorLink:
         return NoAnswer(f"{self._name} did not answer ({type(error).__name__})", 2)
 
 
+def _leave() -> None:
+    failpoints.hit("actor.call.before")
+
+
 def _unwrap(reply: tuple[str, Any]) -> Any:
     kind, value = reply
     if kind == "error":
         raise value
+    if kind == "failed":
+        raise NoAnswer(f"the call failed ({value})", 2)
     return value
 
 
@@ -108,9 +129,9 @@ async def _exchange(link: ActorLink, exchange: Exchange, timeout_s: float) -> Gr
 class AgentModeratorLink:
     """`hcna_ray.runtime.agent.ModeratorLink` over Ray."""
 
-    def __init__(self, exchange_wait_s: float) -> None:
-        """Remember how long an exchange may park."""
-        self._link = ActorLink(MODERATOR)
+    def __init__(self, exchange_wait_s: float, local: Path | None = None) -> None:
+        """Remember how long an exchange may park, and the moderator's socket if it is here."""
+        self._link = ActorLink(MODERATOR, local)
         self._exchange_timeout_s = exchange_wait_s + CALL_TIMEOUT_S
 
     async def hello(self, hello: Hello) -> Welcome:
@@ -139,11 +160,13 @@ class AgentModeratorLink:
 class SlotModeratorLink:
     """A slot's calls over Ray (`hcna_ray.runtime.host.SlotLink`)."""
 
-    def __init__(self, worker: str, incarnation: str, exchange_wait_s: float) -> None:
-        """Remember who calls."""
+    def __init__(
+        self, worker: str, incarnation: str, exchange_wait_s: float, local: Path | None = None
+    ) -> None:
+        """Remember who calls, and the moderator's socket if it is here."""
         self._worker, self._incarnation = worker, incarnation
         self._exchange_timeout_s = exchange_wait_s + CALL_TIMEOUT_S
-        self._link = ActorLink(MODERATOR)
+        self._link = ActorLink(MODERATOR, local)
 
     async def exchange(self, exchange: Exchange) -> Grant:
         """Park for work. Raises as `ActorLink.call` does."""

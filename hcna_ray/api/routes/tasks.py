@@ -155,7 +155,7 @@ async def get_task(call: Call) -> Response:
     wait_s = checked_wait(call, query.wait)
     task_id = call.path("task_id")
     deadline = services.clock.elapsed() + wait_s
-    with services.feed.watch((task_id,)) as ended:
+    with services.feed.watch((task_id,) if wait_s else ()) as ended:
         while True:
             ended.clear()
             task, attempts = await services.reads.find(task_id)
