@@ -27,7 +27,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -464,6 +464,45 @@ class ArtifactStore:
             self.own(name, owner)
         failpoints.hit("artifact.upload.complete")
         return Artifact(sha256=name, size=size)
+
+
+#: Whose artifacts are: names by the folder of their owner.
+Marks = Mapping[str, Sequence[str]]
+
+_FOLDER = re.compile(r"[0-9a-f]{32}\Z")
+
+
+def marks_in(root: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """Return who is marked as an owner of which of these artifacts."""
+    found = {
+        folder.name: sorted(mark.name for mark in folder.iterdir() if mark.name in names)
+        for folder in sorted((root / "owners").glob("*"))
+        if _FOLDER.match(folder.name)
+    }
+    return {folder: marks for folder, marks in found.items() if marks}
+
+
+def checked_marks(data: object) -> Marks:
+    """Return marks that came from elsewhere. Raises `ValueError` if they are none."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no object")
+    for folder, names in data.items():
+        if not _FOLDER.match(folder) or not isinstance(names, list):
+            raise ValueError("it names what is no owner")
+        if not all(isinstance(name, str) and _SHA256.match(name) for name in names):
+            raise ValueError("it names what is no artifact")
+    return data
+
+
+def put_marks(root: Path, marks: Marks) -> None:
+    """Add marks to those that are there, durably."""
+    for folder, names in marks.items():
+        place = root / "owners" / folder
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in names:
+            (place / name).touch(mode=0o400)
+        for path in (root, root / "owners", place):
+            sync_dir(path)
 
 
 def _folder_of(owner: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -16,6 +17,9 @@ from hcna_ray.store.artifacts import (
     ArtifactTooLarge,
     OffsetMismatch,
     Upload,
+    checked_marks,
+    marks_in,
+    put_marks,
 )
 
 DATA = bytes(range(256)) * 40
@@ -342,6 +346,33 @@ def test_an_upload_that_was_cut_off_before_its_mark_begins_anew(
     store.append(SHA, offset=1000, size=size, pieces=[DATA[1000:]], owner="anna")
     assert store.owned(SHA, "anna")
     assert store.read(SHA, 0, size) == DATA
+
+
+def test_marks_are_taken_elsewhere_with_what_they_mark(tmp_path: Path) -> None:
+    store, other = a_store(tmp_path / "a"), a_store(tmp_path / "b")
+    store.put(DATA, owner="anna")
+    store.put(b"more", owner="anna")
+    store.put(DATA, owner="ben")
+    more = hashlib.sha256(b"more").hexdigest()
+
+    marks = marks_in(tmp_path / "a" / "artifacts", {SHA})
+    assert sorted(map(list, marks.values())) == [[SHA], [SHA]]
+    other.put(DATA)
+    put_marks(tmp_path / "b" / "artifacts", checked_marks(json.loads(json.dumps(marks))))
+    put_marks(tmp_path / "b" / "artifacts", marks)
+
+    assert other.owned(SHA, "anna")
+    assert other.owned(SHA, "ben")
+    assert not other.own(more, "anna")
+    assert marks_in(tmp_path / "c", {SHA}) == {}
+
+
+@pytest.mark.parametrize(
+    "data", [[], {"../x": []}, {"a" * 32: "x"}, {"a" * 32: ["../y"]}, {"a" * 32: [1]}]
+)
+def test_marks_from_elsewhere_are_looked_at(data: object) -> None:
+    with pytest.raises(ValueError, match="it"):
+        checked_marks(data)
 
 
 def test_idle_uploads_of_owners_are_swept_and_counted(tmp_path: Path) -> None:
