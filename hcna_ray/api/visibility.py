@@ -27,7 +27,7 @@ from hcna_ray.core.errors import HcnaError, Invalid, NotFound
 from hcna_ray.core.models import Task, TaskFilter, TaskSpec, TaskState
 from hcna_ray.runtime.messages import WorkerInfo
 from hcna_ray.security.keys import OF_OTHERS, ApiKey, View
-from hcna_ray.store.base import TaskReader
+from hcna_ray.store.base import Belongs, TaskReader
 
 if TYPE_CHECKING:
     from hcna_ray.api.services import Services
@@ -70,15 +70,15 @@ class Seen:
 
 async def check_task(services: Services, caller: ApiKey, task_id: str) -> None:
     """Raise `NotFound` unless the caller sees a task."""
-    task, _ = await services.reads.find(task_id)
-    if view_of(caller, task) is View.NONE:
+    found = await services.reads.run(lambda reader: reader.belongs((task_id,)))
+    if task_id not in found or caller.view(*found[task_id]) is View.NONE:
         raise NotFound("task", task_id[:100])
 
 
 def visible_ids(reader: TaskReader, caller: ApiKey, ids: Sequence[str]) -> tuple[str, ...]:
     """Leave out what exists and is not the caller's to see."""
-    known = reader.get(ids)
-    return tuple(i for i in ids if i not in known or view_of(caller, known[i]) is not View.NONE)
+    known = reader.belongs(ids)
+    return tuple(i for i in ids if i not in known or caller.view(*known[i]) is not View.NONE)
 
 
 def sees_batch(reader: TaskReader, seen: Seen, caller: ApiKey, batch_id: str) -> bool:
@@ -142,10 +142,10 @@ async def worker_views(
     if caller.sees_all:
         return views
     running = [str(item.get("task_id", "")) for worker in workers for item in worker.running]
-    known: Mapping[str, Task] = {}
+    known: Mapping[str, Belongs] = {}
     if running:
-        known = await services.reads.run(lambda reader: reader.get(running))
-    shown = {i for i, task in known.items() if view_of(caller, task) is not View.NONE}
+        known = await services.reads.run(lambda reader: reader.belongs(running))
+    shown = {i for i, belongs in known.items() if caller.view(*belongs) is not View.NONE}
     brief = OF_OTHERS[caller.role] is not View.FULL
     found = []
     for worker, view in zip(workers, views, strict=True):
@@ -176,8 +176,8 @@ async def foreign_names(
     own = {spec.id for spec in specs}
     parents = {name for spec in specs for name in spec.depends_on if name not in own}
     if parents:
-        known = await services.reads.run(lambda reader: reader.get(parents))
-        hidden = {i for i, task in known.items() if view_of(caller, task) is View.NONE}
+        known = await services.reads.run(lambda reader: reader.belongs(parents))
+        hidden = {i for i, belongs in known.items() if caller.view(*belongs) is View.NONE}
         for spec in specs:
             for parent in spec.depends_on:
                 if parent in hidden:

@@ -48,6 +48,14 @@ class StoredAudit(NamedTuple):
     entry: AuditEntry
 
 
+class Belongs(NamedTuple):
+    """Whose a task is, and what a key's scopes are held against."""
+
+    principal: str
+    task_type: str
+    queue: str
+
+
 class Settlement(NamedTuple):
     """Durable order to tell the dependents of an ended task how it ended. Carried out in chunks."""
 
@@ -328,6 +336,10 @@ class TaskReader(Protocol):
 
     def batch_exists(self, batch_id: str) -> bool:
         """Return whether any task carries this batch id."""
+        ...
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist. Cheaper than `get`: no spec is read."""
         ...
 
     def open_of(self, principal: str, limit: int) -> int:

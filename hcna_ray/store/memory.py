@@ -25,6 +25,7 @@ from hcna_ray.core.models import (
     WorkerRecord,
 )
 from hcna_ray.store.base import (
+    Belongs,
     Counter,
     KeyClaim,
     QueueSize,
@@ -600,6 +601,14 @@ class MemoryTaskReader:
         """Return whether any task carries this batch id."""
         with self._lock:
             return bool(self._among((), batch_id))
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self.get(ids).values()
+        return {
+            task.id: Belongs(task.spec.principal, task.spec.task_type, task.spec.queue)
+            for task in found
+        }
 
     def open_of(self, principal: str, limit: int) -> int:
         """Return how many tasks of a principal have not ended, counted as far as ``limit``."""

@@ -36,7 +36,7 @@ from hcna_ray.core.models import (
     WorkerRecord,
 )
 from hcna_ray.store import codec, origin, rows
-from hcna_ray.store.base import Counter, KeyClaim, Settlement, StoredAudit, StoredFact
+from hcna_ray.store.base import Belongs, Counter, KeyClaim, Settlement, StoredAudit, StoredFact
 from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.generations import generation_above, numbers_to_skip
 from hcna_ray.store.migrations import known_migrations, missing_migrations
@@ -945,6 +945,11 @@ class PostgresTaskReader:
         """Return whether any task carries this batch id."""
         return bool(self._run("SELECT 1::bigint FROM task WHERE batch_id = %s LIMIT 1", [batch_id]))
 
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self._run(_BELONGS, (texts(ids),))
+        return {row[0]: Belongs(*row[1:]) for row in found}
+
     def open_of(self, principal: str, limit: int) -> int:
         """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
         sql = _OPEN_OF_OWNER if principal == OWNER else _OPEN_OF_PRINCIPAL
@@ -1227,6 +1232,7 @@ _OPEN_OF_BATCH = (
     "SELECT (SELECT count(*) FROM task WHERE batch_id = %s) - "
     "(SELECT count(*) FROM task WHERE batch_id = %s AND end_no > 0)"
 )
+_BELONGS = "SELECT id, principal, task_type, queue FROM task WHERE id = ANY(%s)"
 # Only in these words are the indexes of principals used: they leave the house's owner out.
 _NOT_OWNER = f"principal <> '{OWNER}'"
 _OPEN_OF_OWNER = (

@@ -43,6 +43,7 @@ from hcna_ray.core.models import (
 )
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import (
+    Belongs,
     Counter,
     KeyClaim,
     Settlement,
@@ -743,6 +744,11 @@ class SqliteTaskReader(_Connection):
         """Return whether any task carries this batch id."""
         return bool(self._run("SELECT 1 FROM task WHERE batch_id = ? LIMIT 1", (batch_id,)))
 
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self._run(_BELONGS, (codec.to_json(ids),))
+        return {row[0]: Belongs(*row[1:]) for row in found}
+
     def open_of(self, principal: str, limit: int) -> int:
         """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
         sql = _OPEN_OF_OWNER if principal == OWNER else _OPEN_OF_PRINCIPAL
@@ -791,6 +797,10 @@ _BY_SEQ = (
 _BY_ID = (
     f"SELECT {rows.COLUMNS} FROM json_each(?) AS j CROSS JOIN task AS t ON t.id = j.value "
     "CROSS JOIN task_spec AS s ON s.seq = t.seq"
+)
+_BELONGS = (
+    "SELECT t.id, t.principal, t.task_type, t.queue FROM json_each(?) AS j "
+    "CROSS JOIN task AS t ON t.id = j.value"
 )
 # What the scheduler looks for is found in indexes alone, as row numbers.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = ? ORDER BY dispatch_key, seq LIMIT ?"

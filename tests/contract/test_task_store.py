@@ -25,7 +25,15 @@ from hcna_ray.core.models import (
     TaskState,
     Token,
 )
-from hcna_ray.store.base import Counter, KeyClaim, QueueSize, Settlement, TaskReader, TaskStore
+from hcna_ray.store.base import (
+    Belongs,
+    Counter,
+    KeyClaim,
+    QueueSize,
+    Settlement,
+    TaskReader,
+    TaskStore,
+)
 from tests.support.builders import (
     T0,
     a_fact,
@@ -1148,6 +1156,18 @@ class TestPrincipals:
         replayed = step(store.get(["t1"])["t1"], state=TaskState.QUEUED, finished_at=None)
         save(store, replayed)
         assert reader.open_of(principal, 9) == 4
+
+    def test_a_reader_tells_whose_tasks_are(self, store: TaskStore, reader: TaskReader) -> None:
+        put(
+            store,
+            a_task("t1", principal="me", queue="night"),
+            a_task("t2", seq=2, principal=OWNER, task_type="sleep"),
+        )
+        assert reader.belongs(["t1", "t2", "t3", "t1"]) == {
+            "t1": Belongs("me", "echo", "night"),
+            "t2": Belongs(OWNER, "sleep", "default"),
+        }
+        assert reader.belongs([]) == {}
 
     def test_a_reader_tells_who_holds_keys(self, store: TaskStore, reader: TaskReader) -> None:
         put(store, a_task("t1"))
