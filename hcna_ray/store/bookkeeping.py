@@ -76,8 +76,6 @@ class Bookkeeper(ABC):
 
     def __init__(self) -> None:
         self._writing = False
-        #: Where the next `_prune_keys` goes on.
-        self._keys_seen = OLDEST_KEY
         self._take_in((), ())
 
     # -- what each database does in its own way ---------------------------------------------------
@@ -135,6 +133,8 @@ class Bookkeeper(ABC):
         self, numbers: Iterable[tuple[str, int]], lanes: Iterable[tuple[int, str, str, str, int]]
     ) -> None:
         """Start from these rows of the tables, and forget what an unfinished transaction added."""
+        #: Where the next `_prune_keys` goes on.
+        self._keys_seen = OLDEST_KEY
         self._numbers: dict[str, int] = dict(numbers)
         self._lanes: dict[LaneKey, Lane] = {}
         self._lane_by_id: dict[int, Lane] = {}

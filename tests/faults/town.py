@@ -1127,6 +1127,9 @@ class Town:
             self.disk.full, self.free_bytes = False, 1 << 40
         if all_of_it:
             self.disk.dies_in, self.disk.failing_syncs = None, 0
+            for fault in self.faults:  # That long they lasted, and no longer.
+                if fault["kind"] == "partition":
+                    fault["until"] = min(fault["until"], self.clock.now())
         for worker in self.workers:
             if true >= worker.pause_at:
                 worker.pause_at = float("inf")

@@ -16,7 +16,7 @@ from hcna_ray.store import bookkeeping
 from hcna_ray.store.base import TaskReader
 from hcna_ray.store.memory import MemoryTaskStore
 from hcna_ray.store.postgres import PostgresTaskStore
-from hcna_ray.store.postgres_session import Manners
+from hcna_ray.store.postgres_session import Manners, texts
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.property.office import Office, Op, Told, plain, told_shortly
 from tests.property.office_walk import OfficeTally, OfficeWorld
@@ -204,6 +204,8 @@ class PostgresHome:
             for statement in _EMPTY.split(";"):
                 if statement.strip():
                     store.session.run(statement)
+            known = texts([name for name, _ in self._numbers])
+            store.session.run("DELETE FROM number WHERE name <> ALL(%s)", (known,))
             for name, value in self._numbers:
                 store.session.run("UPDATE number SET value = %s WHERE name = %s", (value, name))
         # What it knows of the tables is known no more.

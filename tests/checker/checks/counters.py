@@ -214,18 +214,16 @@ def _depth(run: Run, dump: Dump, out: Outcome) -> None:
 
 
 def _ends_shown(run: Run) -> int:
-    """Return how many ends some commit showed: not those of a round that also replayed the task."""
+    """Return how many ends some commit showed: of a round that also replayed the task, the last."""
     shown = 0
     for facts in run.facts_by_task.values():
         ended = False
         for _, group in itertools.groupby(facts, key=lambda fact: fact.at):
-            before, ends, again = ended, False, False
+            ends = False
             for fact in group:
                 ends |= fact.kind in TERMINAL
-                again |= fact.kind == "replayed"
                 ended = fact.kind in TERMINAL or (ended and fact.kind != "replayed")
-            # Ended, replayed and ended again in one commit: nobody saw it open in between.
-            shown += ended and ends and not (before and again)
+            shown += ended and ends
     return shown
 
 

@@ -229,6 +229,8 @@ class _Dispatch:
             self._enter(row)
         self._round: float | None = None
         self._served: set[str] = set()
+        #: Whether lines of this round are not in the log any more: their tasks were pruned.
+        self._gaps = False
         self._unplaced = self._unknown = 0
 
     def _enter(self, row: TaskRow) -> None:
@@ -246,8 +248,13 @@ class _Dispatch:
         return {fact.task: fact.number for fact in self._dump.facts if fact.kind in _NEW_PLACE}
 
     def follow(self) -> None:
+        last = 0
         for fact in self._dump.facts:
             row = self._dump.tasks.get(fact.task)
+            if fact.at != self._round:
+                self._round, self._served, self._gaps = fact.at, set(), False
+            self._gaps |= row is None or fact.number != last + 1
+            last = fact.number
             if row is None:
                 continue
             if fact.kind in _NEW_PLACE:
@@ -284,12 +291,10 @@ class _Dispatch:
 
     def _judge(self, fact: Fact, row: TaskRow) -> None:
         self._out.examined += 1
-        if fact.at != self._round:
-            self._round, self._served = fact.at, set()
         name = self._lane_of[row.id]
         lane = self._lanes[name]
         worker = fact.worker or ""
-        first = not lane.sized and worker not in self._served
+        first = not lane.sized and worker not in self._served and not self._gaps
         if not lane.sized:
             self._served.add(worker)
         place = self._place.get(row.id)

@@ -293,6 +293,19 @@ def a_task_fails_for_good_and_is_replayed(w: World) -> None:
 
 
 @good
+def a_replay_that_comes_too_late_ends_once_more_in_its_round(w: World) -> None:
+    w.submit("a", expires_at=w.now + 60)
+    w.grant("a")
+    w.start("a")
+    w.fail("a")
+    w.wait(60)
+    w.replay("a")
+    w.expire("a")
+    w.facts[-1]["at"] = w.facts[-2]["at"]
+    w.get("a")
+
+
+@good
 def a_lost_attempt_runs_elsewhere(w: World) -> None:
     w.submit("a")
     w.grant("a", "W1")
