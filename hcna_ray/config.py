@@ -795,6 +795,11 @@ class Settings(_Section):
         return _bindable(self.moderator.listen_address)
 
     @property
+    def is_public(self) -> bool:
+        """Whether C1 is bound to an address that other machines can reach."""
+        return not all(host.startswith("127.") for host in (self.api_host, self.control_host))
+
+    @property
     def worker_host(self) -> str:
         """Address that the worker's metrics really bind, see `api_host`."""
         return _bindable(self.worker.listen_address)

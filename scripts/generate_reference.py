@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from hcna_ray.api import schemas
 from hcna_ray.api.admission import BATCHES_MAX, PROBES_MAX, UPLOADS_MAX, Sort
 from hcna_ray.api.app import GROUPS
+from hcna_ray.api.policy import MEANING, Check
 from hcna_ray.api.problems import status_of, title_of
 from hcna_ray.cli.main import app
 from hcna_ray.config import PortSettings, Settings
@@ -32,6 +33,7 @@ from hcna_ray.core.errors import CannotAccept, Conflict, HcnaError, Invalid
 from hcna_ray.core.models import FailureKind
 from hcna_ray.observability.exposition import Sample, families
 from hcna_ray.runtime.worker_page import GAUGES
+from hcna_ray.security.keys import OF_OTHERS, ROLES, View
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hcna_ray"
@@ -382,8 +384,9 @@ CODES = {
     "not_finite": "The body holds NaN, an infinity, or a number too large for a double.",
     "number_out_of_range": "An integer of the body does not fit into 64 bits.",
     "invalid_header": "Content-Length is not a number.",
-    "unauthorized": "No key, two keys, or one that is not known.",
-    "forbidden": "The key has no admin role, which the route needs.",
+    "unauthorized": "No key, two keys, or one that is not known, has expired or was revoked.",
+    "forbidden": "The key's role is lower than the route needs.",
+    "out_of_scope": "The key is not for this task type or queue.",
     "not_found": "There is nothing at this path.",
     "task_not_found": "There is no such task.",
     "batch_not_found": "There is no such batch.",
@@ -405,9 +408,11 @@ CODES = {
     "invalid_payload": "The payload does not fit the model of its type; fields are named.",
     "invalid_request": "A field is unknown, missing, or has a wrong value; fields are named.",
     "dependency_not_found": "`depends_on` names a task or ref that is not there.",
+    "unknown_artifact": "The payload names an artifact that is not the caller's.",
     "dependency_cycle": "`depends_on` goes in a circle, or leads to one.",
     "digest_mismatch": "The bytes do not have the SHA-256 that was announced.",
-    "quota": "The caller's own limit is reached. No route uses it yet.",
+    "quota": "As many tasks of the key's owner wait or run as the key allows.",
+    "rate_limited": "As many requests were made as the key allows for now.",
     "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
     "moderator_unavailable": "M1 does not answer. Reads go on.",
     "outcome_unknown": "M1 was asked and did not answer: it may have been done. Send it again with "
@@ -478,6 +483,7 @@ def _codes_of_classes() -> dict[str, int]:
 MADE_WITH_CODE = {
     "unauthorized": 401,
     "forbidden": 403,
+    "out_of_scope": 403,
     "too_large": 413,
     "uri_too_long": 414,
     "unsupported_encoding": 415,
@@ -543,8 +549,8 @@ def error_codes() -> list[str]:
         ```
 
         `code` is stable and may be matched on; `detail` is for people. `errors` lists
-        `{field, message}` where fields are wrong. 503, 504 and 507 carry `Retry-After`, also as
-        `retry_after_s`: nothing was stored, trying again later is safe.
+        `{field, message}` where fields are wrong. 429, 503, 504 and 507 carry `Retry-After`, also
+        as `retry_after_s`: nothing was stored, trying again later is safe.
         """)
     ranked = sorted(CODES, key=lambda code: (found[code], list(CODES).index(code)))
     rows = [(found[code], title_of(found[code]), f"`{code}`", CODES[code]) for code in ranked]
@@ -655,7 +661,9 @@ def http_api() -> list[str]:
         ## Routes
         """)
     access: dict[tuple[str, str], tuple[str, Any]] = {
-        (r.method, r.path): (r.access, r.sort) for group in GROUPS for r in group.declared
+        (r.method, r.path): (r.policy.role or "open", r.sort)
+        for group in GROUPS
+        for r in group.declared
     }
     rows = []
     for route in (route for group in GROUPS for route in group.router.routes):
@@ -665,13 +673,14 @@ def http_api() -> list[str]:
         good = "/".join(str(status) for status in route.responses if int(status) < 400)
         budget = sort.value if isinstance(sort, Sort) else "read or wait"
         rows.append((f"`{method} {route.path}`", who, budget, good, route.summary))
-    lines += table(("route", "access", "budget", "answers", "does"), rows)
+    lines += table(("route", "role", "budget", "answers", "does"), rows)
     lines += prose(f"""
-        *Access*: `open` to everyone, `key`, or `admin` (a key with the admin role; the owner's has
-        it). *Budget*: what the request is counted against while it is in progress. Budgets are
-        apart, so that waiting clients take nothing from those who submit; a full one answers 503
-        with `Retry-After` at once. For each replica: `limits.writes_max`, `limits.reads_max`,
-        `limits.waits_max`, {BATCHES_MAX} batches, {UPLOADS_MAX} uploads, {PROBES_MAX} probes.
+        *Role*: the least that a key must have, or `open` to everyone; what else is held against a
+        key: [who may do what](access.md). *Budget*: what the request is counted against while it
+        is in progress. Budgets are apart, so that waiting clients take nothing from those who
+        submit; a full one answers 503 with `Retry-After` at once. For each replica:
+        `limits.writes_max`, `limits.reads_max`, `limits.waits_max`, {BATCHES_MAX} batches,
+        {UPLOADS_MAX} uploads, {PROBES_MAX} probes.
 
         ## Waiting
 
@@ -695,6 +704,72 @@ def http_api() -> list[str]:
     for model in ANSWERS:
         lines += _shape(model, with_default=False)
     return lines
+
+
+# -- who may do what -------------------------------------------------------------------------------
+
+#: What each role is for, and how much it sees of the tasks of others.
+ROLE_TEXTS: dict[str, str] = {
+    "viewer": "Watches. Changes nothing.",
+    "submitter": "Works with its own tasks: submits, looks, waits, cancels, runs again.",
+    "operator": "Does that with every task, and runs the house: queues and workers.",
+    "admin": "Everything. The owner's key, made at the first `hcna up`, is the first admin.",
+}
+VIEW_TEXTS = {
+    View.NONE: "they do not exist",
+    View.OUTLINE: "an outline: type, state, times, where it runs",
+    View.FULL: "everything",
+}
+
+
+def access() -> list[str]:
+    """Roles, and the policy of every route."""
+    agree("roles", ROLE_TEXTS, ROLES)
+    lines = header("Who may do what", "the policies beside the routes in `hcna_ray/api/routes/`")
+    lines += prose("""
+        Every request but those to open routes carries a key, and every key has a role. A role may
+        do what those above it in this table may. Whose a task is, its key's *owner* says: by
+        default the key's own name, so that each key is by itself; `hcna keys create B --owner A`
+        makes another key to the tasks of A. One's own tasks every role sees in full.
+        """)
+    rows = [(f"`{role}`", ROLE_TEXTS[role], VIEW_TEXTS[OF_OTHERS[role]]) for role in ROLES]
+    lines += table(("role", "may", "sees of the tasks of others"), rows)
+    lines += prose("""
+        *Outline*: payload, result, metadata, trace context and what it depends on are left out, and
+        so are the words of errors and progress; `outline: true` says so.
+
+        *Scopes* limit a key to task types (`--task-type`) and queues (`--queue`), by name or by the
+        beginning of names (`drgfc.*`). It may submit nothing else, and what lies outside does not
+        exist for it, whatever its role. An admin has no scopes.
+
+        What a key may not see is answered like a name that nobody has: 404, in the same words. So
+        nobody finds out ids by asking.
+
+        *Artifacts* are their owner's: who has sent all of its bytes, or has seen its name in the
+        result of a task that it sees in full. Operators and admins without scopes see all.
+
+        Not separate: names of queues and task types, how many tasks they hold, ordering and
+        concurrency keys (they are the house's: the same key of two owners is one key), and whether
+        somebody has stored exactly the bytes that one has oneself.
+
+        ## Routes
+
+        *Role*: the least one. *Checked*: what else is held against the key, below.
+        """)
+    found = []
+    for group in GROUPS:
+        for route in group.declared:
+            role = f"`{route.policy.role}`" if route.policy.role else "open"
+            if route.policy.in_public:
+                role += f"; `{route.policy.in_public}` where C1 is not on loopback"
+            check = "" if route.policy.check is Check.NONE else f"`{route.policy.check}`"
+            found.append((f"`{route.method} {route.path}`", role, check))
+    lines += table(("route", "role", "checked"), found)
+    lines += ["## Checks", ""]
+    return lines + table(
+        ("check", "means"),
+        [(f"`{check}`", text) for check, text in MEANING.items() if check is not Check.NONE],
+    )
 
 
 def _shape(model: type[BaseModel], *, with_default: bool) -> list[str]:
@@ -744,6 +819,7 @@ def _with_null(info: FieldInfo) -> str:
 # -- the program -----------------------------------------------------------------------------------
 
 BUILDERS: dict[str, Callable[[], list[str]]] = {
+    "access.md": access,
     "cli.md": cli,
     "configuration.md": configuration,
     "error-codes.md": error_codes,

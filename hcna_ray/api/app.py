@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from hcna_ray.api import openapi, problems
 from hcna_ray.api.admission import Admission
+from hcna_ray.api.allowance import Quotas, Rates
 from hcna_ray.api.audit import AuditDesk
 from hcna_ray.api.gather import Gatherer
 from hcna_ray.api.limits import BodyLimits, RequestLimits
@@ -115,6 +116,7 @@ def build_app(
     clock: Clock,
     ids: IdSource,
     threaded_reads: bool = True,
+    public: bool | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -129,6 +131,7 @@ def build_app(
         clock: Time.
         ids: New ids.
         threaded_reads: False reads on the event loop, for a reader that is not safe elsewhere.
+        public: Whether others than this machine can reach it; by default the settings say so.
     """
     limits = settings.limits
     open_reader = reader if callable(reader) else _always(reader)
@@ -168,6 +171,9 @@ def build_app(
         submissions=Submissions(registry, settings),
         stats=RequestStats(),
         audit=AuditDesk(moderator, clock),
+        rates=Rates(clock),
+        quotas=Quotas(reads, clock),
+        public=settings.is_public if public is None else public,
         started_at=clock.now(),
         files=ThreadPoolExecutor(FILE_THREADS, "files"),
     )

@@ -88,12 +88,12 @@ def render_page(document: Mapping[str, Any]) -> str:
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Sequence[str]:
-    access = {"open": "open to everyone", "key": "needs a key", "admin": "needs an admin key"}
+    role = operation.get("x-hcna-role", "open")
+    access = "open to everyone" if role == "open" else f"needs a key of role {role}, or higher"
     parts = [
         f"<h3 id='{escape(operation['operationId'])}'><span class=m>{method}</span> "
         f"<code>{escape(path)}</code></h3>",
-        f"<p>{_text(operation.get('summary', ''))} "
-        f"<i>({access[operation.get('x-hcna-access', 'key')]})</i></p>",
+        f"<p>{_text(operation.get('summary', ''))} <i>({access})</i></p>",
         f"<p>{_text(operation.get('description', ''))}</p>",
     ]
     if parameters := operation.get("parameters"):

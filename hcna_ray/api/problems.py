@@ -29,6 +29,7 @@ from hcna_ray.core.errors import (
     NoAnswer,
     NotFound,
     QuotaExceeded,
+    RateLimited,
     StaleWorker,
     StoreFull,
 )
@@ -75,6 +76,16 @@ class Forbidden(RequestRefused):
 
     def __init__(self, message: str) -> None:
         super().__init__("forbidden", message)
+        self.args = (message,)
+
+
+class OutOfScope(RequestRefused):
+    """The key's role would do, and what it is about lies outside of the key's scopes (403)."""
+
+    status = 403
+
+    def __init__(self, message: str) -> None:
+        super().__init__("out_of_scope", message)
         self.args = (message,)
 
 
@@ -139,6 +150,7 @@ _STATUS_BY_CLASS: tuple[tuple[type[HcnaError], int], ...] = (
     (StaleWorker, 409),
     (Invalid, 422),
     (QuotaExceeded, 429),
+    (RateLimited, 429),
     (DiskFull, 507),
     (StoreFull, 507),
     (NoAnswer, 504),

@@ -1,7 +1,7 @@
 """What every route has in common: a declared policy, one way to read requests, one to answer.
 
-A route cannot be added without saying who may use it and which budget it is counted against. What
-is declared here is also what ``/openapi.json`` tells.
+A route cannot be added without saying who may use it (`hcna_ray.api.policy`) and which budget it is
+counted against. What is declared here is also what ``/openapi.json`` tells.
 """
 
 from __future__ import annotations
@@ -23,14 +23,23 @@ from hcna_ray import failpoints
 from hcna_ray.api import strict_json
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.auth import authenticate
-from hcna_ray.api.problems import Forbidden, invalid, refuse_field, respond, unexpected
+from hcna_ray.api.policy import Check, Policy, rank_of
+from hcna_ray.api.problems import (
+    Forbidden,
+    OutOfScope,
+    Unauthorized,
+    invalid,
+    refuse_field,
+    respond,
+    unexpected,
+)
 from hcna_ray.api.schemas import IDEMPOTENCY_KEY, NoQuery, ProblemOut, Query
 from hcna_ray.api.services import Services
+from hcna_ray.api.visibility import check_artifact, check_task
 from hcna_ray.core.envelopes import trace_id
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.keys import ApiKey
 
-Access = Literal["open", "key", "admin"]
 Method = Literal["GET", "HEAD", "POST", "PUT", "DELETE"]
 M = TypeVar("M", bound=BaseModel)
 Q = TypeVar("Q", bound=Query)
@@ -53,8 +62,17 @@ class Call:
         self._query = query
 
     @property
+    def key(self) -> ApiKey:
+        """The caller's key, on a route that is not open."""
+        assert self.caller is not None
+        return self.caller
+
+    @property
     def principal(self) -> str:
-        """Name of the caller's key; empty on an open route."""
+        """Name of the caller's key, for the audit; empty on an open route.
+
+        Whose a task is says the key's *owner*, which several keys may share.
+        """
         return "" if self.caller is None else self.caller.name
 
     def path(self, name: str) -> str:
@@ -148,7 +166,7 @@ class Route:
 
     method: Method
     path: str
-    access: Access
+    policy: Policy
     sort: Sort | SortOf
     name: str
     pattern: re.Pattern[str]
@@ -164,7 +182,7 @@ _UNKNOWN = {"POST": (504,), "DELETE": (504,)}
 _WORDS = {
     400: "The body is not strict JSON, or a header is malformed.",
     401: "No key, or one that is not valid.",
-    403: "The key may not do this.",
+    403: "The key's role or its scopes do not allow this.",
     404: "It does not exist.",
     409: "It does not fit the state of things.",
     413: "The body is too large.",
@@ -172,7 +190,7 @@ _WORDS = {
     415: "The body is compressed.",
     416: "The range lies behind the end.",
     422: "The request does not fit its model.",
-    429: "The caller's quota is used up; see Retry-After.",
+    429: "The key's rate or quota is used up; see Retry-After.",
     431: "The header fields are too large.",
     500: "Something went wrong inside; the log id tells what.",
     503: "Not now; see Retry-After.",
@@ -193,7 +211,7 @@ class Routes:
         method: Method,
         path: str,
         *,
-        access: Access,
+        policy: Policy,
         sort: Sort | SortOf,
         answers: Mapping[int, type[BaseModel] | str],
         problems: Sequence[int] = (),
@@ -207,7 +225,7 @@ class Routes:
         Args:
             method: HTTP method.
             path: Template such as ``/tasks/{task_id}``.
-            access: ``open`` to everyone, with a ``key``, or with an ``admin`` key.
+            policy: Who may use it, and what of the request is held against the key.
             sort: Budget it is counted against, or how to tell from the request.
             answers: Model of each good status, or a media type for what is not JSON.
             problems: Further statuses that it may refuse with.
@@ -218,14 +236,14 @@ class Routes:
         """
 
         def declare(handler: Handler) -> Handler:
-            guarded = _guard(handler, method, path, access, sort, query)
+            guarded = _guard(handler, method, path, policy, sort, query)
             pattern, _, _ = compile_path(path)
             models = [m for m in (*answers.values(), body) if isinstance(m, type)]
             self.declared.append(
                 Route(
                     method=method,
                     path=path,
-                    access=access,
+                    policy=policy,
                     sort=sort,
                     name=handler.__name__,
                     pattern=pattern,
@@ -245,9 +263,9 @@ class Routes:
                 response_class=Response,
                 response_model=None,
                 responses=_responses(
-                    answers, (*problems, *_UNKNOWN.get(method, ())), access, body is not None
+                    answers, (*problems, *_UNKNOWN.get(method, ())), policy, body is not None
                 ),
-                openapi_extra=_extra(method, path, access, body, body_optional, query),
+                openapi_extra=_extra(method, path, policy, body, body_optional, query),
                 include_in_schema=in_schema,
             )
             return handler
@@ -259,22 +277,36 @@ def _guard(
     handler: Handler,
     method: str,
     path: str,
-    access: Access,
+    policy: Policy,
     sort: Sort | SortOf,
     query_model: type[Query] | None,
 ) -> Endpoint:
+    check = policy.check
+    least = {public: policy.least(public=public) for public in (False, True)}
+    ranks = {public: rank_of(role) for public, role in least.items()}
+
     async def endpoint(request: Request) -> Response:
         services: Services = request.app.state.services
         since = services.clock.elapsed()
         caller: ApiKey | None = None
         try:
-            caller = None if access == "open" else authenticate(request.headers, services.keys)
-            if access == "admin" and caller is not None and caller.role != "admin":
-                raise Forbidden(
-                    f"the key {caller.name!r} has no admin role, which this route needs"
-                )
+            rank = ranks[services.public]
+            if rank < 0:
+                if check is not Check.NONE:
+                    caller = _perhaps(request, services)
+            else:
+                caller = authenticate(request.headers, services.keys, services.clock)
+                if caller.rate is not None:
+                    services.rates.take(caller)
+                if caller.rank < rank:
+                    raise Forbidden(
+                        f"the key {caller.name!r} has role {caller.role}; this needs role "
+                        f"{least[services.public]}, or a higher one"
+                    )
             budget = sort if isinstance(sort, Sort) else sort(request)
             with services.admission.admit(budget):
+                if caller is not None and not caller.sees_all and check in _OF_THE_PATH:
+                    await _check_path(services, caller, check, request)
                 query = NoQuery() if query_model is None else _read_query(request, query_model)
                 call = Call(request, services, caller, query)
                 if method == "POST":
@@ -293,6 +325,36 @@ def _guard(
         return response
 
     return endpoint
+
+
+#: What the path names is held against the key here, before a handler sees the request. The other
+#: checks concern bodies, filters and answers: handlers make them, with `hcna_ray.api.visibility`.
+_OF_THE_PATH = frozenset({Check.TASK, Check.QUEUE, Check.ARTIFACT, Check.MACHINES})
+
+
+async def _check_path(services: Services, caller: ApiKey, check: Check, request: Request) -> None:
+    """Raise unless what the path names is there for the caller."""
+    params = request.path_params
+    if check is Check.TASK:
+        await check_task(services, caller, params["task_id"])
+    elif check is Check.QUEUE:
+        if not caller.covers(queue=params["name"]):
+            raise OutOfScope(f"the key {caller.name!r} is not for the queue {params['name']!r:.80}")
+    elif check is Check.MACHINES:
+        if caller.scoped:
+            raise OutOfScope(
+                f"the key {caller.name!r} is limited to some tasks; a machine runs those of others"
+            )
+    elif "sha256" in params:  # An upload names none in its path.
+        await check_artifact(services, caller, params["sha256"])
+
+
+def _perhaps(request: Request, services: Services) -> ApiKey | None:
+    """Return the caller of an open route: nobody, unless the key it shows is good."""
+    try:
+        return authenticate(request.headers, services.keys, services.clock)
+    except Unauthorized:
+        return None
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:
@@ -326,7 +388,7 @@ def _reference(model: type[BaseModel]) -> dict[str, str]:
 def _responses(
     answers: Mapping[int, type[BaseModel] | str],
     problems: Sequence[int],
-    access: Access,
+    policy: Policy,
     has_body: bool,
 ) -> dict[int | str, dict[str, Any]]:
     found: dict[int | str, dict[str, Any]] = {}
@@ -342,9 +404,9 @@ def _responses(
     statuses = {*problems, *_HEAD_PROBLEMS}
     if has_body:
         statuses.add(400)
-    if access != "open":
-        statuses.add(401)
-    if access == "admin":
+    if policy.role is not None or policy.in_public is not None:
+        statuses |= {401, 429}
+    if rank_of(policy.least(public=True)) > 0:
         statuses.add(403)
     for status in sorted(statuses):
         found[status] = {
@@ -373,7 +435,7 @@ _IDEMPOTENCY_KEY = {
 def _extra(
     method: str,
     path: str,
-    access: Access,
+    policy: Policy,
     body: type[BaseModel] | str | None,
     body_optional: bool,
     query: type[Query] | None,
@@ -400,8 +462,9 @@ def _extra(
         parameters += [_IDEMPOTENCY_KEY, _TRACEPARENT]
     extra: dict[str, Any] = {
         "parameters": parameters,
-        "security": [] if access == "open" else [{"bearer": []}, {"apiKey": []}],
-        "x-hcna-access": access,
+        "security": [] if policy.role is None else [{"bearer": []}, {"apiKey": []}],
+        "x-hcna-role": policy.role or "open",
+        "x-hcna-check": policy.check.value,
     }
     if body is not None:
         content: dict[str, Any] = (

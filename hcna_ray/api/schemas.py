@@ -397,6 +397,11 @@ class TaskOut(Answer):
     batch_id: str | None
     metadata: JsonObject | None
     traceparent: str | None
+    outline: bool = Field(
+        default=False,
+        description="A viewer sees no more than this of the tasks of others: neither what was "
+        "submitted nor what came of it.",
+    )
 
 
 class WaitOut(Answer):
@@ -514,7 +519,16 @@ class KeyOut(Answer):
 
     name: str
     role: str
+    owner: str
+    task_types: list[str]
+    queues: list[str]
     created_at: Time
+    expires_at: Time | None
+    revoked_at: Time | None
+    state: Literal["good", "expired", "revoked"]
+    quota: int | None
+    rate: float | None
+    burst: int | None
     fingerprint: str
 
 

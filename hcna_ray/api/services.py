@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hcna_ray.api.admission import Admission
+from hcna_ray.api.allowance import Quotas, Rates
 from hcna_ray.api.audit import AuditDesk
 from hcna_ray.api.gather import Gatherer
 from hcna_ray.api.metrics import RequestStats
@@ -17,6 +17,7 @@ from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
 from hcna_ray.api.reads import Reads
 from hcna_ray.api.submission import Submissions
 from hcna_ray.api.views import NOBODY, Cluster
+from hcna_ray.api.visibility import Seen
 from hcna_ray.api.waiters import ChangeFeed
 from hcna_ray.config import Settings
 from hcna_ray.core.clock import Clock
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 VIEW_AGE_S = 0.5
 #: How long a probe waits for the moderator before it says that it does not answer.
 PROBE_S = 2.0
-EMPTY_BATCHES_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +110,6 @@ class ClusterCache:
         self._glance = (self._clock.elapsed(), glance)
 
 
-class EmptyBatches:
-    """Ids of recent batches none of whose items was new: there is nothing to wait for in them."""
-
-    def __init__(self) -> None:
-        self._ids: OrderedDict[str, None] = OrderedDict()
-
-    def add(self, batch_id: str) -> None:
-        """Remember a batch, and forget the oldest beyond the bound."""
-        self._ids[batch_id] = None
-        if len(self._ids) > EMPTY_BATCHES_MAX:
-            self._ids.popitem(last=False)
-
-    def __contains__(self, batch_id: object) -> bool:
-        return batch_id in self._ids
-
-
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """Everything a route may use."""
@@ -148,4 +132,14 @@ class Services:
     started_at: float
     #: Blocking file work.
     files: ThreadPoolExecutor
-    empty_batches: EmptyBatches = field(default_factory=EmptyBatches)
+    #: Requests and open tasks by key.
+    rates: Rates
+    quotas: Quotas
+    #: Whether C1 listens on more than loopback.
+    public: bool = False
+    #: Recent batches none of whose items was new, by principal: there is nothing to wait for.
+    empty_batches: Seen = field(default_factory=Seen)
+    #: Which batches a key was found to see.
+    seen_batches: Seen = field(default_factory=Seen)
+    #: Artifacts that were marked as an owner's.
+    granted: Seen = field(default_factory=Seen)

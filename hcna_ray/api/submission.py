@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel, ValidationError
 
-from hcna_ray.api.problems import invalid, refuse_field
+from hcna_ray.api.problems import OutOfScope, invalid, refuse_field
 from hcna_ray.api.schemas import BatchTaskIn, RequiresIn, RetryIn, TaskIn
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError, Invalid
 from hcna_ray.core.models import Needs, OnDisconnect, RetryPolicy, TaskSpec
 from hcna_ray.handlers import Registry, TaskDefaults, TaskType
+from hcna_ray.security.keys import ApiKey
 
 REF = "ref:"
 #: Items named of a circle.
@@ -27,7 +28,7 @@ _ON_DISCONNECT = {choice.value: choice for choice in OnDisconnect}
 class Sender:
     """Who submits, and what the request's headers say about all of its tasks."""
 
-    principal: str
+    key: ApiKey
     #: Header ``Idempotency-Key``; item *i* of a batch has ``key/i``.
     idempotency_key: str | None = None
     traceparent: str | None = None
@@ -104,6 +105,9 @@ class Submissions:
         batch_id: str | None,
         now: float,
     ) -> TaskSpec:
+        caller = sender.key
+        if caller.scoped and not caller.covers(model.task_type, model.queue):
+            raise _out_of_scope(caller, model)
         task_type = self._registry.get(model.task_type)
         payload = task_type.validate_payload(model.payload)
         task_type.check_worker_paths(payload, self._disk_path)
@@ -147,7 +151,7 @@ class Submissions:
             concurrency_key=model.concurrency_key,
             on_disconnect=_ON_DISCONNECT[model.on_disconnect],
             wait_max_s=self._wait_max_s,
-            principal=sender.principal,
+            principal=caller.owner,
             idempotency_key=key,
             fingerprint="" if key is None else fingerprint(model, payload),
             batch_id=batch_id,
@@ -337,6 +341,12 @@ def _id_of(
     item = items[by_ref[name.removeprefix(REF)]]
     assert not isinstance(item, HcnaError)
     return item[1].id
+
+
+def _out_of_scope(caller: ApiKey, model: TaskIn) -> OutOfScope:
+    if caller.covers(model.task_type):
+        return OutOfScope(f"the key {caller.name!r} is not for the queue {model.queue!r}")
+    return OutOfScope(f"the key {caller.name!r} is not for tasks of type {model.task_type!r}")
 
 
 def _validate(kind: type[Any], body: object) -> Any:

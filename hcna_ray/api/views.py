@@ -250,8 +250,55 @@ def _scheduled(task: Task, now: float) -> PendingReason:
     return PendingReason("scheduled", f"scheduled for {iso(task.due_at)}", "wait")
 
 
+#: What the submitter or the handler wrote, and what an outline has in its place.
+_WITHHELD: Json = {"result": None, "metadata": None, "traceparent": None, "depends_on": []}
+#: Reasons whose words quote the submitter.
+_QUOTING = frozenset({"ordering_key", "concurrency_key"})
+
+
+def outline(view: Json) -> Json:
+    """Return of a task only what it is and how it fares: nothing its submitter or handler wrote."""
+    bare = view | _WITHHELD | {"outline": True}
+    bare.pop("payload", None)
+    if bare["progress"] is not None:
+        bare["progress"] = bare["progress"] | {"message": ""}
+    if bare["error"] is not None:
+        bare["error"] = bare["error"] | {"message": "", "type": None}
+    if bare["pending_reason"] is not None and bare["pending_reason"]["code"] in _QUOTING:
+        bare["pending_reason"] = bare["pending_reason"] | {"message": "another task comes first"}
+    if "attempts" in bare:
+        bare["attempts"] = [
+            attempt
+            if attempt["error"] is None
+            else attempt | {"error": {**_NO_ERROR, "kind": attempt["error"]["kind"]}}
+            for attempt in bare["attempts"]
+        ]
+    return bare
+
+
+_NO_ERROR: Json = {"kind": "", "message": "", "type": None, "traceback": None}
+
+
+def worker_in_brief(view: Json, running: Sequence[Mapping[str, Any]], *, brief: bool) -> Json:
+    """Return a worker as those see it who do not see everything.
+
+    Args:
+        view: All of it.
+        running: Of what it runs, what they may see, in the words of the moderator.
+        brief: Leave out what is for operators.
+    """
+    shown = view | {"running": [_running(item) for item in running]}
+    return shown | {"telemetry": {}, "address": ""} if brief else shown
+
+
+def worker_for_strangers(view: Json) -> Json:
+    """Return who a worker is and whether it is there."""
+    blank: Json = {"resources": {}, "free": {}, "labels": {}, "task_types": [], "trouble": None}
+    return worker_in_brief(view, (), brief=True) | blank | {"slots": 0, "clock_ahead_s": 0.0}
+
+
 def worker_view(worker: WorkerInfo) -> Json:
-    """Return a worker as ``GET /workers`` shows it."""
+    """Return a worker as ``GET /workers`` shows it to operators."""
     return {
         "name": worker.name,
         "node_id": worker.node_id,

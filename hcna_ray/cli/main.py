@@ -18,6 +18,7 @@ from hcna_ray.cli import (
     certs,
     cluster,
     demo,
+    keys,
     machines,
     measure,
     service,
@@ -29,6 +30,7 @@ from hcna_ray.cli.terminal import CommandFailed, ExitCode
 from hcna_ray.client import (
     ApiError,
     ConnectionFailed,
+    Forbidden,
     HcnaClientError,
     NotFound,
     Overloaded,
@@ -55,6 +57,7 @@ service.register(app)
 backup.register(app)
 certs.register(app)
 audit.register(app)
+keys.register(app)
 store.register(app)
 
 _INTERRUPTED = 130
@@ -121,6 +124,10 @@ def _after_refusal(error: ApiError) -> str:
     match error:
         case Unauthorized():
             return 'eval "$(hcna env)" on the machine of C1, or set HCNA_API_KEY'
+        case Forbidden():
+            return "hcna keys create on M1 makes a key that may do this"
+        case _ if error.code == "quota":
+            return "hcna task list --status queued"
         case NotFound() if error.code == "worker_not_found":
             return "hcna workers"
         case NotFound() if error.code == "task_not_found":

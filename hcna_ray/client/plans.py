@@ -690,7 +690,7 @@ class Planner:
                 yield Emit(view)
             left = None if left is None else left - len(views)
             cursor = raw.get("next_cursor")
-            if not cursor or not views:
+            if not cursor:  # A page may be empty, for a key with scopes, and another follow.
                 return
             params["cursor"] = str(cursor)
 

@@ -19,7 +19,8 @@
     │   ├── StoreUnavailable
     │   │   ├── StoreDamaged  its file contradicts itself: only a backup helps
     │   │   └── StoreFull
-    │   ├── QuotaExceeded
+    │   ├── QuotaExceeded     as many tasks as the key may have in the queue
+    │   ├── RateLimited       as many requests as the key may make
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
     ├── StaleModerator        a moderator on an older store than this worker has worked for
@@ -238,6 +239,12 @@ class QuotaExceeded(CannotAccept):
     """The caller's own limit is reached."""
 
     code = "quota"
+
+
+class RateLimited(CannotAccept):
+    """The caller has made as many requests as its key allows for now."""
+
+    code = "rate_limited"
 
 
 class DiskFull(CannotAccept):

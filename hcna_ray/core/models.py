@@ -23,6 +23,9 @@ RUN_TIMEOUT_GRACE_S = 30.0
 #: Slot number of an attempt that has a Ray task of its own.
 HEAVY_SLOT = -1
 
+#: Principal of the house's own key: it sees every task, and nothing is counted against it.
+OWNER = "owner"
+
 
 class TaskState(StrEnum):
     """Where a task stands. A granted task is still ``queued``; a backoff is ``scheduled``."""

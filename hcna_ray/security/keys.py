@@ -1,8 +1,20 @@
-"""API keys: 256 random bits, shown once, kept as SHA-256.
+"""API keys: who holds them, what they may do, and how they are kept.
 
-``keys/keys.json`` holds one entry per key (digest, name, role, time). ``keys/client.key`` holds the
-owner's own key in clear, mode 0600, so that the command line works without any further step. A
-digest without salt or stretching is enough here: the key itself has 256 bits of entropy.
+    keys/keys.json    one entry a key: digest, name, role, scopes, expiry, quota, rate; schema 2
+    keys/client.key   the owner's own key in clear, mode 0600, so that the command line just works
+
+A key is 256 random bits, shown once. What is kept is its plain SHA-256. A slow hash (bcrypt,
+argon2) makes guessing a *weak* secret dear; a secret of 256 bits cannot be guessed at any price,
+and a slow hash would cost every request milliseconds and hand whoever sends wrong keys a way to
+keep C1 busy. For the same reason no salt is needed: no two keys are alike, and no table holds them.
+
+They are a file and not a table of the store because the same file is read by C1 and the gate, both
+on M1, while M1 itself or its database is away; because ``hcna keys`` works before anything runs;
+and because it is in ``hcna backup --with-keys`` and in no other backup. It is replaced in one step,
+so that C1 sees a change by its stamp (`hcna_ray.api.auth.FileKeyRing`).
+
+A key is one of an *owner*, by default its own name. Tasks belong to the owner, not to the key: so a
+key can be replaced, and a second one can be handed to another program of the same person.
 """
 
 from __future__ import annotations
@@ -11,25 +23,41 @@ import fcntl
 import hashlib
 import hmac
 import json
+import math
 import os
+import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.models import OWNER
 from hcna_ray.durable import make_private_dir, write_private
 
-Role = Literal["admin", "user"]
+#: From the least to the most; each may do what those before it may.
+Role = Literal["viewer", "submitter", "operator", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 #: What a key starts with, so that a leaked one is recognised by scanners.
 PREFIX = "hcna_"
-#: More keys than this are a mistake; each request is compared with all of them.
+#: Keys on record, those included that were taken back.
 KEYS_MAX = 1000
-SCHEMA = 1
-_OWNER = "owner"
+#: Entries in one scope of a key.
+SCOPE_MAX = 100
+QUOTA_MAX = 100_000_000
+RATE_MAX = 1e6
+SCHEMA = 2
+#: Digits of a digest by which a key is named where its name is not enough.
+FINGERPRINT = 12
+
+#: What entries of schema 1 said instead of a role of today, and what that was allowed to do.
+_ROLES_OF_SCHEMA_1: Mapping[str, Role] = {"admin": "admin", "user": "operator"}
+_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,99}\*?\Z|\*\Z")
 
 
 class KeyFileBroken(HcnaError):
@@ -46,50 +74,208 @@ class KeyFileBroken(HcnaError):
 
 
 class KeyRefused(HcnaError):
-    """A key cannot be created under this name or role, or there are too many."""
+    """A key cannot be created as asked for, or there is none to be taken back."""
 
     code = "key_refused"
 
 
+class View(IntEnum):
+    """How much of a task a caller sees."""
+
+    #: It does not exist for them.
+    NONE = 0
+    #: Type, state, times, where it runs: nothing that its submitter or its handler wrote.
+    OUTLINE = 1
+    FULL = 2
+
+
+#: How much a role sees of the tasks of others. One's own are seen in full by every role.
+OF_OTHERS: Mapping[Role, View] = {
+    "viewer": View.OUTLINE,
+    "submitter": View.NONE,
+    "operator": View.FULL,
+    "admin": View.FULL,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """One known key. The key itself is not here and cannot be found out from this."""
+    """One key on record. The key itself is not here and cannot be found out from this."""
 
     name: str
     role: Role
     sha256: str
     created_at: float
+    #: Whose the tasks are that are submitted with it.
+    owner: str = ""
+    #: Names, or beginnings of names before a ``*``; empty means every one.
+    task_types: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    #: Tasks of the owner that may wait or run while one more is accepted.
+    quota: int | None = None
+    #: Requests a second, and how many at once after a quiet while.
+    rate: float | None = None
+    burst: int | None = None
+
+    def __post_init__(self) -> None:
+        """A key without an owner is its own."""
+        if not self.owner:
+            object.__setattr__(self, "owner", self.name)
+
+    @cached_property
+    def rank(self) -> int:
+        """Place of its role among `ROLES`."""
+        return ROLES.index(self.role)
+
+    @property
+    def fingerprint(self) -> str:
+        """The first digits of its digest."""
+        return self.sha256[:FINGERPRINT]
+
+    @cached_property
+    def scoped(self) -> bool:
+        """Whether it is limited to some task types or queues."""
+        return bool(self.task_types or self.queues)
+
+    @cached_property
+    def sees_all(self) -> bool:
+        """Whether there is nothing that it may not see in full: then nothing is compared."""
+        return OF_OTHERS[self.role] is View.FULL and not self.scoped
+
+    def covers(self, task_type: str | None = None, queue: str | None = None) -> bool:
+        """Whether a task type and a queue lie in its scopes; ``None`` is not asked about."""
+        return (task_type is None or _among(task_type, self.task_types)) and (
+            queue is None or _among(queue, self.queues)
+        )
+
+    def view(self, principal: str, task_type: str, queue: str) -> View:
+        """How much it shows of a task. What lies outside its scopes does not exist for it."""
+        if self.scoped and not self.covers(task_type, queue):
+            return View.NONE
+        return View.FULL if principal == self.owner else OF_OTHERS[self.role]
+
+    def state(self, now: float) -> Literal["good", "expired", "revoked"]:
+        """Whether it opens anything at an instant."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and now >= self.expires_at:
+            return "expired"
+        return "good"
 
 
-def create_key(keys_dir: Path, *, name: str, role: Role, now: float) -> str:
+def _among(name: str, patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return True
+    return any(
+        name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+        for pattern in patterns
+    )
+
+
+def create_key(
+    keys_dir: Path,
+    *,
+    name: str,
+    role: Role,
+    now: float,
+    owner: str | None = None,
+    task_types: Iterable[str] = (),
+    queues: Iterable[str] = (),
+    expires_at: float | None = None,
+    quota: int | None = None,
+    rate: float | None = None,
+    burst: int | None = None,
+) -> str:
     """Create a key and return it in clear; only its digest is kept.
 
     Args:
         keys_dir: Directory of the key files; made with mode 0700 if it is missing.
-        name: Who holds the key; unique, shown in listings and in the audit.
-        role: ``admin`` may also use ``/admin/*``; ``user`` may do everything else.
+        name: Shown in listings and in the audit; taken until the key is revoked.
+        role: What it may do; see ``docs/reference/access.md``.
         now: Seconds since the epoch, kept as ``created_at``.
+        owner: Whose tasks it submits and sees; default ``name``.
+        task_types: Names it is limited to; ``drgfc.*`` means all that begin so.
+        queues: Likewise.
+        expires_at: Instant from which on it is refused.
+        quota: Tasks of its owner that may be waiting or running.
+        rate: Requests a second.
+        burst: Requests at once after a quiet while; default what ``rate`` allows in a second.
 
     Raises:
-        KeyRefused: The name is taken or empty, the role unknown, or there are `KEYS_MAX` keys.
+        KeyRefused: The name is taken, something is out of bounds, or there are `KEYS_MAX` keys.
+        KeyFileBroken: The existing file cannot be read; it is left as it is.
+    """
+    wanted = ApiKey(
+        name=name,
+        role=role,
+        sha256="",
+        created_at=now,
+        owner=owner or name,
+        task_types=tuple(dict.fromkeys(task_types)),
+        queues=tuple(dict.fromkeys(queues)),
+        expires_at=expires_at,
+        quota=quota,
+        rate=rate,
+        burst=_burst_of(rate) if burst is None else burst,
+    )
+    if name == OWNER:
+        raise KeyRefused(f"the key {OWNER!r} is made at the first start; choose another name")
+    with locked_dir(keys_dir):
+        return _create(keys_dir, wanted, now)
+
+
+def revoke_key(keys_dir: Path, which: str, *, now: float) -> ApiKey:
+    """Take a key back and return it as it is on record now.
+
+    Args:
+        keys_dir: Directory of the key files.
+        which: Its name, or the first digits of its digest (at least 6) as listings show it.
+        now: Kept as ``revoked_at``.
+
+    Raises:
+        KeyRefused: There is no such key, or several.
         KeyFileBroken: The existing file cannot be read; it is left as it is.
     """
     with locked_dir(keys_dir):
-        return _create(keys_dir, name=name, role=role, now=now)
+        known = load_keys(keys_dir)
+        named = [key for key in known if key.name == which and key.revoked_at is None]
+        if not named and len(which) >= 6:
+            named = [
+                key
+                for key in known
+                if key.sha256.startswith(which.lower()) and key.revoked_at is None
+            ]
+        if len(named) != 1:
+            raise KeyRefused(
+                f"{len(named)} keys begin with {which!r}"
+                if named
+                else f"there is no key {which!r} that could be revoked"
+            )
+        gone = replace(named[0], revoked_at=now)
+        _save(keys_dir, [gone if key is named[0] else key for key in known])
+        return gone
 
 
 def ensure_owner_key(keys_dir: Path, *, now: float) -> str:
     """Return the owner's key in clear; create it (role ``admin``) at the first start.
 
-    If the clear file was lost, the owner gets a new key and the old one stops working.
+    If the clear file was lost, or its key revoked, the owner gets a new key and the old one stops
+    working.
     """
     with locked_dir(keys_dir):
         known = load_keys(keys_dir)
         clear = read_client_key(keys_dir)
-        if clear is not None and verify(known, clear) is not None:
-            return clear
-        _save(keys_dir, [key for key in known if key.name != _OWNER])
-        clear = _create(keys_dir, name=_OWNER, role="admin", now=now)
+        if clear is not None:
+            found = verify(known, clear)
+            if found is not None and found.state(now) == "good":
+                return clear
+        left = [key for key in known if key.name != OWNER or key.revoked_at is not None]
+        if len(left) != len(known):
+            _save(keys_dir, left)
+        wanted = ApiKey(name=OWNER, role="admin", sha256="", created_at=now)
+        clear = _create(keys_dir, wanted, now)
         write_private(keys_dir / "client.key", clear + "\n")
         return clear
 
@@ -112,7 +298,7 @@ def read_client_key(keys_dir: Path) -> str | None:
 
 
 def load_keys(keys_dir: Path) -> tuple[ApiKey, ...]:
-    """Return all known keys, oldest first; none before the first start.
+    """Return all keys on record, oldest first, those revoked and expired too.
 
     Raises:
         KeyFileBroken: The file is there but is not one of ours.
@@ -125,37 +311,90 @@ def load_keys(keys_dir: Path) -> tuple[ApiKey, ...]:
     except ValueError as error:
         raise KeyFileBroken(str(path), f"it is not JSON ({error})") from None
     try:
-        if data["schema"] != SCHEMA:
-            raise KeyFileBroken(str(path), f"its schema is {data['schema']!r}, not {SCHEMA}")
-        keys = tuple(_parse(entry) for entry in data["keys"])
+        schema = data["schema"]
+        if schema not in (1, SCHEMA):
+            raise KeyFileBroken(str(path), f"its schema is {schema!r}, not {SCHEMA}")
+        keys = tuple(_parse(entry, schema) for entry in data["keys"])
     except (KeyError, TypeError, ValueError) as error:
         raise KeyFileBroken(str(path), f"an entry is wrong ({error!r})") from None
     return keys
 
 
+def digest_of(clear: str) -> str:
+    """Return the digest of a key, as it is kept."""
+    return hashlib.sha256(clear.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def by_digest(keys: Iterable[ApiKey]) -> dict[str, ApiKey]:
+    """Return the keys by what is kept of them, for `look_up`."""
+    return {key.sha256: key for key in keys}
+
+
+def look_up(known: Mapping[str, ApiKey], presented: str) -> ApiKey | None:
+    """Return the key that was presented, revoked and expired ones too, or None.
+
+    The time taken tells nothing of a key that is near: what is looked for is the digest of what was
+    sent, and nobody can choose how a digest begins. What is found is compared in constant time.
+    """
+    digest = digest_of(presented)
+    found = known.get(digest)
+    if found is not None and hmac.compare_digest(found.sha256, digest):
+        return found
+    return None
+
+
 def verify(keys: Sequence[ApiKey], presented: str) -> ApiKey | None:
-    """Return the presented key, or None. A wrong key takes as long as a right one."""
-    digest = _digest(presented)
-    found: ApiKey | None = None
-    for key in keys:
-        if hmac.compare_digest(key.sha256, digest):
-            found = key
-    return found
+    """Return the presented key, revoked and expired ones too, or None."""
+    return look_up(by_digest(keys), presented)
 
 
-def _create(keys_dir: Path, *, name: str, role: Role, now: float) -> str:
-    known = load_keys(keys_dir)
-    if role not in get_args(Role):
-        raise KeyRefused(f"role {role!r} is unknown (known: {', '.join(get_args(Role))})")
-    if not name or len(name) > 64 or not name.isprintable():
-        raise KeyRefused("the name of a key has 1 to 64 printable characters")
-    if any(key.name == name for key in known):
-        raise KeyRefused(f"there is a key named {name!r} already")
+def _create(keys_dir: Path, wanted: ApiKey, now: float) -> str:
+    """Check what is wanted and add it; the directory is locked."""
+    known = list(load_keys(keys_dir))
+    _check(wanted)
+    if any(key.name == wanted.name and key.revoked_at is None for key in known):
+        raise KeyRefused(f"there is a key named {wanted.name!r} already")
     if len(known) >= KEYS_MAX:
-        raise KeyRefused(f"there are {KEYS_MAX} keys already")
+        # What opens nothing any more is kept to be looked at, and goes when room is needed.
+        useless = [key for key in known if key.state(now) != "good"]
+        if not useless:
+            raise KeyRefused(f"there are {KEYS_MAX} keys already")
+        known.remove(useless[0])
     clear = PREFIX + secrets.token_urlsafe(32)
-    _save(keys_dir, [*known, ApiKey(name=name, role=role, sha256=_digest(clear), created_at=now)])
+    _save(keys_dir, [*known, replace(wanted, sha256=digest_of(clear))])
     return clear
+
+
+def _burst_of(rate: float | None) -> int | None:
+    if rate is None or not math.isfinite(rate):
+        return None
+    return max(1, math.ceil(rate))
+
+
+def _check(key: ApiKey) -> None:
+    if key.role not in ROLES:
+        raise KeyRefused(f"role {key.role!r} is unknown (known: {', '.join(ROLES)})")
+    for what, text in (("name", key.name), ("owner", key.owner)):
+        if not text or len(text) > 64 or not text.isprintable() or text != text.strip():
+            raise KeyRefused(f"the {what} of a key has 1 to 64 printable characters")
+    if key.owner == OWNER and OF_OTHERS[key.role] is not View.FULL:
+        raise KeyRefused(f"the tasks of {OWNER!r} are for keys of role operator and admin")
+    for what, names in (("task type", key.task_types), ("queue", key.queues)):
+        if len(names) > SCOPE_MAX:
+            raise KeyRefused(f"a key names at most {SCOPE_MAX} of them: {what}")
+        for name in names:
+            if not _PATTERN.match(name):
+                raise KeyRefused(f"{name!r} is neither a {what} nor the beginning of one with a *")
+    if key.scoped and key.role == "admin":
+        raise KeyRefused("an admin may do everything: scopes are for the other roles")
+    if key.expires_at is not None and not key.created_at < key.expires_at < 1e11:
+        raise KeyRefused("a key expires after now")
+    if key.quota is not None and not 1 <= key.quota <= QUOTA_MAX:
+        raise KeyRefused(f"a quota is 1 to {QUOTA_MAX} tasks")
+    if key.rate is not None and not 0 < key.rate <= RATE_MAX:
+        raise KeyRefused(f"a rate is above 0 and at most {RATE_MAX:g} requests a second")
+    if key.burst is not None and (key.rate is None or not 1 <= key.burst <= RATE_MAX):
+        raise KeyRefused(f"a burst is 1 to {RATE_MAX:g} requests, and goes with a rate")
 
 
 def _save(keys_dir: Path, keys: Sequence[ApiKey]) -> None:
@@ -163,24 +402,58 @@ def _save(keys_dir: Path, keys: Sequence[ApiKey]) -> None:
     write_private(keys_dir / "keys.json", json.dumps(data, indent=2) + "\n")
 
 
-def _parse(entry: dict[str, object]) -> ApiKey:
-    role, digest, created_at = entry["role"], entry["sha256"], entry["created_at"]
-    if role not in get_args(Role):
-        raise ValueError(f"role {role!r}")
+_FIELDS = frozenset(each.name for each in fields(ApiKey))
+
+
+def _parse(entry: dict[str, Any], schema: int) -> ApiKey:
+    """Read one entry. What is not understood might be a limit, so it is not passed over."""
+    if unknown := sorted(set(entry) - _FIELDS):
+        raise ValueError(f"field {unknown[0]!r}")
+    role = _ROLES_OF_SCHEMA_1.get(entry["role"]) if schema == 1 else entry["role"]
+    digest = entry["sha256"]
     if not isinstance(digest, str) or len(bytes.fromhex(digest)) != 32:
         raise ValueError("sha256")
-    if not isinstance(created_at, int | float):
-        raise ValueError("created_at")
-    return ApiKey(
-        name=str(entry["name"]),
-        role=cast(Role, role),
+    if role not in ROLES:
+        raise ValueError(f"role {entry['role']!r}")
+    key = ApiKey(
+        name=_typed(entry["name"], str),
+        role=role,
         sha256=digest.lower(),
-        created_at=float(created_at),
+        created_at=_number(entry["created_at"]),
+        owner=_typed(entry.get("owner", ""), str),
+        task_types=_names(entry.get("task_types", [])),
+        queues=_names(entry.get("queues", [])),
+        expires_at=_optional(entry.get("expires_at")),
+        revoked_at=_optional(entry.get("revoked_at")),
+        quota=None if entry.get("quota") is None else _typed(entry["quota"], int),
+        rate=_optional(entry.get("rate")),
+        burst=None if entry.get("burst") is None else _typed(entry["burst"], int),
     )
+    try:
+        _check(replace(key, expires_at=None))
+    except KeyRefused as error:
+        raise ValueError(str(error)) from None
+    return key
 
 
-def _digest(clear: str) -> str:
-    return hashlib.sha256(clear.encode("utf-8", "surrogatepass")).hexdigest()
+def _typed(value: Any, kind: type[Any]) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {kind.__name__}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(_typed(name, str) for name in _typed(value, list))
 
 
 @contextmanager

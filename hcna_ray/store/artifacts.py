@@ -2,6 +2,11 @@
 
     artifacts/ab/ab12...         complete, never changed again
     artifacts/parts/ab12....4096.part   an upload of 4096 bytes; its length is what has arrived
+    artifacts/owners/<who>/ab12...      an empty file: it is theirs, among others perhaps
+
+Who may see everything needs no mark of his own. Anybody else has one for what he has sent, byte for
+byte, or what a task of his has made; and an upload of his is apart from those of others, so that
+how far it is tells nothing of what others have.
 
 A part is flushed to the disk before it is acknowledged, and so is its name. An upload becomes an
 artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes.
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -21,7 +27,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +46,7 @@ from hcna_ray.core.errors import (
 from hcna_ray.durable import sync_dir
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})\.part\Z")
+_PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})(\.[0-9a-f]{32})?\.part\Z")
 _CHUNK = 1024 * 1024
 #: Seconds after which a full disk is worth another try.
 DISK_RETRY_S = 30
@@ -132,6 +138,7 @@ class ArtifactStore:
         """
         self._root = root
         self._parts = root / "parts"
+        self._owners = root / "owners"
         self._artifact_bytes_max = artifact_bytes_max
         self._part_bytes_max = part_bytes_max
         self._uploads_max = uploads_max
@@ -176,12 +183,35 @@ class ArtifactStore:
             return stream.read(length)
 
     @_disk_errors()
-    def put(self, data: bytes, sha256: str | None = None) -> Artifact:
+    def owned(self, sha256: str, owner: str) -> bool:
+        """Return whether a complete artifact is here and marked as theirs."""
+        path = self._path(sha256)
+        return path is not None and path.is_file() and self._mark(path.name, owner).exists()
+
+    @_disk_errors()
+    def own(self, sha256: str, owner: str) -> bool:
+        """Mark a complete artifact as theirs, durably; return whether it is here."""
+        path = self._path(sha256)
+        if path is None or not path.is_file():
+            return False
+        mark = self._mark(path.name, owner)
+        if not mark.exists():
+            for folder in (self._owners, mark.parent):
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    sync_dir(folder.parent)
+            mark.touch(mode=0o400)
+            sync_dir(mark.parent)
+        return True
+
+    @_disk_errors()
+    def put(self, data: bytes, sha256: str | None = None, *, owner: str | None = None) -> Artifact:
         """Store a whole artifact.
 
         Args:
             data: At most ``part_bytes_max`` bytes.
             sha256: What the digest should be, if the caller knows it.
+            owner: Whose it is; ``None`` needs no mark.
 
         Raises:
             ArtifactTooLarge: it must be sent in parts.
@@ -202,6 +232,8 @@ class ArtifactStore:
             with self._temporary() as (stream, temporary):
                 _write(stream, data)
                 self._publish(temporary, target)
+        if owner is not None:
+            self.own(found, owner)
         return Artifact(sha256=found, size=len(data))
 
     @_disk_errors()
@@ -229,18 +261,23 @@ class ArtifactStore:
         return Artifact(sha256=found, size=copied)
 
     @_disk_errors()
-    def progress(self, sha256: str, size: int) -> Artifact | Upload:
+    def progress(self, sha256: str, size: int, *, owner: str | None = None) -> Artifact | Upload:
         """Return how much of an upload is here; nothing is begun by asking.
+
+        Args:
+            sha256: Digest of the whole.
+            size: Bytes of the whole.
+            owner: Whose upload it is; ``None`` is of whoever sees everything.
 
         Raises:
             ArtifactTooLarge: ``size`` is more than an artifact may have.
         """
         name = self._check_upload(sha256, size)
         target = self._target(name)
-        if target.is_file():
+        if self._is_done(target, owner):
             return Artifact(sha256=name, size=target.stat().st_size)
         try:
-            received = self._part(name, size).stat().st_size
+            received = self._part(name, size, owner).stat().st_size
         except FileNotFoundError:
             received = 0
         # All there but never checked (a crash in between): the last byte is asked for again.
@@ -248,7 +285,13 @@ class ArtifactStore:
 
     @_disk_errors()
     def append(
-        self, sha256: str, *, offset: int, size: int, pieces: Sequence[bytes]
+        self,
+        sha256: str,
+        *,
+        offset: int,
+        size: int,
+        pieces: Sequence[bytes],
+        owner: str | None = None,
     ) -> Artifact | Upload:
         """Add one part to an upload; the last one makes it an artifact.
 
@@ -258,6 +301,8 @@ class ArtifactStore:
             size: Bytes of the whole.
             pieces: The part, in as many pieces as it came in: together at least one byte, and at
                 most ``part_bytes_max``.
+            owner: Whose upload it is; ``None`` is of whoever sees everything. Theirs is complete
+                when they have sent all of it, whoever else has.
 
         Raises:
             OffsetMismatch: the upload stands elsewhere.
@@ -274,17 +319,18 @@ class ArtifactStore:
         if not length or offset < 0 or offset + length > size:
             raise Invalid("invalid_request", "the part is empty or does not lie inside the whole")
         target = self._target(name)
-        if target.is_file():
+        if self._is_done(target, owner):
             self._settle(target)
             return Artifact(sha256=name, size=target.stat().st_size)
-        part = self._part(name, size)
+        part = self._part(name, size, owner)
         if not part.exists():
             if offset:
                 raise OffsetMismatch(name, offset, 0)
             self._make_room()
         self._check_space(length)
-        with _opened_for_append(part, target) as (descriptor, received):
-            if target.is_file():  # Somebody else completed it while we waited for the lock.
+        done = functools.partial(self._is_done, target, owner)
+        with _opened_for_append(part, done) as (descriptor, received):
+            if done():  # Somebody else completed it while we waited for the lock.
                 part.unlink(missing_ok=True)
                 self._settle(target)
                 return Artifact(sha256=name, size=size)
@@ -295,11 +341,11 @@ class ArtifactStore:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
             _write_at(descriptor, part, pieces, offset)
             failpoints.hit("artifact.part.flushed")
-            self._update(name, offset, pieces)
+            self._update(part.name, offset, pieces)
             if offset + length < size:
                 sync_dir(self._parts)  # The upload has a name since its first part.
                 return Upload(sha256=name, size=size, received=offset + length)
-            return self._commit(name, size, part, target)
+            return self._commit(name, size, part, target, owner)
 
     def uploads(self) -> int:
         """Return how many uploads are open."""
@@ -325,8 +371,15 @@ class ArtifactStore:
     def _target(self, name: str) -> Path:
         return self._root / name[:2] / name
 
-    def _part(self, name: str, size: int) -> Path:
-        return self._parts / f"{name}.{size}.part"
+    def _part(self, name: str, size: int, owner: str | None) -> Path:
+        whose = "" if owner is None else f".{_folder_of(owner)}"
+        return self._parts / f"{name}.{size}{whose}.part"
+
+    def _mark(self, name: str, owner: str) -> Path:
+        return self._owners / _folder_of(owner) / name
+
+    def _is_done(self, target: Path, owner: str | None) -> bool:
+        return target.is_file() and (owner is None or self._mark(target.name, owner).exists())
 
     def _open_uploads(self) -> Iterator[Path]:
         return (path for path in self._parts.iterdir() if _PART.match(path.name))
@@ -384,29 +437,77 @@ class ArtifactStore:
         sync_dir(self._root)
         sync_dir(target.parent)
 
-    def _update(self, name: str, offset: int, pieces: Sequence[bytes]) -> None:
+    def _update(self, part: str, offset: int, pieces: Sequence[bytes]) -> None:
         with self._lock:
-            at, digest = self._digests.pop(name, (0, hashlib.sha256()))
+            at, digest = self._digests.pop(part, (0, hashlib.sha256()))
         if at != offset:
             return
         for piece in pieces:  # Uploads of others are not kept waiting by this.
             digest.update(piece)
             at += len(piece)
         with self._lock:
-            self._digests[name] = (at, digest)
+            self._digests[part] = (at, digest)
             while len(self._digests) > self._uploads_max:
                 self._digests.popitem(last=False)
 
-    def _commit(self, name: str, size: int, part: Path, target: Path) -> Artifact:
+    def _commit(
+        self, name: str, size: int, part: Path, target: Path, owner: str | None
+    ) -> Artifact:
         with self._lock:
-            at, digest = self._digests.pop(name, (0, hashlib.sha256()))
+            at, digest = self._digests.pop(part.name, (0, hashlib.sha256()))
         found = digest.hexdigest() if at == size else _digest_of(part)
         if found != name:
             part.unlink(missing_ok=True)
             raise _mismatch(name, found)
         self._publish(part, target)
+        if owner is not None:
+            self.own(name, owner)
         failpoints.hit("artifact.upload.complete")
         return Artifact(sha256=name, size=size)
+
+
+#: Whose artifacts are: names by the folder of their owner.
+Marks = Mapping[str, Sequence[str]]
+
+_FOLDER = re.compile(r"[0-9a-f]{32}\Z")
+
+
+def marks_in(root: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """Return who is marked as an owner of which of these artifacts."""
+    found = {
+        folder.name: sorted(mark.name for mark in folder.iterdir() if mark.name in names)
+        for folder in sorted((root / "owners").glob("*"))
+        if _FOLDER.match(folder.name)
+    }
+    return {folder: marks for folder, marks in found.items() if marks}
+
+
+def checked_marks(data: object) -> Marks:
+    """Return marks that came from elsewhere. Raises `ValueError` if they are none."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no object")
+    for folder, names in data.items():
+        if not _FOLDER.match(folder) or not isinstance(names, list):
+            raise ValueError("it names what is no owner")
+        if not all(isinstance(name, str) and _SHA256.match(name) for name in names):
+            raise ValueError("it names what is no artifact")
+    return data
+
+
+def put_marks(root: Path, marks: Marks) -> None:
+    """Add marks to those that are there, durably."""
+    for folder, names in marks.items():
+        place = root / "owners" / folder
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in names:
+            (place / name).touch(mode=0o400)
+        for path in (root, root / "owners", place):
+            sync_dir(path)
+
+
+def _folder_of(owner: str) -> str:
+    """Return how an owner is called in a path: any printable text may be a name."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
 
 
 def _digest_name(sha256: str) -> str:
@@ -431,19 +532,32 @@ def _digest_of(path: Path) -> str:
 
 
 @contextmanager
-def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
-    """Open and lock an upload; give its descriptor and how much of it is there."""
+def _opened_for_append(part: Path, done: Callable[[], bool]) -> Iterator[tuple[int, int]]:
+    """Open and lock an upload; give its descriptor and how much of it is there.
+
+    Args:
+        part: The upload.
+        done: Tells whether it is complete, and so gone by right.
+    """
     while True:
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             held = os.fstat(descriptor)
             # Whoever held the lock before us may have completed the upload, or thrown it away.
-            if held.st_nlink or target.is_file():
+            if done() or _is_at(part, held):
                 yield descriptor, held.st_size
                 return
         finally:
             os.close(descriptor)
+
+
+def _is_at(path: Path, held: os.stat_result) -> bool:
+    """Whether an open file is still the one of that name: a renamed one is an artifact by now."""
+    try:
+        return os.path.samestat(path.stat(), held)
+    except FileNotFoundError:
+        return False
 
 
 def _write_at(descriptor: int, part: Path, pieces: Sequence[bytes], offset: int) -> None:

@@ -8,6 +8,7 @@ checksum. Its members, in this order, each of them optional but the first and th
     cluster/members.json   who has joined, without tokens
     store/queue.db         the store as of one commit; not of a store on a database server
     artifacts/<sha256>     every artifact that this commit refers to; without one, every artifact
+    artifacts-owners.json  whose they are, if they are somebody's in particular
     data/...               files of a worker's data directory (``data-long/N``: a long name)
     sealed                 keys and certificates, under a passphrase
     manifest.json          `Manifest`: what there must be, with size and SHA-256 of each
@@ -52,10 +53,18 @@ PRODUCT = "hcna-ray"
 MODERATOR, WORKER = "moderator", "worker"
 
 HEADER, CONFIG, MEMBERS = "hcna-backup", "config/hcna.yaml", "cluster/members.json"
+#: Whose the artifacts are; left out while they are nobody's in particular.
+OWNERS = "artifacts-owners.json"
 STORE, SEALED = "store/queue.db", "sealed"
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 #: Members that are read into memory, and how large they may be.
-SMALL: Mapping[str, int] = {HEADER: 4096, CONFIG: 1 << 20, MEMBERS: 16 << 20, SEALED: 64 << 20}
+SMALL: Mapping[str, int] = {
+    HEADER: 4096,
+    CONFIG: 1 << 20,
+    MEMBERS: 16 << 20,
+    OWNERS: 128 << 20,
+    SEALED: 64 << 20,
+}
 MANIFEST_BYTES_MAX = 512 << 20
 
 #: Later than any clock (the year 5138), and more than JSON readers can count to.
@@ -744,7 +753,7 @@ def _parse_head(head: bytes) -> tuple[str, int]:
     return name, size
 
 
-_NAMES = frozenset({HEADER, CONFIG, MEMBERS, STORE, SEALED, MANIFEST, MANIFEST_SUM})
+_NAMES = frozenset({HEADER, CONFIG, MEMBERS, OWNERS, STORE, SEALED, MANIFEST, MANIFEST_SUM})
 
 
 def _number(raw: bytes) -> int:

@@ -60,6 +60,14 @@ class AuditState(NamedTuple):
     last: int
 
 
+class Belongs(NamedTuple):
+    """Whose a task is, and what a key's scopes are held against."""
+
+    principal: str
+    task_type: str
+    queue: str
+
+
 class Settlement(NamedTuple):
     """Durable order to tell the dependents of an ended task how it ended. Carried out in chunks."""
 
@@ -340,6 +348,18 @@ class TaskReader(Protocol):
 
     def batch_exists(self, batch_id: str) -> bool:
         """Return whether any task carries this batch id."""
+        ...
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist. Cheaper than `get`: no spec is read."""
+        ...
+
+    def open_of(self, principal: str, limit: int) -> int:
+        """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
+        ...
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
         ...
 
     def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:

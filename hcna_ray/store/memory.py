@@ -27,6 +27,7 @@ from hcna_ray.core.models import (
 )
 from hcna_ray.store.base import (
     AuditState,
+    Belongs,
     Counter,
     KeyClaim,
     QueueSize,
@@ -610,6 +611,27 @@ class MemoryTaskReader:
         """Return whether any task carries this batch id."""
         with self._lock:
             return bool(self._among((), batch_id))
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self.get(ids).values()
+        return {
+            task.id: Belongs(task.spec.principal, task.spec.task_type, task.spec.queue)
+            for task in found
+        }
+
+    def open_of(self, principal: str, limit: int) -> int:
+        """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
+        with self._lock:
+            every = self._store._tasks.all_committed().values()
+            open_ = sum(not task.terminal and task.spec.principal == principal for task in every)
+        return min(open_, limit)
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
+        with self._lock:
+            every = self._store._keys.all_committed()
+            return {name: every[name] for name in keys if name in every}
 
     def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
         """Return history with numbers above ``after``, oldest first."""

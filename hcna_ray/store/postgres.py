@@ -26,6 +26,7 @@ from hcna_ray.core.audit import GENESIS, WENT_BACK, AuditPoint, chain_hash
 from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable
 from hcna_ray.core.models import (
+    OWNER,
     Attempt,
     AuditEntry,
     Fact,
@@ -38,6 +39,7 @@ from hcna_ray.core.models import (
 from hcna_ray.store import codec, origin, rows
 from hcna_ray.store.base import (
     AuditState,
+    Belongs,
     Counter,
     KeyClaim,
     Settlement,
@@ -925,9 +927,9 @@ class PostgresTaskReader:
     def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Task]:
         """Return tasks that fit, newest first, with ``seq < before_seq`` (a keyset page).
 
-        One filter alone is read off its index. Of several, the first of ids, batch, worker, states
-        (with kind), type and queue picks the index and the others are compared row by row, as
-        ``principal`` and ``since`` always are.
+        One filter alone is read off its index. Of several, the first of ids, batch, worker,
+        principal, states (with kind), type and queue picks the index and the others are compared
+        row by row, as ``since`` and the house's owner always are.
         """
         if where.kind is not None and where.states and TaskState.FAILED not in where.states:
             return []
@@ -955,6 +957,26 @@ class PostgresTaskReader:
     def batch_exists(self, batch_id: str) -> bool:
         """Return whether any task carries this batch id."""
         return bool(self._run("SELECT 1::bigint FROM task WHERE batch_id = %s LIMIT 1", [batch_id]))
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self._run(_BELONGS, (texts(ids),))
+        return {row[0]: Belongs(*row[1:]) for row in found}
+
+    def open_of(self, principal: str, limit: int) -> int:
+        """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
+        sql = _OPEN_OF_OWNER if principal == OWNER else _OPEN_OF_PRINCIPAL
+        ((count,),) = self._run(sql, (principal, limit))
+        return int(count)
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
+        wanted = list(dict.fromkeys(keys))
+        if not wanted:
+            return {}
+        principals, names = zip(*wanted, strict=True)
+        holders = self._run(_KEYS_HELD, (texts(principals), texts(names)))
+        return {(row[0], row[1]): KeyClaim(*row) for row in holders}
 
     def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
         """Return history with numbers above ``after``, oldest first."""
@@ -1247,6 +1269,14 @@ _OPEN_OF_BATCH = (
     "SELECT (SELECT count(*) FROM task WHERE batch_id = %s) - "
     "(SELECT count(*) FROM task WHERE batch_id = %s AND end_no > 0)"
 )
+_BELONGS = "SELECT id, principal, task_type, queue FROM task WHERE id = ANY(%s)"
+# Only in these words are the indexes of principals used: they leave the house's owner out.
+_NOT_OWNER = f"principal <> '{OWNER}'"
+_OPEN_OF_OWNER = (
+    "SELECT count(*) FROM (SELECT 1 FROM task WHERE principal = %s AND end_no IS NULL LIMIT %s)"
+    " AS open"
+)
+_OPEN_OF_PRINCIPAL = _OPEN_OF_OWNER.replace("= %s", f"= %s AND {_NOT_OWNER}", 1)
 _OPEN_OF_IDS = "SELECT count(*) FROM task WHERE id = ANY(%s) AND end_no IS NULL"
 _FACT = f"SELECT {', '.join(rows.FACT)} FROM fact"
 _FACTS = f"{_FACT} WHERE number > %s ORDER BY number LIMIT %s"
@@ -1271,20 +1301,23 @@ _AUDIT_STATE = (
 
 
 #: Columns with an index of their own for listings, which ends in seq.
-_LISTED = frozenset({"batch_id", "worker", "state", "task_type", "queue"})
+_LISTED = frozenset({"batch_id", "worker", "principal", "state", "task_type", "queue"})
 
 
 def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tuple[str, list[Any]]:
     """Return the statement that finds a listing page, and its values. Rows come in any order."""
     before = _SEQ_MAX if before_seq is None else before_seq
+    owner, principal = where.principal == OWNER, where.principal
+    if owner:
+        principal = None
     compared: list[tuple[str, Any]] = [
         (column, value)
         for column, value in (
             ("batch_id", where.batch_id),
             ("worker", where.worker),
+            ("principal", principal),
             ("task_type", where.task_type),
             ("queue", where.queue),
-            ("principal", where.principal),
             ("kind", where.kind),
         )
         if value is not None
@@ -1293,7 +1326,8 @@ def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tupl
     if where.kind is not None:
         # Only a failed task has a kind; and so the index of states is of use.
         states = {TaskState.FAILED.value}
-    if states and not (where.ids or where.batch_id is not None or where.worker is not None):
+    narrow = (where.batch_id, where.worker, principal)
+    if states and not where.ids and all(value is None for value in narrow):
         # One range of the index for each state, merged: an ANY would sort all that fit.
         ranges = [[("state", state), *compared] for state in sorted(states)]
         states = set()
@@ -1314,12 +1348,17 @@ def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tupl
         if drives:
             texts_[0] = f"({driver}, seq) < (%s, %s) AND {driver} >= %s"
             found[:1] = [conditions[0][1], before, conditions[0][1]]
+            if driver == "principal":
+                texts_[0] += f" AND {_NOT_OWNER}"
         else:
             texts_.append("seq < %s")
             found.append(before)
         if states:
             texts_.append("state = ANY(%s)")
             found.append(texts(sorted(states)))
+        if owner:
+            texts_.append("principal = %s")
+            found.append(OWNER)
         if where.since is not None:
             texts_.append("accepted_at >= %s")
             found.append(float(where.since))

@@ -32,6 +32,7 @@ from hcna_ray.core.errors import (
     StoreUnavailable,
 )
 from hcna_ray.core.models import (
+    OWNER,
     Attempt,
     AuditEntry,
     Fact,
@@ -44,6 +45,7 @@ from hcna_ray.core.models import (
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import (
     AuditState,
+    Belongs,
     Counter,
     KeyClaim,
     Settlement,
@@ -450,11 +452,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
 
     def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
         """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
-        holders = self._many(
-            "SELECT principal, key, task_id, fingerprint, at FROM idempotency_key "
-            "WHERE principal = ? AND key = ?",
-            keys,
-        )
+        holders = self._many(_KEY_HELD, keys)
         return {(row[0], row[1]): KeyClaim(*row) for row in holders}
 
     def append_facts(self, facts: Sequence[Fact]) -> int:
@@ -723,10 +721,10 @@ class SqliteTaskReader(_Connection):
     def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Task]:
         """Return tasks that fit, newest first, with ``seq < before_seq`` (a keyset page).
 
-        One filter alone is read off its index. Of several, the first of ids, batch, worker, states
-        (with kind), type and queue picks the index and the others are compared row by row, as
-        ``principal`` and ``since`` always are: such a combination, when few tasks fit it, reads
-        everything its index holds.
+        One filter alone is read off its index. Of several, the first of ids, batch, worker,
+        principal, states (with kind), type and queue picks the index and the others are compared
+        row by row, as ``since`` and the house's owner always are: such a combination, when few
+        tasks fit it, reads everything its index holds.
         """
         if where.kind is not None and where.states and TaskState.FAILED not in where.states:
             return []
@@ -754,6 +752,22 @@ class SqliteTaskReader(_Connection):
     def batch_exists(self, batch_id: str) -> bool:
         """Return whether any task carries this batch id."""
         return bool(self._run("SELECT 1 FROM task WHERE batch_id = ? LIMIT 1", (batch_id,)))
+
+    def belongs(self, ids: Iterable[str]) -> dict[str, Belongs]:
+        """Return whose those of ``ids`` are that exist."""
+        found = self._run(_BELONGS, (codec.to_json(ids),))
+        return {row[0]: Belongs(*row[1:]) for row in found}
+
+    def open_of(self, principal: str, limit: int) -> int:
+        """Return how many tasks of a principal have not ended, counted as far as ``limit``."""
+        sql = _OPEN_OF_OWNER if principal == OWNER else _OPEN_OF_PRINCIPAL
+        ((count,),) = self._run(sql, (principal, limit))
+        return int(count)
+
+    def keys_held(self, keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], KeyClaim]:
+        """Return who holds each of these ``(principal, key)`` pairs; free ones are left out."""
+        holders = [row for pair in keys for row in self._run(_KEY_HELD, pair)]
+        return {(row[0], row[1]): KeyClaim(*row) for row in holders}
 
     def facts(self, *, after: int, limit: int, task_id: str | None = None) -> list[StoredFact]:
         """Return history with numbers above ``after``, oldest first."""
@@ -802,6 +816,10 @@ _BY_ID = (
     f"SELECT {rows.COLUMNS} FROM json_each(?) AS j CROSS JOIN task AS t ON t.id = j.value "
     "CROSS JOIN task_spec AS s ON s.seq = t.seq"
 )
+_BELONGS = (
+    "SELECT t.id, t.principal, t.task_type, t.queue FROM json_each(?) AS j "
+    "CROSS JOIN task AS t ON t.id = j.value"
+)
 # What the scheduler looks for is found in indexes alone, as row numbers.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = ? ORDER BY dispatch_key, seq LIMIT ?"
 _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
@@ -849,6 +867,16 @@ _OPEN_OF_BATCH = (
 _OPEN_OF_IDS = (
     "SELECT count(*) FROM task WHERE id IN (SELECT value FROM json_each(?)) AND +end_no IS NULL"
 )
+# Only in these words are the indexes of principals used: they leave the house's owner out.
+_OF_PRINCIPAL = f"principal = ? AND principal <> '{OWNER}'"
+_OPEN_OF_OWNER = (
+    "SELECT count(*) FROM (SELECT 1 FROM task WHERE principal = ? AND end_no IS NULL LIMIT ?)"
+)
+_OPEN_OF_PRINCIPAL = _OPEN_OF_OWNER.replace("principal = ?", _OF_PRINCIPAL)
+_KEY_HELD = (
+    "SELECT principal, key, task_id, fingerprint, at FROM idempotency_key "
+    "WHERE principal = ? AND key = ?"
+)
 _ATTEMPTS = (
     f"SELECT {', '.join(rows.ATTEMPT)} FROM attempt WHERE task_id = ? ORDER BY generation, attempt"
 )
@@ -874,12 +902,14 @@ def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tupl
         driving.append(("batch_id = ?", where.batch_id))
     if where.worker is not None:
         driving.append(("worker = ?", where.worker))
+    if where.principal is not None and where.principal != OWNER:
+        driving.append((_OF_PRINCIPAL if not driving else "principal = ?", where.principal))
     compared: list[tuple[str, Any]] = [
         (f"{column} = ?", value)
         for column, value in (
             ("task_type", where.task_type),
             ("queue", where.queue),
-            ("principal", where.principal),
+            ("principal", OWNER if where.principal == OWNER else None),
             ("kind", where.kind),
         )
         if value is not None

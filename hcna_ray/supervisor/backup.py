@@ -29,13 +29,16 @@ from hcna_ray.durable import make_private_dir, sync_dir, sync_file, write_privat
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.restore import EndedLeases, end_leases
 from hcna_ray.security.sealing import seal, unseal
+from hcna_ray.store.artifacts import checked_marks, marks_in, put_marks
 from hcna_ray.store.backup import (
     CONFIG,
     FORMAT,
     MEMBERS,
     MODERATOR,
+    OWNERS,
     PRODUCT,
     SEALED,
+    SMALL,
     STORE,
     WORKER,
     ArchiveWriter,
@@ -157,9 +160,8 @@ def backup(
             writer = ArchiveWriter(stream, kind)
             notes = _add_settings(writer, settings, sealed=passphrase is not None)
             if kind == MODERATOR and settings.store_path is None:
-                manifest = _add_artifacts(
-                    writer, artifacts_present(settings.artifacts_dir), manifest
-                )
+                root = settings.artifacts_dir
+                manifest = _add_artifacts(writer, root, artifacts_present(root), manifest)
                 notes += _dump_notes(settings, target)
             elif kind == MODERATOR:
                 manifest = _add_store(writer, settings, target.parent, manifest)
@@ -259,11 +261,12 @@ def _add_store(
         named = artifacts_named(copy, present)
     # What the commit refers to was stored before it, and artifacts never change.
     named_here = {name: present[name] for name in named}
-    return _add_artifacts(writer, named_here, replace(manifest, point=point))
+    manifest = replace(manifest, point=point)
+    return _add_artifacts(writer, settings.artifacts_dir, named_here, manifest)
 
 
 def _add_artifacts(
-    writer: ArchiveWriter, present: Mapping[str, Path], manifest: Manifest
+    writer: ArchiveWriter, root: Path, present: Mapping[str, Path], manifest: Manifest
 ) -> Manifest:
     damaged = []
     for name in sorted(present):
@@ -276,6 +279,11 @@ def _add_artifacts(
             failpoints.hit("backup.artifact.added")
         if entry.sha256 != name:
             damaged.append(name)
+    if marks := marks_in(root, present):
+        data = json.dumps(marks, separators=(",", ":")).encode()
+        if len(data) > SMALL[OWNERS]:
+            raise BackupRefused("too many artifacts have owners for one archive")
+        writer.add_bytes(OWNERS, data)
     return replace(manifest, damaged=tuple(damaged))
 
 
@@ -491,6 +499,10 @@ class _Plan:
         self._notes: list[str] = []
         self._set_aside: list[str] = []
         self._config = secrets.get(CONFIG, contents.small.get(CONFIG))
+        try:
+            self._marks = checked_marks(json.loads(contents.small.get(OWNERS, b"{}")))
+        except ValueError as error:
+            raise BackupDamaged(str(archive), f"{OWNERS}: {error}") from None
         #: Written with this machine's settings, or with the archive's if it has none yet.
         self._settings = self._effective(settings)
         self._stamp = self._free_stamp()
@@ -610,6 +622,8 @@ class _Plan:
             self._move_aside()
             for name in new_artifacts:
                 self._put_artifact(at_home / "artifacts" / name, name)
+            if self._marks:
+                put_marks(self._settings.artifacts_dir, self._marks)
             self._put_secrets()
             self._put_config()
             failpoints.hit("restore.config.put")

@@ -506,7 +506,7 @@ class Gate:
 
     def _owner(self, authorization: str) -> None:
         key = verify(load_keys(self.settings.keys_dir), _credential(authorization, "Bearer"))
-        if key is None or key.role != "admin":
+        if key is None or key.role != "admin" or key.state(time.time()) != "good":
             raise GateRefused(401, "unauthorized", "this needs a key of role admin")
 
     # -- what is checked ----------------------------------------------------------------------

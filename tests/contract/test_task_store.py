@@ -11,6 +11,7 @@ import pytest
 from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import NotFound, VersionConflict
 from hcna_ray.core.models import (
+    OWNER,
     FailureKind,
     Hold,
     LaneKey,
@@ -24,7 +25,15 @@ from hcna_ray.core.models import (
     TaskState,
     Token,
 )
-from hcna_ray.store.base import Counter, KeyClaim, QueueSize, Settlement, TaskReader, TaskStore
+from hcna_ray.store.base import (
+    Belongs,
+    Counter,
+    KeyClaim,
+    QueueSize,
+    Settlement,
+    TaskReader,
+    TaskStore,
+)
 from tests.support.builders import (
     T0,
     a_fact,
@@ -999,7 +1008,7 @@ class TestPages:
         put(
             store,
             a_task("t1", seq=1, accepted_at=T0 + 1),
-            a_task("t2", seq=2, accepted_at=T0 + 2, queue="night"),
+            a_task("t2", seq=2, accepted_at=T0 + 2, queue="night", principal=OWNER),
             a_task("t3", seq=3, accepted_at=T0 + 3, task_type="sleep"),
             a_task("t4", seq=4, accepted_at=T0 + 4, state=TaskState.RUNNING),
             a_task("t5", seq=5, accepted_at=T0 + 5, state=TaskState.RUNNING, queue="night"),
@@ -1028,6 +1037,16 @@ class TestPages:
             (TaskFilter(worker="W2"), [10]),
             (TaskFilter(batch_id="b"), [12, 9, 8]),
             (TaskFilter(principal="me"), [9]),
+            (TaskFilter(principal="me", queue="night"), []),
+            (TaskFilter(principal="me", worker="W1"), []),
+            (TaskFilter(principal="me", ids=("t8", "t9")), [9]),
+            (TaskFilter(principal="me", states=(TaskState.QUEUED, TaskState.RUNNING)), [9]),
+            (TaskFilter(principal="me", states=(TaskState.FAILED,)), []),
+            (TaskFilter(principal="me", since=T0 + 9.5), []),
+            (TaskFilter(principal="nobody"), []),
+            (TaskFilter(principal=OWNER), [2]),
+            (TaskFilter(principal=OWNER, queue="night"), [2]),
+            (TaskFilter(principal=OWNER, states=(TaskState.FAILED,)), []),
             (TaskFilter(kind=FailureKind.TIMEOUT), [7]),
             (TaskFilter(kind=FailureKind.TIMEOUT, states=(TaskState.FAILED,)), [7]),
             (TaskFilter(kind=FailureKind.TIMEOUT, states=(TaskState.QUEUED,)), []),
@@ -1120,6 +1139,43 @@ class TestEnded:
         put(store, a_task(batch_id="b"))
         assert reader.batch_exists("b")
         assert not reader.batch_exists("c")
+
+
+class TestPrincipals:
+    @pytest.mark.parametrize("principal", ["me", OWNER])
+    def test_open_tasks_of_a_principal_are_counted_up_to_a_limit(
+        self, store: TaskStore, reader: TaskReader, principal: str
+    ) -> None:
+        mine = [a_task(f"t{n}", seq=n, principal=principal) for n in range(1, 5)]
+        put(store, *mine, a_task("t5", seq=5, principal="you"))
+        assert reader.open_of(principal, 9) == 4
+        assert reader.open_of(principal, 3) == 3
+        assert reader.open_of("nobody", 9) == 0
+        save(store, ended(mine[0]))
+        assert reader.open_of(principal, 9) == 3
+        replayed = step(store.get(["t1"])["t1"], state=TaskState.QUEUED, finished_at=None)
+        save(store, replayed)
+        assert reader.open_of(principal, 9) == 4
+
+    def test_a_reader_tells_whose_tasks_are(self, store: TaskStore, reader: TaskReader) -> None:
+        put(
+            store,
+            a_task("t1", principal="me", queue="night"),
+            a_task("t2", seq=2, principal=OWNER, task_type="sleep"),
+        )
+        assert reader.belongs(["t1", "t2", "t3", "t1"]) == {
+            "t1": Belongs("me", "echo", "night"),
+            "t2": Belongs(OWNER, "sleep", "default"),
+        }
+        assert reader.belongs([]) == {}
+
+    def test_a_reader_tells_who_holds_keys(self, store: TaskStore, reader: TaskReader) -> None:
+        put(store, a_task("t1"))
+        claim = KeyClaim("p", "k", "t1", "f", T0)
+        with store.transaction():
+            store.claim_keys([claim])
+        assert reader.keys_held([("p", "k"), ("p", "free"), ("q", "k")]) == {("p", "k"): claim}
+        assert reader.keys_held([]) == {}
 
 
 class TestDepth:

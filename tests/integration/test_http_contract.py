@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hcna_ray.security.keys import create_key, revoke_key
 from tests.integration.conftest import Cluster, paused
 from tests.support.live import eventually
 
@@ -623,12 +624,35 @@ def test_the_audit_log_says_who_did_what(http: httpx.Client) -> None:
 def test_keys_are_listed_and_not_told(http: httpx.Client, cluster: Cluster) -> None:
     reply = http.get("/admin/keys")
 
-    (key,) = reply.json()["keys"]
-    assert key["role"] == "admin"
+    key = reply.json()["keys"][0]
+    assert (key["name"], key["role"]) == ("owner", "admin")
     assert cluster.api_key not in reply.text
     stored = (cluster.settings.keys_dir / "keys.json").read_text()
     assert cluster.api_key not in stored
     assert re.search(r"[0-9a-f]{64}", stored)
+
+
+def test_a_key_works_at_once_and_not_after_it_was_revoked(
+    http: httpx.Client, cluster: Cluster
+) -> None:
+    name, keys_dir = f"guest-{uuid.uuid4().hex[:8]}", cluster.settings.keys_dir
+    other = submit(http, echo())
+    clear = create_key(keys_dir, name=name, role="submitter", now=time.time(), queues=["default"])
+    with httpx.Client(
+        base_url=cluster.url, headers={"X-API-Key": clear}, timeout=30, trust_env=False
+    ) as guest:
+        eventually(lambda: guest.get("/tasks").status_code == 200, 5, "the key is known")
+        mine = submit(guest, echo())
+        assert ended(guest, mine)["status"] == "completed"
+        assert [task["task_id"] for task in guest.get("/tasks").json()["tasks"]] == [mine]
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("POST", "/retry")):
+            reply = guest.request(method, f"/tasks/{other}{path}")
+            assert problem(reply) == (404, "task_not_found")
+        assert problem(guest.post("/tasks", json=echo(queue="other"))) == (403, "out_of_scope")
+        assert problem(guest.post("/workers/W1/cordon")) == (403, "forbidden")
+        revoke_key(keys_dir, name, now=time.time())
+        eventually(lambda: guest.get("/tasks").status_code == 401, 5, "the key is refused")
+    assert ended(http, mine)["status"] == "completed"
 
 
 def test_an_intent_that_nobody_can_take(http: httpx.Client) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from hcna_ray.api.app import build_app
 from hcna_ray.api.services import Services
 from hcna_ray.config import LimitSettings, Settings
 from hcna_ray.handlers import Registry
-from hcna_ray.security.keys import ApiKey, verify
+from hcna_ray.security.keys import ApiKey, Role, digest_of, verify
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.support.builders import T0
 from tests.support.fake_moderator import FakeModerator
@@ -27,25 +26,25 @@ USER_KEY = "hcna_user-key-of-the-tests"
 URL = "http://c1.test"
 
 
-class FixedKeys:
-    """Two keys: one of an admin, one of a user."""
+class PaperKeys:
+    """Keys without a file: at first one of an admin, one of a submitter."""
 
     def __init__(self) -> None:
-        self._keys = (
-            _key("owner", "admin", ADMIN_KEY),
-            _key("guest", "user", USER_KEY),
-        )
+        self._keys: list[ApiKey] = []
+        self.add(ADMIN_KEY, name="owner", role="admin")
+        self.add(USER_KEY, name="guest", role="submitter")
+
+    def add(self, clear: str, *, name: str, role: Role, **more: Any) -> ApiKey:
+        """Add a key; ``clear`` is what opens with it."""
+        key = ApiKey(name=name, role=role, sha256=digest_of(clear), created_at=T0, **more)
+        self._keys.append(key)
+        return key
 
     def verify(self, presented: str) -> ApiKey | None:
         return verify(self._keys, presented)
 
     def all(self) -> Sequence[ApiKey]:
         return self._keys
-
-
-def _key(name: str, role: Any, clear: str) -> ApiKey:
-    digest = hashlib.sha256(clear.encode()).hexdigest()
-    return ApiKey(name=name, role=role, sha256=digest, created_at=T0)
 
 
 class CountedIds:
@@ -80,6 +79,7 @@ class Composite:
     http: httpx.AsyncClient
     moderator: FakeModerator
     disk: dict[str, int]
+    keys: PaperKeys
 
     @property
     def services(self) -> Services:
@@ -106,18 +106,19 @@ class Composite:
 
 @asynccontextmanager
 async def a_composite(
-    home: Path, *, limits: dict[str, Any] | None = None, **policy: Any
+    home: Path, *, limits: dict[str, Any] | None = None, public: bool = False, **policy: Any
 ) -> AsyncIterator[Composite]:
     """Run a C1 with a home of its own."""
     settings = Settings(home=home, limits=LimitSettings(**(limits or {})))
     moderator = FakeModerator(**policy)
     disk = {"free": 1 << 40}
+    keys = PaperKeys()
     bounds = settings.limits
     app = build_app(
         moderator=moderator,
         reader=moderator.desk.memory.reader(),
         registry=builtin_types(),
-        keys=FixedKeys(),
+        keys=keys,
         artifacts=ArtifactStore(
             settings.artifacts_dir,
             artifact_bytes_max=bounds.artifact_bytes,
@@ -132,9 +133,10 @@ async def a_composite(
         clock=moderator.desk.clock,
         ids=CountedIds(),
         threaded_reads=False,
+        public=public,
     )
     async with app.router.lifespan_context(app), _client(app, ADMIN_KEY) as http:
-        yield Composite(app, http, moderator, disk)
+        yield Composite(app, http, moderator, disk, keys)
 
 
 def _client(app: FastAPI, key: str | None) -> httpx.AsyncClient:

@@ -51,7 +51,7 @@ from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.checker.recorder import Caller, History
-from tests.support.c1 import ADMIN_KEY, URL, FixedKeys
+from tests.support.c1 import ADMIN_KEY, URL, PaperKeys
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.moderator_process import SocketLink, SocketModerator, Where, open_reader
 from tests.support.read_store import export
@@ -263,7 +263,7 @@ def application(
         moderator=SocketModerator(link, store),
         reader=lambda: open_reader(store),
         registry=load_registry(),
-        keys=FixedKeys(),
+        keys=PaperKeys(),
         artifacts=ArtifactStore(
             settings.artifacts_dir,
             artifact_bytes_max=bounds.artifact_bytes,

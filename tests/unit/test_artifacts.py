@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -16,6 +17,9 @@ from hcna_ray.store.artifacts import (
     ArtifactTooLarge,
     OffsetMismatch,
     Upload,
+    checked_marks,
+    marks_in,
+    put_marks,
 )
 
 DATA = bytes(range(256)) * 40
@@ -261,3 +265,124 @@ def test_the_same_parts_from_many_threads_make_one_artifact(tmp_path: Path) -> N
     assert done == [Artifact(sha256=SHA, size=len(DATA))] * 4
     assert store.path(SHA).read_bytes() == DATA
     assert files(tmp_path) == [SHA]
+
+
+# -- whose they are --------------------------------------------------------------------------------
+
+
+def test_an_artifact_may_be_marked_as_somebodys(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    assert not store.own(SHA, "anna")
+    store.put(DATA)
+    assert not store.owned(SHA, "anna")
+
+    assert store.own(SHA.upper(), "anna")
+    assert store.own(SHA, "anna")
+
+    again = a_store(tmp_path)
+    assert again.owned(SHA.upper(), "anna")
+    assert not again.owned(SHA, "ben")
+    assert not again.owned("../" + SHA[3:], "anna")
+    marks = [path for path in (tmp_path / "artifacts" / "owners").rglob("*") if path.is_file()]
+    assert [(path.name, path.stat().st_size) for path in marks] == [(SHA, 0)]
+    assert "anna" not in str(marks[0])
+
+
+@pytest.mark.parametrize("owner", ["anna", "../../x", "a/b", "…"])
+def test_what_somebody_sends_is_theirs(tmp_path: Path, owner: str) -> None:
+    store = a_store(tmp_path)
+    store.put(DATA, owner=owner)
+    assert store.owned(SHA, owner)
+    assert {path.parent.name for path in tmp_path.rglob(SHA)} >= {SHA[:2]}
+    assert len(list((tmp_path / "artifacts" / "owners").iterdir())) == 1
+
+
+def test_an_upload_of_what_is_here_is_complete_when_all_was_sent(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.put(DATA, owner="ben")
+    size = len(DATA)
+
+    assert store.progress(SHA, size, owner="anna") == Upload(sha256=SHA, size=size, received=0)
+    with pytest.raises(OffsetMismatch) as caught:
+        store.append(SHA, offset=size - 1, size=size, pieces=[DATA[-1:]], owner="anna")
+    assert caught.value.received == 0
+    first = store.append(SHA, offset=0, size=size, pieces=[DATA[:4000]], owner="anna")
+    assert first == Upload(sha256=SHA, size=size, received=4000)
+    assert store.progress(SHA, size, owner="ben") == Artifact(sha256=SHA, size=size)
+    assert store.progress(SHA, size) == Artifact(sha256=SHA, size=size)
+    last = store.append(SHA, offset=4000, size=size, pieces=[DATA[4000:]], owner="anna")
+    assert last == Artifact(sha256=SHA, size=size)
+    assert store.owned(SHA, "anna")
+    assert store.uploads() == 0
+
+
+def test_wrong_bytes_are_not_taken_for_those_that_are_here(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.put(DATA)
+    wrong = b"\0" * len(DATA)
+
+    with pytest.raises(Invalid, match="nothing was kept"):
+        store.append(SHA, offset=0, size=len(DATA), pieces=[wrong], owner="anna")
+
+    assert not store.owned(SHA, "anna")
+    assert store.read(SHA, 0, len(DATA)) == DATA
+
+
+def test_an_upload_that_was_cut_off_before_its_mark_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has its name already: what is sent again must not be written into it."""
+    store = a_store(tmp_path)
+    size = len(DATA)
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "own", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            store.append(SHA, offset=0, size=size, pieces=[DATA], owner="anna")
+    assert store.find(SHA).size == size
+
+    assert store.progress(SHA, size, owner="anna") == Upload(sha256=SHA, size=size, received=0)
+    store.append(SHA, offset=0, size=size, pieces=[DATA[:1000]], owner="anna")
+    assert store.read(SHA, 0, size) == DATA
+    store.append(SHA, offset=1000, size=size, pieces=[DATA[1000:]], owner="anna")
+    assert store.owned(SHA, "anna")
+    assert store.read(SHA, 0, size) == DATA
+
+
+def test_marks_are_taken_elsewhere_with_what_they_mark(tmp_path: Path) -> None:
+    store, other = a_store(tmp_path / "a"), a_store(tmp_path / "b")
+    store.put(DATA, owner="anna")
+    store.put(b"more", owner="anna")
+    store.put(DATA, owner="ben")
+    more = hashlib.sha256(b"more").hexdigest()
+
+    marks = marks_in(tmp_path / "a" / "artifacts", {SHA})
+    assert sorted(map(list, marks.values())) == [[SHA], [SHA]]
+    other.put(DATA)
+    put_marks(tmp_path / "b" / "artifacts", checked_marks(json.loads(json.dumps(marks))))
+    put_marks(tmp_path / "b" / "artifacts", marks)
+
+    assert other.owned(SHA, "anna")
+    assert other.owned(SHA, "ben")
+    assert not other.own(more, "anna")
+    assert marks_in(tmp_path / "c", {SHA}) == {}
+
+
+@pytest.mark.parametrize(
+    "data", [[], {"../x": []}, {"a" * 32: "x"}, {"a" * 32: ["../y"]}, {"a" * 32: [1]}]
+)
+def test_marks_from_elsewhere_are_looked_at(data: object) -> None:
+    with pytest.raises(ValueError, match="it"):
+        checked_marks(data)
+
+
+def test_idle_uploads_of_owners_are_swept_and_counted(tmp_path: Path) -> None:
+    now = Now()
+    store = a_store(tmp_path, now=now)
+    for owner in ("anna", "ben"):
+        store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:10]], owner=owner)
+    with pytest.raises(Overloaded):
+        store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:10]])
+    for path in (tmp_path / "artifacts" / "parts").iterdir():
+        os.utime(path, (now.at, now.at))
+    now.at += 3601
+    assert store.sweep() == 2

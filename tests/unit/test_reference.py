@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = ("cli", "configuration", "error-codes", "http-api", "metrics", "ports")
+PAGES = ("access", "cli", "configuration", "error-codes", "http-api", "metrics", "ports")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 
 

@@ -1,4 +1,4 @@
-"""Operations: intents, queues, audit log, keys. All of it needs an admin key."""
+"""Operations: intents, queues, audit log, keys."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
+from hcna_ray.api.policy import Check, Policy
 from hcna_ray.api.problems import refuse_field
 from hcna_ray.api.routes.tasks import page_limit
 from hcna_ray.api.routing import Call, Routes, answer
@@ -23,6 +24,9 @@ from hcna_ray.api.views import iso
 
 routes = Routes("admin")
 
+ADMIN = Policy(role="admin")
+QUEUES = Policy(role="operator", check=Check.QUEUE)
+
 #: How long a node has to answer an intent.
 INTENT_WAIT_S = 15.0
 
@@ -32,7 +36,7 @@ _QUEUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}\Z")
 @routes.add(
     "POST",
     "/admin/send-intent",
-    access="admin",
+    policy=ADMIN,
     sort=Sort.WAIT,
     body=IntentIn,
     answers={200: IntentOut},
@@ -50,7 +54,7 @@ async def send_intent(call: Call) -> Response:
 @routes.add(
     "POST",
     "/admin/queues/{name}/pause",
-    access="admin",
+    policy=QUEUES,
     sort=Sort.WRITE,
     body=Nothing,
     body_optional=True,
@@ -64,7 +68,7 @@ async def pause_queue(call: Call) -> Response:
 @routes.add(
     "POST",
     "/admin/queues/{name}/resume",
-    access="admin",
+    policy=QUEUES,
     sort=Sort.WRITE,
     body=Nothing,
     body_optional=True,
@@ -88,7 +92,7 @@ async def _pause(call: Call, paused: bool) -> Response:
 @routes.add(
     "GET",
     "/admin/audit",
-    access="admin",
+    policy=ADMIN,
     sort=Sort.READ,
     query=PageQuery,
     answers={200: AuditOut},
@@ -122,15 +126,24 @@ async def list_audit(call: Call) -> Response:
     return answer({"entries": entries, "next_cursor": str(shown[-1].number) if more else None})
 
 
-@routes.add("GET", "/admin/keys", access="admin", sort=Sort.READ, answers={200: KeysOut})
+@routes.add("GET", "/admin/keys", policy=ADMIN, sort=Sort.READ, answers={200: KeysOut})
 async def list_keys(call: Call) -> Response:
     """List the names of the API keys. The keys themselves are known to their holders alone."""
     keys = [
         {
             "name": key.name,
             "role": key.role,
+            "owner": key.owner,
+            "task_types": key.task_types,
+            "queues": key.queues,
             "created_at": iso(key.created_at),
-            "fingerprint": key.sha256[:12],
+            "expires_at": iso(key.expires_at),
+            "revoked_at": iso(key.revoked_at),
+            "state": key.state(call.services.clock.now()),
+            "quota": key.quota,
+            "rate": key.rate,
+            "burst": key.burst,
+            "fingerprint": key.fingerprint,
         }
         for key in call.services.keys.all()
     ]

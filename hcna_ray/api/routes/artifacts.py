@@ -11,6 +11,7 @@ from typing import BinaryIO, TypeVar
 from starlette.responses import Response, StreamingResponse
 
 from hcna_ray.api.admission import Sort
+from hcna_ray.api.policy import Check, Policy
 from hcna_ray.api.problems import RangeNotSatisfiable, refuse_field
 from hcna_ray.api.routing import Call, Routes, answer
 from hcna_ray.api.schemas import ArtifactQuery, UploadOut
@@ -37,7 +38,7 @@ async def _on_file_thread(call: Call, work: Callable[[], T]) -> T:
 @routes.add(
     "PUT",
     "/artifacts",
-    access="key",
+    policy=Policy(role="submitter", check=Check.ARTIFACT),
     sort=Sort.UPLOAD,
     body=OCTETS,
     query=ArtifactQuery,
@@ -52,11 +53,12 @@ async def put_artifact(call: Call) -> Response:
     more is wanted from byte ``received``; 409 ``offset_mismatch`` names that byte too.
     """
     store = call.services.artifacts
+    owner = None if call.key.sees_all else call.key.owner
     sha256 = call.query(ArtifactQuery).sha256
     said = call.request.headers.getlist("content-range")
     if not said:
         data = await call.request.body()
-        return _uploaded(await _on_file_thread(call, lambda: store.put(data, sha256)))
+        return _uploaded(await _on_file_thread(call, lambda: store.put(data, sha256, owner=owner)))
     pieces = await _pieces(call)
     received = sum(map(len, pieces))
     if sha256 is None:
@@ -65,7 +67,9 @@ async def put_artifact(call: Call) -> Response:
         if pieces:
             raise refuse_field("Content-Range", "'bytes */total' asks, and comes without a body")
         size = int(asked[1])
-        return _uploaded(await _on_file_thread(call, lambda: store.progress(sha256, size)))
+        return _uploaded(
+            await _on_file_thread(call, lambda: store.progress(sha256, size, owner=owner))
+        )
     part = _PART.match(said[0]) if len(said) == 1 else None
     if part is None:
         raise refuse_field("Content-Range", "must be 'bytes a-b/total' or 'bytes */total'")
@@ -75,7 +79,8 @@ async def put_artifact(call: Call) -> Response:
             "Content-Range", f"says {said[0]!r}, which does not fit a body of {received} bytes"
         )
     result = await _on_file_thread(
-        call, lambda: store.append(sha256, offset=first, size=size, pieces=pieces)
+        call,
+        lambda: store.append(sha256, offset=first, size=size, pieces=pieces, owner=owner),
     )
     return _uploaded(result)
 
@@ -112,7 +117,7 @@ def _uploaded(result: Artifact | Upload) -> Response:
 @routes.add(
     "GET",
     "/artifacts/{sha256}",
-    access="key",
+    policy=Policy(role="viewer", check=Check.ARTIFACT),
     sort=Sort.READ,
     answers={200: OCTETS, 206: OCTETS, 304: ""},
     problems=(404, 416),
@@ -125,7 +130,7 @@ async def get_artifact(call: Call) -> Response:
 @routes.add(
     "HEAD",
     "/artifacts/{sha256}",
-    access="key",
+    policy=Policy(role="viewer", check=Check.ARTIFACT),
     sort=Sort.READ,
     answers={200: "", 206: "", 304: ""},
     problems=(404, 416),

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from hcna_ray.api import strict_json
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.ids import batch_id_of
+from hcna_ray.api.policy import Check, Policy
 from hcna_ray.api.problems import (
     TooLarge,
     problem,
@@ -19,13 +20,20 @@ from hcna_ray.api.problems import (
     render,
     status_of,
 )
-from hcna_ray.api.routes.tasks import checked_wait
+from hcna_ray.api.routes.tasks import SUBMITS, checked_wait, within_quota
 from hcna_ray.api.routing import Call, Routes, answer
 from hcna_ray.api.schemas import BatchIn, BatchOut, BatchQuery, WaitIn, WaitOut
 from hcna_ray.api.submission import Sender, parents_first, resolve
 from hcna_ray.api.views import NOBODY, task_view
+from hcna_ray.api.visibility import (
+    foreign_names,
+    grant_results,
+    seen_as,
+    sees_batch,
+    visible_ids,
+)
 from hcna_ray.core.errors import HcnaError, Invalid, NotFound
-from hcna_ray.core.models import TaskSpec, TaskState
+from hcna_ray.core.models import Task, TaskSpec, TaskState
 from hcna_ray.runtime.messages import Accepted, Refused, SubmitResult
 from hcna_ray.store.base import TaskReader
 
@@ -44,12 +52,12 @@ WRAPPING = 2
 @routes.add(
     "POST",
     "/tasks/batch",
-    access="key",
+    policy=SUBMITS,
     sort=Sort.BATCH,
     body=BatchIn,
     query=BatchQuery,
     answers={202: BatchOut},
-    problems=(404, 409, 429, 507),
+    problems=(404, 409, 507),
 )
 async def submit_batch(call: Call) -> Response:
     """Submit many tasks, as ``{"tasks": [...]}`` or as NDJSON, one task a line.
@@ -59,15 +67,20 @@ async def submit_batch(call: Call) -> Response:
     covers item *i* as ``key/i``; the batch sent again has the same ``batch_id``.
     """
     services = call.services
-    sender = Sender(
-        principal=call.principal,
-        idempotency_key=call.idempotency_key,
-        traceparent=call.traceparent,
-    )
+    caller = call.key
+    sender = Sender(key=caller, idempotency_key=call.idempotency_key, traceparent=call.traceparent)
     bodies = await _bodies(call)
     key = sender.idempotency_key
-    batch_id = services.ids.batch_id() if key is None else batch_id_of(sender.principal, key)
-    items = resolve(await _check(call, bodies, sender, batch_id))
+    batch_id = services.ids.batch_id() if key is None else batch_id_of(caller.owner, key)
+    checked = await _check(call, bodies, sender, batch_id)
+    if not caller.sees_all:
+        specs_named = [item[1] for item in checked if not isinstance(item, HcnaError)]
+        foreign = await foreign_names(services, caller, specs_named)
+        checked = [
+            item if isinstance(item, HcnaError) else foreign.get(item[1].id, item)
+            for item in checked
+        ]
+    items = resolve(checked)
     atomic = call.query(BatchQuery).atomic
     if atomic:
         refused = [(i, item) for i, item in enumerate(items) if isinstance(item, HcnaError)]
@@ -76,7 +89,11 @@ async def submit_batch(call: Call) -> Response:
     specs = [(index, item) for index, item in enumerate(items) if isinstance(item, TaskSpec)]
     order = parents_first([spec for _, spec in specs])
     specs = [specs[position] for position in order]
-    answers = await services.gatherer.submit([spec for _, spec in specs], atomic=atomic)
+    sent = [spec for _, spec in specs]
+    if caller.quota is None or not sent:
+        answers = await services.gatherer.submit(sent, atomic=atomic)
+    else:
+        answers = await within_quota(services, caller, sent, atomic=atomic)
     outcomes: list[SubmitResult | HcnaError | None] = [
         item if isinstance(item, HcnaError) else None for item in items
     ]
@@ -84,7 +101,7 @@ async def submit_batch(call: Call) -> Response:
         outcomes[index] = result
     accepted = [one for one in outcomes if isinstance(one, Accepted)]
     if all(one.duplicate for one in accepted):
-        services.empty_batches.add(batch_id)
+        services.empty_batches.add(caller.owner, batch_id)
     view = {
         "batch_id": batch_id,
         "accepted": len(accepted),
@@ -185,7 +202,7 @@ def _outcome(index: int, one: SubmitResult | HcnaError | None) -> dict[str, Any]
 @routes.add(
     "POST",
     "/tasks/wait",
-    access="key",
+    policy=Policy(role="viewer", check=Check.TASKS),
     sort=Sort.WAIT,
     body=WaitIn,
     answers={200: WaitOut},
@@ -206,51 +223,72 @@ async def wait_for_tasks(call: Call) -> Response:
     if body.ids is not None and not ids:
         raise refuse_field("ids", "is empty")
     after = int(body.cursor or 0)
+    batch_id, asked = body.batch_id, ids
+    if not call.key.sees_all:
+        ids = await services.reads.run(lambda reader: visible_ids(reader, call.key, asked))
     deadline = services.clock.elapsed() + wait_s
 
-    def read(reader: TaskReader) -> tuple[int, int, list[dict[str, Any]]]:
+    def read(reader: TaskReader) -> tuple[int, int, list[Task], list[dict[str, Any]]]:
         # Counted first: what ends in between is then in the list, and never in neither.
-        pending = reader.open_count(ids=ids, batch_id=body.batch_id)
-        found = reader.ended(ids=ids, batch_id=body.batch_id, after=after, limit=ENDED_MAX)
-        if not after and not found and not pending:
-            _check_exists(reader, ids, body.batch_id, call)
-        elif not after and ids and len(found) + pending < min(len(ids), ENDED_MAX):
-            _check_exists(reader, ids, None, call)
+        hidden = batch_id is not None and not _sees(reader, batch_id, call)
+        pending = 0 if hidden else reader.open_count(ids=ids, batch_id=batch_id)
+        found = (
+            [] if hidden else reader.ended(ids=ids, batch_id=batch_id, after=after, limit=ENDED_MAX)
+        )
+        if batch_id is not None and not after and not found and not pending:
+            _check_batch(reader, batch_id, call, hidden=hidden)
+        elif not after and asked and len(found) + pending < min(len(asked), ENDED_MAX):
+            _check_exist(reader, asked, set(ids))
         now = services.clock.now()
+        tasks = [task for _, task in found]
         views = [
-            task_view(
+            seen_as(
+                call.key,
                 task,
-                reader.attempts(task.id) if task.state is TaskState.COMPLETED else (),
-                NOBODY,
-                now=now,
-                with_attempts=False,
+                task_view(
+                    task,
+                    reader.attempts(task.id) if task.state is TaskState.COMPLETED else (),
+                    NOBODY,
+                    now=now,
+                    with_attempts=False,
+                ),
             )
-            for _, task in found
+            for task in tasks
         ]
-        return pending, found[-1][0] if found else after, views
+        return pending, found[-1][0] if found else after, tasks, views
 
-    with services.feed.watch(ids, body.batch_id) as ended:
+    with services.feed.watch(ids, batch_id) as ended:
         while True:
             ended.clear()
-            pending, cursor, views = await services.reads.run(read)
+            pending, cursor, tasks, views = await services.reads.run(read)
             left_s = deadline - services.clock.elapsed()
             if views or not pending or left_s <= 0:
                 break
             if not await call.wait_for(ended, left_s):
-                pending, cursor, views = await services.reads.run(read)
+                pending, cursor, tasks, views = await services.reads.run(read)
                 break
             if pending > 1:
                 await asyncio.sleep(LINGER_S)
+    await grant_results(services, call.key, tasks)
     return answer({"ended": views, "cursor": str(cursor), "pending": pending})
 
 
-def _check_exists(reader: TaskReader, ids: Sequence[str], batch_id: str | None, call: Call) -> None:
-    """Raise `NotFound` for the first thing that does not exist."""
-    if batch_id is not None:
-        if batch_id not in call.services.empty_batches and not reader.batch_exists(batch_id):
-            raise NotFound("batch", batch_id)
+def _sees(reader: TaskReader, batch_id: str, call: Call) -> bool:
+    key = call.key
+    return key.sees_all or sees_batch(reader, call.services.seen_batches, key, batch_id)
+
+
+def _check_batch(reader: TaskReader, batch_id: str, call: Call, *, hidden: bool) -> None:
+    """Raise `NotFound` for a batch that does not exist, or not for the caller."""
+    if call.services.empty_batches.has(call.key.owner, batch_id):
         return
-    known = reader.get(ids)
-    for task_id in ids:
-        if task_id not in known:
+    if hidden or not reader.batch_exists(batch_id):
+        raise NotFound("batch", batch_id)
+
+
+def _check_exist(reader: TaskReader, asked: Sequence[str], visible: set[str]) -> None:
+    """Raise `NotFound` for the first task that does not exist, or not for the caller."""
+    known = reader.get(asked)
+    for task_id in asked:
+        if task_id not in known or task_id not in visible:
             raise NotFound("task", task_id)

@@ -12,10 +12,12 @@ from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.metrics import stored_figures
+from hcna_ray.api.policy import OPEN, Check, Policy
 from hcna_ray.api.routing import Call, Routes, answer
 from hcna_ray.api.schemas import HealthOut, LiveOut, ReadyOut, StatusOut
 from hcna_ray.api.services import Glance
-from hcna_ray.api.views import iso, worker_view
+from hcna_ray.api.views import iso
+from hcna_ray.api.visibility import worker_views
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import TERMINAL, TaskState, WorkerState
 from hcna_ray.observability.exposition import CONTENT_TYPE, Sample, render
@@ -47,7 +49,7 @@ async def _look(call: Call) -> tuple[Glance | None, Depth | None]:
 @routes.add(
     "GET",
     "/health",
-    access="open",
+    policy=OPEN,
     sort=Sort.PROBE,
     query=None,
     answers={200: HealthOut, 503: HealthOut},
@@ -82,7 +84,7 @@ async def health(call: Call) -> Response:
 @routes.add(
     "GET",
     "/ready",
-    access="open",
+    policy=OPEN,
     sort=Sort.PROBE,
     query=None,
     answers={200: ReadyOut, 503: ReadyOut},
@@ -99,16 +101,28 @@ async def ready(call: Call) -> Response:
     return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
 
-@routes.add("GET", "/live", access="open", sort=Sort.PROBE, query=None, answers={200: LiveOut})
+@routes.add("GET", "/live", policy=OPEN, sort=Sort.PROBE, query=None, answers={200: LiveOut})
 async def live(call: Call) -> Response:
     """Say that this replica answers at all."""
     return answer({"alive": True})
 
 
-@routes.add("GET", "/status", access="open", sort=Sort.PROBE, query=None, answers={200: StatusOut})
+@routes.add(
+    "GET",
+    "/status",
+    policy=Policy(role=None, check=Check.WORKERS),
+    sort=Sort.PROBE,
+    query=None,
+    answers={200: StatusOut},
+)
 async def status(call: Call) -> Response:
-    """Show everything at a glance: versions, M1, workers, queues, requests in progress."""
-    services = call.services
+    """Show everything at a glance: versions, M1, workers, queues, requests in progress.
+
+    All of it to a key of role operator or admin; of workers and M1 less to others, and least
+    without a key.
+    """
+    services, caller = call.services, call.caller
+    full = caller is not None and caller.sees_all
     glance, depth = await _look(call)
     queues: dict[str, dict[str, int]] = {}
     for (queue, state), count in (depth or {}).items():
@@ -119,8 +133,8 @@ async def status(call: Call) -> Response:
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in _VERSIONS},
         "started_at": iso(services.started_at),
-        "moderator": None if glance is None else _moderator(glance),
-        "workers": [] if glance is None else [worker_view(w) for w in glance.workers],
+        "moderator": None if glance is None else _moderator(glance, full=full),
+        "workers": await worker_views(services, caller, () if glance is None else glance.workers),
         "queues": queues,
         "paused": [] if glance is None else sorted(glance.status.paused),
         "requests": {
@@ -133,13 +147,14 @@ async def status(call: Call) -> Response:
         },
         "task_types": services.registry.names(),
         "problems": [
-            f"{problem.distribution}: {problem.message}" for problem in services.registry.problems
+            f"{problem.distribution}: {problem.message}" if full else problem.distribution
+            for problem in services.registry.problems
         ],
     }
     return answer(view)
 
 
-def _moderator(glance: Glance) -> dict[str, Any]:
+def _moderator(glance: Glance, *, full: bool) -> dict[str, Any]:
     found = glance.status
     return {
         "node_id": found.node_id,
@@ -152,14 +167,13 @@ def _moderator(glance: Glance) -> dict[str, Any]:
         "live_attempts": found.live_attempts,
         "commits": found.commits,
         "pid": found.pid,
-        "store": found.store,
-    }
+    } | ({"store": found.store} if full else {})
 
 
 @routes.add(
     "GET",
     "/metrics",
-    access="open",
+    policy=Policy(role=None, in_public="viewer"),
     sort=Sort.PROBE,
     query=None,
     answers={200: "text/plain"},

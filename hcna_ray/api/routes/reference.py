@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.openapi import render_page
+from hcna_ray.api.policy import OPEN
 from hcna_ray.api.routing import Call, Routes, answer
 
 routes = Routes("reference")
@@ -14,7 +15,7 @@ routes = Routes("reference")
 @routes.add(
     "GET",
     "/openapi.json",
-    access="open",
+    policy=OPEN,
     sort=Sort.PROBE,
     query=None,
     answers={200: "application/json"},
@@ -28,7 +29,7 @@ async def openapi_document(call: Call) -> Response:
 @routes.add(
     "GET",
     "/docs",
-    access="open",
+    policy=OPEN,
     sort=Sort.PROBE,
     query=None,
     answers={200: "text/html"},

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
-from hcna_ray.api.problems import refuse_field
+from hcna_ray.api.allowance import Hold, used_up
+from hcna_ray.api.policy import Check, Policy
+from hcna_ray.api.problems import OutOfScope, refuse_field
 from hcna_ray.api.routing import Call, Routes, answer
 from hcna_ray.api.schemas import (
     CancelIn,
@@ -21,15 +26,28 @@ from hcna_ray.api.schemas import (
     TaskQuery,
     TasksOut,
 )
+from hcna_ray.api.services import Services
 from hcna_ray.api.submission import Sender
 from hcna_ray.api.views import NOBODY, task_view
+from hcna_ray.api.visibility import (
+    foreign_names,
+    grant_results,
+    names_anything,
+    seen_as,
+    visible_page,
+    whose,
+)
 from hcna_ray.core.errors import InvalidName
-from hcna_ray.core.models import TERMINAL, FailureKind, TaskFilter, TaskState
+from hcna_ray.core.models import TERMINAL, FailureKind, Task, TaskFilter, TaskSpec, TaskState
 from hcna_ray.core.naming import NodeName
-from hcna_ray.runtime.messages import Accepted, Refused, ReplayQuery
+from hcna_ray.runtime.messages import Accepted, Refused, ReplayQuery, SubmitResult
+from hcna_ray.security.keys import ApiKey
 from hcna_ray.store.base import TaskReader
 
 routes = Routes("tasks")
+
+SUBMITS = Policy(role="submitter", check=Check.SUBMISSION)
+CHANGES = Policy(role="submitter", check=Check.TASK)
 
 SUBMITTED = "Task submitted to M1 for scheduling"
 _STATES = {state.value: state for state in TaskState}
@@ -43,11 +61,11 @@ def read_or_wait(request: Request) -> Sort:
 @routes.add(
     "POST",
     "/tasks",
-    access="key",
+    policy=SUBMITS,
     sort=Sort.WRITE,
     body=TaskIn,
     answers={202: SubmitOut},
-    problems=(409, 429, 507),
+    problems=(409, 507),
 )
 async def submit_task(call: Call) -> Response:
     """Submit a task.
@@ -57,17 +75,52 @@ async def submit_task(call: Call) -> Response:
     """
     services = call.services
     body = await call.json()
-    sender = Sender(
-        principal=call.principal,
-        idempotency_key=call.idempotency_key,
-        traceparent=call.traceparent,
-    )
+    key = call.key
+    sender = Sender(key=key, idempotency_key=call.idempotency_key, traceparent=call.traceparent)
     (task_id,) = services.ids.task_ids(1)
     spec = services.submissions.task(body, sender, task_id=task_id, now=services.clock.now())
-    (result,) = await services.gatherer.submit((spec,))
+    if not key.sees_all and names_anything((spec,)):
+        for refusal in (await foreign_names(services, key, (spec,))).values():
+            raise refusal
+    if key.quota is None:
+        (result,) = await services.gatherer.submit((spec,))
+    else:
+        (result,) = await within_quota(services, key, (spec,))
     if isinstance(result, Refused):
         raise result.error
     return answer(submitted(result), 202)
+
+
+async def within_quota(
+    services: Services, key: ApiKey, specs: Sequence[TaskSpec], *, atomic: bool = False
+) -> Sequence[SubmitResult]:
+    """Hand over as many tasks as the key's quota has room for; refuse the others.
+
+    A repetition under an idempotency key asks for no room: its task is in the queue already, or has
+    been. The specs stand behind those that they depend on, so none that is sent lacks a parent.
+
+    Raises:
+        QuotaExceeded: there is room for none; or not for all, and it is all or nothing.
+    """
+    async with services.quotas.hold(key, len(specs)) as held:
+        free: set[str] = set()
+        if held.places < len(specs):
+            free = await services.quotas.repeated(key, specs)
+        sent: list[TaskSpec] = []
+        new = 0
+        for spec in specs:
+            if spec.id in free or new < held.places:
+                sent.append(spec)
+                new += spec.id not in free
+        if not sent or (atomic and len(sent) < len(specs)):
+            raise used_up(key)
+        answers = iter(await services.gatherer.submit(sent, atomic=atomic))
+        chosen = {spec.id for spec in sent}
+        results: list[SubmitResult] = [
+            next(answers) if spec.id in chosen else Refused(used_up(key)) for spec in specs
+        ]
+        held.accepted = sum(isinstance(one, Accepted) and not one.duplicate for one in results)
+    return results
 
 
 def submitted(result: Accepted) -> dict[str, object]:
@@ -85,7 +138,7 @@ def submitted(result: Accepted) -> dict[str, object]:
 @routes.add(
     "GET",
     "/tasks/{task_id}",
-    access="key",
+    policy=Policy(role="viewer", check=Check.TASK),
     sort=read_or_wait,
     query=TaskQuery,
     answers={200: TaskOut},
@@ -115,7 +168,8 @@ async def get_task(call: Call) -> Response:
                 break
     cluster = await services.cache.cluster() if task.state is TaskState.QUEUED else NOBODY
     view = task_view(task, attempts, cluster, now=services.clock.now(), with_payload=query.payload)
-    return answer(view)
+    await grant_results(services, call.key, (task,))
+    return answer(seen_as(call.key, task, view))
 
 
 def checked_wait(call: Call, wait_s: float) -> float:
@@ -134,7 +188,14 @@ def page_limit(call: Call, asked: int | None) -> int:
     return asked or limits.page_items
 
 
-@routes.add("GET", "/tasks", access="key", sort=Sort.READ, query=ListQuery, answers={200: TasksOut})
+@routes.add(
+    "GET",
+    "/tasks",
+    policy=Policy(role="viewer", check=Check.TASKS),
+    sort=Sort.READ,
+    query=ListQuery,
+    answers={200: TasksOut},
+)
 async def list_tasks(call: Call) -> Response:
     """List tasks, newest first.
 
@@ -150,30 +211,33 @@ async def list_tasks(call: Call) -> Response:
         worker=_short(query.worker),
         batch_id=query.batch_id,
         since=query.since,
+        principal=whose(call.key),
     )
     before = None if query.cursor is None else int(query.cursor)
 
-    def read(reader: TaskReader) -> list[dict[str, object]]:
-        page = reader.page(where, before_seq=before, limit=limit + 1)
-        if len(page) > limit:
-            del page[limit:]
-            cursor.append(str(page[-1].seq))
-        return [
-            task_view(
+    def read(reader: TaskReader) -> tuple[list[Task], list[dict[str, object]], int | None]:
+        page, after = visible_page(reader, call.key, where, before_seq=before, limit=limit)
+        views = [
+            seen_as(
+                call.key,
                 task,
-                reader.attempts(task.id) if task.state is TaskState.COMPLETED else (),
-                cluster,
-                now=now,
-                with_attempts=False,
+                task_view(
+                    task,
+                    reader.attempts(task.id) if task.state is TaskState.COMPLETED else (),
+                    cluster,
+                    now=now,
+                    with_attempts=False,
+                ),
             )
             for task in page
         ]
+        return page, views, after
 
-    cursor: list[str] = []
     cluster = await services.cache.cluster()
     now = services.clock.now()
-    views = await services.reads.run(read)
-    return answer({"tasks": views, "next_cursor": cursor[0] if cursor else None})
+    page, views, after = await services.reads.run(read)
+    await grant_results(services, call.key, page)
+    return answer({"tasks": views, "next_cursor": None if after is None else str(after)})
 
 
 def _states(text: str | None) -> tuple[TaskState, ...]:
@@ -198,7 +262,7 @@ def _short(worker: str | None) -> str | None:
 @routes.add(
     "DELETE",
     "/tasks/{task_id}",
-    access="key",
+    policy=CHANGES,
     sort=Sort.WRITE,
     answers={200: CancelOut, 202: CancelOut},
     problems=(404, 409),
@@ -211,7 +275,7 @@ async def delete_task(call: Call) -> Response:
 @routes.add(
     "POST",
     "/tasks/{task_id}/cancel",
-    access="key",
+    policy=CHANGES,
     sort=Sort.WRITE,
     body=CancelIn,
     body_optional=True,
@@ -237,31 +301,68 @@ async def _cancel(call: Call, reason: str) -> Response:
 @routes.add(
     "POST",
     "/tasks/retry",
-    access="key",
+    policy=Policy(role="submitter", check=Check.TASKS),
     sort=Sort.WRITE,
     body=ReplayIn,
     answers={202: ReplayOut},
 )
 async def retry_tasks(call: Call) -> Response:
-    """Run failed tasks again, as many as fit a filter; ``more`` says whether others are left."""
+    """Run failed tasks again, as many as fit a filter; ``more`` says whether others are left.
+
+    A key with scopes names a task type and a queue in them.
+    """
+    key = call.key
     body = await call.model(ReplayIn)
     where = TaskFilter(
         states=(TaskState.FAILED,),
-        task_type=body.filter.task_type,
-        queue=body.filter.queue,
+        principal=whose(key),
+        task_type=_in_scope(key, "task_type", body.filter.task_type, key.task_types),
+        queue=_in_scope(key, "queue", body.filter.queue, key.queues),
         kind=None if body.filter.kind is None else FailureKind(body.filter.kind),
         since=body.filter.since,
     )
-    reply = await call.services.moderator.retry_many(
-        ReplayQuery(where=where, limit=body.limit), principal=call.principal
-    )
+    async with _room_for(call, body.limit) as held:
+        query = ReplayQuery(where=where, limit=held.places)
+        reply = await call.services.moderator.retry_many(query, principal=call.principal)
+        held.accepted = len(reply.retried)
     return answer({"retried": reply.retried, "more": reply.more}, 202)
+
+
+def _in_scope(key: ApiKey, field: str, asked: str | None, scope: Sequence[str]) -> str | None:
+    """Return which task type or queue a filter is limited to.
+
+    Raises:
+        OutOfScope: it is not in the key's scope, or there are several that it may mean.
+    """
+    if asked is None and len(scope) == 1 and not scope[0].endswith("*"):
+        return scope[0]
+    if scope and (asked is None or not key.covers(**{field: asked})):
+        raise OutOfScope(
+            f"the key {key.name!r} is for {field} {', '.join(scope)}: name one in filter.{field}"
+        )
+    return asked
+
+
+@asynccontextmanager
+async def _room_for(call: Call, tasks: int) -> AsyncIterator[Hold]:
+    """Hold as many places in the caller's quota as there are, at least one.
+
+    Raises:
+        QuotaExceeded: there is none.
+    """
+    if call.key.quota is None:
+        yield Hold(tasks)
+        return
+    async with call.services.quotas.hold(call.key, tasks) as held:
+        if not held.places:
+            raise used_up(call.key)
+        yield held
 
 
 @routes.add(
     "POST",
     "/tasks/{task_id}/retry",
-    access="key",
+    policy=CHANGES,
     sort=Sort.WRITE,
     body=Nothing,
     body_optional=True,
@@ -272,5 +373,7 @@ async def retry_task(call: Call) -> Response:
     """Run a failed task again; 409 if it has not failed."""
     await call.model(Nothing, optional=True)
     task_id = call.path("task_id")
-    state = await call.services.moderator.retry(task_id, principal=call.principal)
+    async with _room_for(call, 1) as held:
+        state = await call.services.moderator.retry(task_id, principal=call.principal)
+        held.accepted = 1
     return answer(submitted(Accepted(task_id, state)), 202)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
+from hcna_ray.api.policy import Check, Policy
 from hcna_ray.api.routing import Call, Routes, answer
 from hcna_ray.api.schemas import DrainIn, ForgetQuery, Nothing, WorkerOut, WorkersOut
 from hcna_ray.api.views import worker_view
+from hcna_ray.api.visibility import worker_views
 from hcna_ray.core.errors import NotFound
 from hcna_ray.core.models import WorkerRecord, WorkerState
 from hcna_ray.runtime.messages import WorkerInfo
 
 routes = Routes("workers")
+
+MACHINES = Policy(role="operator", check=Check.MACHINES)
+ADMIN = Policy(role="admin")
 
 
 async def _workers(call: Call) -> tuple[bool, Sequence[WorkerInfo]]:
@@ -65,21 +69,27 @@ def _named(workers: Sequence[WorkerInfo], name: str) -> WorkerInfo:
     raise NotFound("worker", name[:100])
 
 
-@routes.add("GET", "/workers", access="key", sort=Sort.READ, answers={200: WorkersOut})
+@routes.add(
+    "GET",
+    "/workers",
+    policy=Policy(role="viewer", check=Check.WORKERS),
+    sort=Sort.READ,
+    answers={200: WorkersOut},
+)
 async def list_workers(call: Call) -> Response:
     """List every worker with its state, resources and what it runs.
 
     While M1 does not answer (``moderator_connected: false``) this is what the store remembers.
     """
     connected, workers = await _workers(call)
-    views: list[dict[str, Any]] = [worker_view(worker) for worker in workers]
+    views = await worker_views(call.services, call.key, workers)
     return answer({"workers": views, "moderator_connected": connected})
 
 
 @routes.add(
     "GET",
     "/workers/{name}",
-    access="key",
+    policy=Policy(role="viewer", check=Check.WORKERS),
     sort=Sort.READ,
     answers={200: WorkerOut},
     problems=(404,),
@@ -87,13 +97,14 @@ async def list_workers(call: Call) -> Response:
 async def get_worker(call: Call) -> Response:
     """Show one worker, by short name or node id."""
     _, workers = await _workers(call)
-    return answer(worker_view(_named(workers, call.path("name"))))
+    worker = _named(workers, call.path("name"))
+    return answer((await worker_views(call.services, call.key, [worker]))[0])
 
 
 @routes.add(
     "POST",
     "/workers/{name}/drain",
-    access="key",
+    policy=MACHINES,
     sort=Sort.WRITE,
     body=DrainIn,
     body_optional=True,
@@ -109,7 +120,7 @@ async def drain_worker(call: Call) -> Response:
 @routes.add(
     "POST",
     "/workers/{name}/cordon",
-    access="key",
+    policy=MACHINES,
     sort=Sort.WRITE,
     body=Nothing,
     body_optional=True,
@@ -125,7 +136,7 @@ async def cordon_worker(call: Call) -> Response:
 @routes.add(
     "POST",
     "/workers/{name}/uncordon",
-    access="key",
+    policy=MACHINES,
     sort=Sort.WRITE,
     body=Nothing,
     body_optional=True,
@@ -141,7 +152,7 @@ async def uncordon_worker(call: Call) -> Response:
 @routes.add(
     "DELETE",
     "/workers/{name}",
-    access="admin",
+    policy=ADMIN,
     sort=Sort.WRITE,
     query=ForgetQuery,
     answers={200: WorkerOut},

@@ -2,8 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hcna_ray.api.auth import FileKeyRing
-from hcna_ray.security.keys import create_key, ensure_owner_key
+import pytest
+from starlette.datastructures import Headers
+
+from hcna_ray.api.auth import RELOAD_S, FileKeyRing, authenticate
+from hcna_ray.api.problems import Unauthorized
+from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from tests.support.paper_worker import PaperClock
 
 
@@ -18,11 +22,16 @@ def test_keys_made_later_are_seen_and_lost_files_admit_nobody(tmp_path: Path) ->
     assert found is not None
     assert (found.name, found.role) == ("owner", "admin")
 
-    guest = create_key(tmp_path, name="guest", role="user", now=clock.now())
+    guest = create_key(tmp_path, name="guest", role="submitter", now=clock.now())
     assert ring.verify(guest) is None  # Not looked at again yet.
-    clock.advance(2)
+    clock.advance(RELOAD_S)
     assert ring.verify(guest) is not None
     assert ring.verify(guest + "x") is None
+
+    revoke_key(tmp_path, "guest", now=clock.now())
+    clock.advance(RELOAD_S)
+    with pytest.raises(Unauthorized, match="revoked"):
+        authenticate(Headers({"X-API-Key": guest}), ring, clock)
 
     (tmp_path / "keys.json").write_text("{broken")
     clock.advance(2)

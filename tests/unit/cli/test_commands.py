@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from hcna_ray.cli.cluster import card
+from hcna_ray.cli.main import describe
+from hcna_ray.client.errors import api_error_of
 from tests.support.fake_c1 import FakeC1, problem
 from tests.unit.cli.conftest import Hcna
 
@@ -229,6 +231,20 @@ def test_a_wrong_key_is_exit_code_4(hcna: Hcna, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HCNA_API_KEY", "wrong")
     ran = hcna("workers")
     assert (ran.code, "hcna env" in ran.err) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "then"),
+    [
+        (403, "forbidden", "hcna keys create on M1"),
+        (403, "out_of_scope", "hcna keys create on M1"),
+        (429, "quota", "hcna task list --status queued"),
+        (429, "rate_limited", "hcna status"),
+    ],
+)
+def test_a_key_that_may_not_is_told_what_helps(status: int, code: str, then: str) -> None:
+    exit_code, line = describe(api_error_of(status, {"code": code, "detail": "no"}))
+    assert (exit_code, f"Next: {then}" in line) == (4, True)
 
 
 def test_a_wait_that_ends_first_is_exit_code_1(hcna: Hcna) -> None:

@@ -29,6 +29,7 @@ from hcna_ray.config import (
     load_settings,
 )
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.runtime.artifacts import open_store
 from hcna_ray.security import sealing
 from hcna_ray.security.authority import list_issued, revoke
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token, read_client_key
@@ -326,6 +327,24 @@ class TestSecrets:
         assert member is not None
         assert member.name == "W2"
         assert report.notes == ()
+
+    def test_an_artifact_stays_its_owners(
+        self, m1: Settings, spare: Settings, tmp_path: Path
+    ) -> None:
+        mine = open_store(m1).put(b"what anna has sent", owner="anna").sha256
+        unnamed = open_store(m1).put(b"what no task names", owner="anna").sha256
+        store = SqliteTaskStore(m1.home / "queue.db")
+        with store.transaction():
+            store.insert([a_task("t2", seq=2, payload=json.dumps({"file": mine}).encode())])
+        store.close()
+        report = backup(m1, to=tmp_path / "owned.tar.zst", now=T0)
+
+        restore(spare, Path(report.path), now=T0)
+
+        found = open_store(spare)
+        assert found.owned(mine, "anna")
+        assert not found.owned(mine, "ben")
+        assert not found.own(unnamed, "anna")
 
     def test_the_authority_goes_on_where_it_was(
         self, m1: Settings, spare: Settings, tmp_path: Path

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hcna_ray.security.keys import create_key, ensure_owner_key
+from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from hcna_ray.supervisor import gate as gate_module
 from hcna_ray.supervisor.gate import drain_worker, forget_worker
 from hcna_ray.supervisor.gate_client import pinned_context
@@ -405,10 +405,14 @@ def test_the_owner_removes_a_member(rig: GateRig) -> None:
 def test_only_an_admin_sees_the_members(rig: GateRig) -> None:
     rig.join()
     keys = rig.settings.keys_dir
-    user = create_key(keys, name="somebody", role="user", now=0.0)
+    user = create_key(keys, name="somebody", role="operator", now=0.0)
+    former = create_key(keys, name="former", role="admin", now=0.0)
+    revoke_key(keys, "former", now=1.0)
+    late = create_key(keys, name="late", role="admin", now=0.0, expires_at=1.0)
     channel = rig.channel()
 
-    for authorization in ("", "Bearer", f"Bearer {user}", "Bearer wrong", "Member x"):
+    refused = [f"Bearer {key}" for key in (user, former, late, "wrong")]
+    for authorization in ("", "Bearer", "Member x", *refused):
         with pytest.raises(Exception, match="this needs"):
             channel.request("GET", "/v1/members", authorization=authorization)
     owner = f"Bearer {ensure_owner_key(keys, now=0.0)}"
