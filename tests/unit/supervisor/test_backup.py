@@ -465,7 +465,7 @@ class TestDamage:
                     continue
                 assert unpacked(changed) == whole, position
                 harmless += 1
-        assert harmless < 10
+        assert harmless < 20  # Of a thousand.
 
     def test_any_truncation(self, archive: Path, tmp_path: Path) -> None:
         raw = archive.read_bytes()
