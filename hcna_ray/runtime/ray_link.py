@@ -171,7 +171,11 @@ class AgentModeratorLink:
         """Register. Raises `OrderRefused` if it is not M1 that answers."""
         hello = self._guard.hello(hello)
         welcome: Welcome = await self._link.acall("hello", hello)
-        self._guard.welcomed(hello, welcome)
+        try:
+            self._guard.welcomed(hello, welcome)
+        except OrderRefused:
+            await _tell_refused(self._link, self._guard, hello.worker)
+            raise
         return welcome
 
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:

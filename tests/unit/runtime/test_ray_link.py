@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pickle
 from collections.abc import Generator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hcna_ray.runtime.orders import OrderGuard
 from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
 from hcna_ray.security.orders import OrderRefused, OrderVerifier
 from tests.support.builders import T0
+from tests.unit.runtime.test_orders import WELCOME, a_hello
 
 EXCHANGE = Exchange(worker="W1", incarnation="a", slot=0, seq=1)
 STARTED = Report(ReportKind.STARTED, "t1", Token(1, 1), T0)
@@ -206,6 +208,14 @@ async def test_an_order_that_is_not_m1s_is_told_to_m1_and_not_carried_out(
     ray.answer = ("ok", wire.pack_grant(Grant(seq=1)))
     await link.exchange(EXCHANGE)
     assert [call[0] for call in ray.calls[-2:]] == ["order_refused", "exchange"]
+
+
+async def test_a_welcome_that_is_not_m1s_is_told_to_m1(ray: PaperRay, tmp_path: Path) -> None:
+    link = AgentModeratorLink(20.0, a_guard(tmp_path))
+    ray.answer = ("ok", dataclasses.replace(WELCOME, proof=b"forged"))
+    with pytest.raises(OrderRefused, match="cannot be read"):
+        await link.hello(a_hello())
+    assert [call[0] for call in ray.calls] == ["hello", "order_refused"]
 
 
 @pytest.mark.parametrize(
