@@ -141,7 +141,7 @@ class Submissions:
             accepted_at=now,
             run_at=model.run_at,
             expires_at=model.expires_at,
-            timeout_s=model.timeout_s or policy.timeout_s,
+            timeout_s=float(model.timeout_s or policy.timeout_s),
             queue_timeout_s=model.queue_timeout_s,
             retry=policy.retry if model.retry is None else _retry(model.retry, policy.retry),
             max_losses=self._max_losses,

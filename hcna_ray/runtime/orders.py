@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import msgspec
 
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.runtime import wire
 from hcna_ray.runtime.messages import (
     Exchange,
     Grant,
@@ -180,6 +181,8 @@ class OrderDesk:
                     for order in grant.intents
                 ),
             )
+        # What travels is signed: in memory an int may stand where the bytes bring a float.
+        grant = wire.unpack_grant(wire.pack_grant(grant))
         proof = self._signer.sign(_grant_message(exchange, grant))
         return dataclasses.replace(grant, proof=proof)
 

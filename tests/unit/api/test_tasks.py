@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hcna_ray.api.schemas import SubmitOut, TaskOut, TasksOut
+from hcna_ray.api.submission import Sender, Submissions
+from hcna_ray.config import Settings
 from hcna_ray.core.errors import (
     DiskFull,
     NoAnswer,
@@ -13,7 +16,10 @@ from hcna_ray.core.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from hcna_ray.handlers import Registry, TaskDefaults, TaskType
+from hcna_ray.handlers.registry import AnyPayload
 from hcna_ray.runtime.messages import ReportKind
+from hcna_ray.security.keys import ApiKey
 from tests.support.c1 import Composite
 
 FAR_FUTURE = "2099-01-01T00:00:00Z"
@@ -285,3 +291,20 @@ async def settle(turns: int = 50) -> None:
     """Let everything that can run, run."""
     for _ in range(turns):
         await asyncio.sleep(0)
+
+
+def test_a_type_whose_timeout_is_a_whole_number_gives_a_float(tmp_path: Path) -> None:
+    """What is written down is read as a float again, and what M1 signs is held against that."""
+    registry = Registry()
+    registry.register(
+        TaskType(name="acme.minute", handler=_nothing, defaults=TaskDefaults(timeout_s=60))
+    )
+    key = ApiKey(name="owner", role="admin", sha256="0" * 64, created_at=0.0)
+    spec = Submissions(registry, Settings(home=tmp_path)).task(
+        {"task_type": "acme.minute"}, Sender(key=key), task_id="t1", now=0.0
+    )
+    assert (spec.timeout_s, type(spec.timeout_s)) == (60.0, float)
+
+
+def _nothing(payload: AnyPayload) -> None:
+    """Do nothing."""
