@@ -51,6 +51,7 @@ from hcna_ray.runtime.local_rpc import SOCKET_FILE, LocalServer
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
+    Grant,
     Heartbeat,
     HeartbeatReply,
     Hello,
@@ -347,17 +348,25 @@ class ModeratorActor(_Face):
             return self._orders.welcome(hello, welcome)
 
     async def do_heartbeat(self, beat: Heartbeat) -> Any:
-        """Renew a session."""
-        async with self._noted(beat.worker):
+        """Renew a session; what does not open asks for a hello, by which it will."""
+        try:
             opened = self._orders.open_heartbeat(beat)
+        except HcnaError as error:
+            await self._note_refusal(beat.worker, "worker.refused", str(error))
+            if not self._orders.has_heard(beat.worker, beat.incarnation):
+                raise  # Another key, another cipher: a hello would change nothing.
+            opened = None
         return HeartbeatReply(known=False) if opened is None else await self._ask(opened)
 
     async def do_exchange(self, raw: bytes) -> bytes:
         """Take outcomes, hand out leases."""
         exchange = wire.unpack_exchange(raw)
-        if exchange.answers:
-            async with self._noted(exchange.worker):
-                exchange = self._orders.open_answers(exchange)
+        try:
+            exchange = self._orders.open_answers(exchange)
+        except HcnaError as error:
+            await self._note_refusal(exchange.worker, "worker.refused", str(error))
+            # The worker keeps its answers, and sends them again after the hello.
+            return wire.pack_grant(Grant(seq=exchange.seq, hello=True))
         return wire.pack_grant(self._orders.send(exchange, await self._ask(exchange)))
 
     async def do_order_refused(self, worker: str, count: int, why: str) -> None:

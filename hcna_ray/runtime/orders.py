@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
@@ -41,6 +42,8 @@ SEALED_SCHEMA = "hcna.sealed.v1"
 TELL_S = 60.0
 #: Workers of which the audit log is told in that time.
 TOLD_MAX = 60
+#: Hellos of one worker, the last ones, of which M1 remembers what they offered.
+OFFERED_MAX = 8
 #: Workers whose channels M1 remembers.
 WORKERS_MAX = 1000
 
@@ -99,6 +102,26 @@ class Cipher(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Agreed:
+    """What M1 has agreed on with one worker: channels, each with its incarnation."""
+
+    #: Has brought something that opened, so whoever is there knows the worker's secret.
+    proven: tuple[str, Channel] | None = None
+    #: Of the hellos since. A hello proves nothing: it may come twice, or from anybody.
+    offered: list[tuple[str, Channel]] = field(default_factory=list)
+
+    def of(self, incarnation: str) -> list[Channel]:
+        """Return the channels of an incarnation, the one to be tried first in front."""
+        first = [] if self.proven is None else [self.proven]
+        return [one for whose, one in (*first, *reversed(self.offered)) if whose == incarnation]
+
+    def prove(self, incarnation: str, channel: Channel) -> None:
+        """Take a channel into use that has opened something."""
+        if self.proven is None or self.proven[1] is not channel:
+            self.proven, self.offered = (incarnation, channel), []
+
+
 class OrderDesk:
     """M1's side. On one event loop."""
 
@@ -113,8 +136,7 @@ class OrderDesk:
             elapsed: A clock that never steps.
         """
         self._signer, self._cipher, self._elapsed = signer, cipher, elapsed
-        #: Incarnation and channel, by worker.
-        self._channels: dict[str, tuple[str, Channel]] = {}
+        self._channels: dict[str, _Agreed] = {}
         self._told: dict[str, float] = {}
 
     def check_hello(self, hello: Hello) -> None:
@@ -130,10 +152,12 @@ class OrderDesk:
         answered = b""
         if self._cipher is not None:
             answered, channel = self._cipher.accept(hello.worker, _cipher_in(hello))
+            agreed = self._channels.pop(hello.worker, None) or _Agreed()
             while len(self._channels) >= WORKERS_MAX:
                 del self._channels[next(iter(self._channels))]
-            self._channels.pop(hello.worker, None)
-            self._channels[hello.worker] = hello.incarnation, channel
+            self._channels[hello.worker] = agreed
+            agreed.offered.append((hello.incarnation, channel))
+            del agreed.offered[:-OFFERED_MAX]
         welcome = dataclasses.replace(welcome, cipher=answered)
         proof = self._signer.sign(_welcome_message(hello, welcome))
         return dataclasses.replace(welcome, proof=proof)
@@ -146,22 +170,26 @@ class OrderDesk:
         """
         if self._cipher is None:
             return beat
-        channel = self._channel(beat.worker, beat.incarnation)
-        if channel is None:
+        if self._channel(beat.worker, beat.incarnation) is None:
             return None
         clear = dataclasses.replace(beat, telemetry={})
-        plain = _open(channel, beat.telemetry, _encode(clear))
+        plain = self._opened(beat.worker, beat.incarnation, beat.telemetry, _encode(clear))
         return dataclasses.replace(beat, telemetry=plain)
+
+    def has_heard(self, worker: str, incarnation: str) -> bool:
+        """Whether something of this worker has opened: another hello may repair what does not."""
+        agreed = self._channels.get(worker)
+        return agreed is not None and agreed.proven is not None and agreed.proven[0] == incarnation
 
     def open_answers(self, exchange: Exchange) -> Exchange:
         """Return an exchange with the answers to intents in clear. Raises `MessageRefused`."""
         if self._cipher is None or not exchange.answers:
             return exchange
-        channel = self._channel(exchange.worker, exchange.incarnation)
-        if channel is None:  # Nor is the session known: it will be told to say hello.
+        who = exchange.worker, exchange.incarnation
+        if self._channel(*who) is None:  # Nor is the session known: it will be told to say hello.
             return dataclasses.replace(exchange, answers=())
         answers = tuple(
-            (msg_id, _open(channel, answer, _place(exchange, msg_id)))
+            (msg_id, self._opened(*who, answer, _place(exchange, msg_id)))
             for msg_id, answer in exchange.answers
         )
         return dataclasses.replace(exchange, answers=answers)
@@ -196,8 +224,24 @@ class OrderDesk:
         return True
 
     def _channel(self, worker: str, incarnation: str) -> Channel | None:
-        known, channel = self._channels.get(worker, ("", None))
-        return channel if known == incarnation else None
+        agreed = self._channels.get(worker)
+        return next(iter(agreed.of(incarnation)), None) if agreed is not None else None
+
+    def _opened(
+        self, worker: str, incarnation: str, sealed: Mapping[str, Any], bound: bytes
+    ) -> Mapping[str, Any]:
+        """Open with the channel in use, else with what was offered since; that is then in use."""
+        agreed = self._channels[worker]
+        first: HcnaError | None = None
+        for channel in agreed.of(incarnation):
+            try:
+                plain = _open(channel, sealed, bound)
+            except HcnaError as error:
+                first = first or error
+            else:
+                agreed.prove(incarnation, channel)
+                return plain
+        raise first or OrderRefused("there is no channel to open it with")
 
 
 class OrderGuard:
@@ -222,6 +266,7 @@ class OrderGuard:
         self._verifier, self._cipher = verifier, cipher
         self._patience_s, self._elapsed = patience_s, elapsed
         self._channel: Channel | None = None
+        self._before: Channel | None = None
         self._finish: Callable[[bytes], Channel] | None = None
         self._told: float | None = None
         #: What was refused and is not told to M1 yet: how often, and why the last time.
@@ -231,7 +276,8 @@ class OrderGuard:
 
     def hello(self, hello: Hello) -> Hello:
         """Return a hello as it leaves: with this side's half of the channel."""
-        self._channel = None
+        # M1 seals with the channel before until something has come through the new one.
+        self._before, self._channel = self._channel or self._before, None
         if self._cipher is None:
             return hello
         offered, self._finish = self._cipher.offer(hello.worker)
@@ -333,10 +379,14 @@ class OrderGuard:
     def _open_intent(self, exchange: Exchange, envelope: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._cipher is None:
             return envelope
-        if self._channel is None:
-            raise OrderRefused("there is no channel to open it with")
-        msg_id = str(envelope.get("msg_id", ""))
-        return _open(self._channel, envelope, _place(exchange, msg_id))
+        bound = _place(exchange, str(envelope.get("msg_id", "")))
+        first: HcnaError | None = None
+        for channel in filter(None, (self._channel, self._before)):
+            try:
+                return _open(channel, envelope, bound)
+            except HcnaError as error:
+                first = first or error
+        raise first or OrderRefused("there is no channel to open it with")
 
     def _refuse(self, what: str, why: str) -> None:
         """Say so, in the log at most once a minute; the rest is counted."""

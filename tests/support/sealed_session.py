@@ -99,8 +99,12 @@ async def session(folder: Path) -> dict[str, Any]:
     taken: list[str] = []
     for method, question in captured:
         if method == "heartbeat" or (method == "exchange" and b"sealed" in question):
-            kind, _value = await tap.answer(method, question)
-            taken += [method] if kind == "ok" else []
+            kind, value = await tap.answer(method, question)
+            # What asks for a hello has taken nothing.
+            if kind == "ok" and (
+                value.known if method == "heartbeat" else not wire.unpack_grant(value).hello
+            ):
+                taken.append(method)
     running.cancel()
     reader = open_reader(m1)
     lines = reader.audit_after(0, 100)

@@ -86,7 +86,9 @@ async def test_what_leaves_is_what_a_worker_believes(make: Make) -> None:
     assert actor.audited == []
 
 
-async def test_telemetry_that_comes_again_is_refused_and_on_record_once(make: Make) -> None:
+async def test_telemetry_that_comes_again_asks_for_a_hello_and_is_on_record_once(
+    make: Make,
+) -> None:
     cluster = make(BPCS[0], BPCS[0])
     actor = Actor(cluster)
     await greeted(actor, cluster)
@@ -95,10 +97,41 @@ async def test_telemetry_that_comes_again_is_refused_and_on_record_once(make: Ma
     assert (await actor.do_heartbeat(captured)).known
     assert actor.asked[-1].telemetry == TELEMETRY
     for _ in range(9):
-        with pytest.raises(MessageRefused):
-            await actor.do_heartbeat(captured)
+        assert not (await actor.do_heartbeat(captured)).known
     (entry,) = actor.audited
     assert (entry.principal, entry.action, entry.outcome) == ("W1", "worker.refused", "refused")
+    await greeted(actor, cluster)
+    actor.answer = HeartbeatReply(known=True)
+    assert (await actor.do_heartbeat(cluster.beat())).known
+
+
+async def test_a_worker_with_another_key_is_not_asked_for_one_hello_after_the_other(
+    make: Make,
+) -> None:
+    cluster = make(BPCS[0], BPCS[1])
+    actor = Actor(cluster)
+    await greeted(actor, cluster)
+    with pytest.raises(MessageRefused):
+        await actor.do_heartbeat(cluster.beat())
+    assert [entry.action for entry in actor.audited] == ["worker.refused"]
+
+
+async def test_answers_that_do_not_open_come_again_after_a_hello(make: Make) -> None:
+    cluster = make(BPCS[0], BPCS[0])
+    actor = Actor(cluster)
+    await greeted(actor, cluster)
+    actor.answer = Grant(seq=2)
+    answered = an_exchange(2, answers=(("m1", {"pong": True}),))
+    captured = wire.pack_exchange(cluster.guard.seal_answers(answered))
+    assert not wire.unpack_grant(await actor.do_exchange(captured)).hello
+    count = len(actor.asked)
+    assert wire.unpack_grant(await actor.do_exchange(captured)).hello
+    assert [type(one) for one in actor.asked[count:]] == [Note]  # The question is still open.
+    await greeted(actor, cluster)
+    actor.answer = Grant(seq=2)
+    again = wire.pack_exchange(cluster.guard.seal_answers(answered))
+    assert not wire.unpack_grant(await actor.do_exchange(again)).hello
+    assert actor.asked[-1] == answered
 
 
 async def test_a_worker_without_the_cipher_is_refused_and_on_record(make: Make) -> None:

@@ -339,6 +339,46 @@ def test_captured_telemetry_cannot_be_sent_again(sealed: Cluster) -> None:
     assert sealed.desk.open_heartbeat(sealed.beat()) is not None
 
 
+#: A hello's half of a channel as anybody can make one up.
+FORGED = bytes([9]) + bytes(31)
+
+
+def test_a_hello_that_comes_twice_or_from_elsewhere_parts_nobody(sealed: Cluster) -> None:
+    hello = sealed.guard.hello(a_hello())
+    sealed.guard.welcomed(hello, sealed.desk.welcome(hello, WELCOME))
+    for forged in (hello, dataclasses.replace(hello, cipher=FORGED)):
+        sealed.desk.welcome(forged, WELCOME)  # Before anything has come through the channel,
+    assert sealed.desk.open_heartbeat(sealed.beat()) is not None
+    for forged in [hello, dataclasses.replace(hello, cipher=FORGED, incarnation="b")] * 20:
+        sealed.desk.welcome(forged, WELCOME)  # and afterwards.
+    assert sealed.desk.open_heartbeat(sealed.beat()) is not None
+    assert sealed.received(sealed.sent(Grant(seq=1, intents=(INTENT,)))).intents == (INTENT,)
+    answered = sealed.guard.seal_answers(an_exchange(2, answers=(("m1", {"pong": True}),)))
+    assert sealed.desk.open_answers(answered).answers == (("m1", {"pong": True}),)
+
+
+def test_a_hello_that_nobody_forged_changes_the_channel(sealed: Cluster) -> None:
+    assert sealed.desk.open_heartbeat(sealed.beat()) is not None
+    old = sealed.beat()
+    sealed.say_hello()
+    # M1 seals with the channel before until it has heard something through the new one.
+    assert sealed.received(sealed.sent(Grant(seq=1, intents=(INTENT,)))).intents == (INTENT,)
+    assert sealed.desk.open_heartbeat(sealed.beat()) is not None
+    with pytest.raises(MessageRefused):
+        sealed.desk.open_heartbeat(old)
+    exchange = an_exchange(2)
+    raw = sealed.sent(Grant(seq=2, intents=(INTENT,)), exchange)
+    assert sealed.received(raw, exchange).intents == (INTENT,)
+
+
+def test_what_hellos_offer_is_bounded(sealed: Cluster) -> None:
+    for _ in range(3 * orders.OFFERED_MAX):
+        sealed.say_hello()
+    assert len(sealed.desk._channels["W1"].offered) == orders.OFFERED_MAX
+    assert sealed.desk.open_heartbeat(sealed.beat()) is not None
+    assert sealed.desk._channels["W1"].offered == []
+
+
 def test_a_captured_intent_cannot_be_sent_again(sealed: Cluster) -> None:
     captured = sealed.sent(Grant(seq=1, intents=(INTENT,)))
     assert sealed.received(captured).intents == (INTENT,)
