@@ -345,6 +345,7 @@ class ModeratorActor(_Face):
             await self._note_refusal(hello.worker, "worker.refused", str(error))
             raise
         async with self._noted(hello.worker):
+            await self._orders.ready()
             return self._orders.welcome(hello, welcome)
 
     async def do_heartbeat(self, beat: Heartbeat) -> Any:
@@ -367,7 +368,9 @@ class ModeratorActor(_Face):
             await self._note_refusal(exchange.worker, "worker.refused", str(error))
             # The worker keeps its answers, and sends them again after the hello.
             return wire.pack_grant(Grant(seq=exchange.seq, hello=True))
-        return wire.pack_grant(self._orders.send(exchange, await self._ask(exchange)))
+        grant = await self._ask(exchange)
+        await self._orders.ready(grant)
+        return wire.pack_grant(self._orders.send(exchange, grant))
 
     async def do_order_refused(self, worker: str, count: int, why: str) -> None:
         """Put on record that a worker has refused orders that claimed to be ours."""

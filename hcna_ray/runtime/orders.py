@@ -15,6 +15,7 @@ Grants without orders are not signed: they are the hot path, and nothing but tas
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ from hcna_ray.security.orders import OrderRefused
 log = logging.getLogger(__name__)
 
 SEALED_SCHEMA = "hcna.sealed.v1"
+#: Longest wait for the renewal of a certificate while there is another one.
+RENEW_WAIT_S = 1.0
 #: Pause between two words to the log, and to M1's audit, of what was refused.
 TELL_S = 60.0
 #: Workers of which the audit log is told in that time.
@@ -64,6 +67,19 @@ class CipherMismatch(HcnaError):
 
 class Signer(Protocol):
     """See `hcna_ray.security.orders.OrderSigner`."""
+
+    @property
+    def able(self) -> bool:
+        """Whether there is something to sign with."""
+        ...
+
+    def due(self) -> bool:
+        """Whether it is time to `renew`."""
+        ...
+
+    def renew(self) -> None:
+        """Look after the certificate. May wait: not on an event loop."""
+        ...
 
     def sign(self, message: bytes) -> bytes:
         """Return what proves that M1 says this."""
@@ -138,6 +154,29 @@ class OrderDesk:
         self._signer, self._cipher, self._elapsed = signer, cipher, elapsed
         self._channels: dict[str, _Agreed] = {}
         self._told: dict[str, float] = {}
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def ready(self, grant: Grant | None = None) -> None:
+        """Have M1's certificate looked after, on a thread, before something is signed.
+
+        Where there is one already it is waited for a moment only: what holds that up, such as a
+        lock or a disk, must not hold up orders.
+
+        Args:
+            grant: What is to leave; None for a welcome.
+        """
+        if grant is not None and not _has_orders(grant):
+            return
+        if self._renewing is None or self._renewing.done():
+            if not self._signer.due():
+                return
+            self._renewing = asyncio.create_task(asyncio.to_thread(self._signer.renew))
+        elif self._signer.able:
+            return
+        if self._signer.able:
+            await asyncio.wait({self._renewing}, timeout=RENEW_WAIT_S)
+        else:
+            await asyncio.shield(self._renewing)
 
     def check_hello(self, hello: Hello) -> None:
         """Refuse a worker that does not seal what is to be sealed. Raises `CipherMismatch`."""

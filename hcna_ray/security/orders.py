@@ -16,6 +16,7 @@ M1, and the key lies beside the authority's, so whoever has an old one needs non
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -28,13 +29,18 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    from hcna_ray.security.certs import Pair
+
+log = logging.getLogger(__name__)
+
 #: Name in the certificate. Nobody but M1 gets one for it.
 ORDERS_NAME = "orders.hcna.internal"
 _STEM = "orders"
 _DOMAIN = b"hcna.order.v1\0"
 _HEAD = struct.Struct(">H")
-#: Pause between two looks whether the certificate has to be renewed.
+#: Pause between two looks whether the certificate has to be renewed, and after one that failed.
 LOOK = timedelta(hours=1)
+AGAIN = timedelta(minutes=1)
 
 
 class OrderRefused(HcnaError):
@@ -57,37 +63,71 @@ class OrderSigner:
         """
         self._dir, self._now = cluster_dir, now
         self._looked: datetime | None = None
+        self._pause = LOOK
         self._authority = 0
-        self._key: ec.EllipticCurvePrivateKey | None = None
-        self._cert = b""
+        #: The key, and its certificate as DER.
+        self._pair: tuple[ec.EllipticCurvePrivateKey, bytes] | None = None
 
-    def sign(self, message: bytes) -> bytes:
-        """Return what proves that M1 says this.
+    @property
+    def able(self) -> bool:
+        """Whether there is something to sign with, be it as old as it may."""
+        return self._pair is not None
+
+    def due(self) -> bool:
+        """Whether it is time to `renew`."""
+        if self._pair is None or self._looked is None:
+            return True
+        recent = timedelta(0) <= self._now() - self._looked < self._pause
+        return not recent or self._changed_at() != self._authority
+
+    def renew(self) -> None:
+        """Look after the certificate. Waits for whoever else writes there: not on an event loop.
+
+        Where that fails what there is goes on: no worker asks when a certificate ends, and orders
+        that do not leave are worse than one that is old.
 
         Raises:
-            CertificateBroken: The authority cannot be used.
+            CertificateBroken: The authority cannot be used, and there is no earlier certificate.
+        """
+        from hcna_ray.security.certs import CertificateBroken, Pair, ensure_server
+
+        now = self._now()
+        try:
+            made = ensure_server(self._dir, _STEM, names=(ORDERS_NAME,), addresses=(), now=now)
+            self._pair, self._pause = _read_pair(made), LOOK
+        except Exception as error:  # A full disk, a lost key, a clock beyond the authority's end.
+            self._pause = AGAIN
+            log.error(
+                "the certificate of M1's orders cannot be looked after; the old one goes on: %s",
+                error,
+                extra={"action": "orders.renewal_failed", "error": str(error)},
+            )
+            if self._pair is None:
+                old = Pair(self._dir / f"{_STEM}.pem", self._dir / f"{_STEM}.key")
+                try:
+                    self._pair = _read_pair(old)
+                except Exception:
+                    if isinstance(error, HcnaError):
+                        raise error from None
+                    raise CertificateBroken(str(old.cert), str(error)) from error
+        finally:
+            self._looked, self._authority = now, self._changed_at()
+
+    def sign(self, message: bytes) -> bytes:
+        """Return what proves that M1 says this; the first time, after `renew`.
+
+        Raises:
+            CertificateBroken: There is nothing to sign with.
         """
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
 
-        key = self._renewed()
+        if self._pair is None:
+            self.renew()
+        assert self._pair is not None
+        key, cert = self._pair
         signature = key.sign(_DOMAIN + message, ec.ECDSA(hashes.SHA256()))
-        return _HEAD.pack(len(self._cert)) + self._cert + signature
-
-    def _renewed(self) -> ec.EllipticCurvePrivateKey:
-        from cryptography.hazmat.primitives import serialization
-
-        from hcna_ray.security.certs import ensure_server, load_cert, load_key
-
-        now = self._now()
-        changed = self._changed_at()
-        due = self._looked is None or not timedelta(0) <= now - self._looked < LOOK
-        if self._key is None or due or changed != self._authority:
-            pair = ensure_server(self._dir, _STEM, names=(ORDERS_NAME,), addresses=(), now=now)
-            self._key = load_key(pair.key)
-            self._cert = load_cert(pair.cert).public_bytes(serialization.Encoding.DER)
-            self._looked, self._authority = now, self._changed_at()
-        return self._key
+        return _HEAD.pack(len(cert)) + cert + signature
 
     def _changed_at(self) -> int:
         """Return what changes when another authority signs, or the old one goes."""
@@ -95,6 +135,17 @@ class OrderSigner:
             return self._dir.stat().st_mtime_ns
         except OSError:
             return 0
+
+
+def _read_pair(pair: Pair) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+    from cryptography.hazmat.primitives import serialization
+
+    from hcna_ray.security.certs import CertificateBroken, load_cert, load_key
+
+    key, cert = load_key(pair.key), load_cert(pair.cert)
+    if cert.public_key() != key.public_key():
+        raise CertificateBroken(str(pair.cert), "it belongs to another key")
+    return key, cert.public_bytes(serialization.Encoding.DER)
 
 
 class OrderVerifier:

@@ -55,6 +55,8 @@ grants = st.builds(
 class Digest:
     """A signature that anybody can make: here it matters what is signed."""
 
+    able = True
+
     def due(self) -> bool:
         return False
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import hashlib
 import json
 import logging
 import pickle
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -494,3 +496,51 @@ def test_channels_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
     cluster.say_hello(a_hello(worker="W2"))
     cluster.say_hello()
     assert list(cluster.desk._channels) == ["W1"]
+
+
+class SlowSigner:
+    """A signature whose renewal waits for somebody."""
+
+    def __init__(self, *, able: bool) -> None:
+        self.able = able
+        self.begun, self.released = threading.Event(), threading.Event()
+        self.renewals = 0
+
+    def due(self) -> bool:
+        return True
+
+    def renew(self) -> None:
+        self.renewals += 1
+        self.begun.set()
+        assert self.released.wait(30)
+        self.able = True
+
+    def sign(self, message: bytes) -> bytes:
+        assert self.able
+        return b"signed"
+
+
+async def test_a_renewal_that_hangs_holds_up_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orders, "RENEW_WAIT_S", 0.0)
+    signer = SlowSigner(able=True)
+    desk = OrderDesk(signer, None, elapsed=lambda: 0.0)
+    grant = Grant(seq=1, stops=(STOP,))
+    await desk.ready(Grant(seq=1, offers=(OFFER,)))
+    assert signer.renewals == 0  # There is nothing to sign.
+    for _ in range(3):
+        await desk.ready(grant)
+        assert desk.send(an_exchange(), grant).proof == b"signed"
+    assert await asyncio.to_thread(signer.begun.wait, 30)
+    assert signer.renewals == 1
+    signer.released.set()
+
+
+async def test_the_first_renewal_is_waited_for_and_the_loop_goes_on() -> None:
+    signer = SlowSigner(able=False)
+    desk = OrderDesk(signer, None, elapsed=lambda: 0.0)
+    waiting = [asyncio.create_task(desk.ready()) for _ in range(3)]
+    assert await asyncio.to_thread(signer.begun.wait, 30)
+    assert not any(task.done() for task in waiting)
+    signer.released.set()
+    await asyncio.gather(*waiting)
+    assert (signer.able, signer.renewals) == (True, 1)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from hcna_ray.security.authority import begin_rollover, finish_rollover, sign_request
-from hcna_ray.security.certs import ensure_ca, ensure_server, load_cert, make_request, new_key
+from hcna_ray.security.certs import (
+    CertificateBroken,
+    ensure_ca,
+    ensure_server,
+    load_cert,
+    make_request,
+    new_key,
+)
 from hcna_ray.security.orders import (
+    AGAIN,
     ORDERS_NAME,
     OrderRefused,
     OrderSigner,
@@ -115,9 +124,8 @@ def forged(m1: Path, names: tuple[str, ...], kind: str = "server") -> bytes:
 
     from hcna_ray.security.certs import load_key
 
-    signer._key = load_key(m1 / "orders.key")
-    signer._cert = load_cert(m1 / "orders.pem").public_bytes(serialization.Encoding.DER)
-    signer._authority = signer._changed_at()
+    cert = load_cert(m1 / "orders.pem").public_bytes(serialization.Encoding.DER)
+    signer._pair = load_key(m1 / "orders.key"), cert
     return signer.sign(MESSAGE)
 
 
@@ -142,14 +150,22 @@ def test_a_machine_that_knows_no_authority_says_what_to_do(m1: Path, tmp_path: P
         check(tmp_path / "nowhere", signed(m1))
 
 
+def sign(signer: OrderSigner) -> bytes:
+    """Sign as M1 does, which looks after the certificate first."""
+    if signer.due():
+        signer.renew()
+    return signer.sign(MESSAGE)
+
+
 def test_the_certificate_is_renewed_and_no_clock_parts_a_worker_from_m1(m1: Path, w1: Path) -> None:
     calendar = Calendar()
     signer = OrderSigner(m1, calendar)
-    first = signer.sign(MESSAGE)
+    first = sign(signer)
+    assert not signer.due()
     calendar.now += timedelta(days=70)
-    second = signer.sign(MESSAGE)
+    second = sign(signer)
     calendar.now -= timedelta(days=400)  # M1's clock is put back.
-    third = signer.sign(MESSAGE)
+    third = sign(signer)
     certificates = {proof[: 2 + int.from_bytes(proof[:2], "big")] for proof in (first, second)}
     assert len(certificates) == 2
     for proof in (first, second, third):
@@ -158,13 +174,66 @@ def test_the_certificate_is_renewed_and_no_clock_parts_a_worker_from_m1(m1: Path
 
 def test_a_change_of_the_authority_is_followed(m1: Path, w1: Path) -> None:
     signer = OrderSigner(m1, lambda: NOW)
-    signer.sign(MESSAGE)
+    sign(signer)
     begin_rollover(m1, now=NOW)
-    check(w1, signer.sign(MESSAGE))  # It has not heard of the new one yet.
+    check(w1, sign(signer))  # It has not heard of the new one yet.
     (w1 / "trust.pem").write_bytes((m1 / "trust.pem").read_bytes())
     finish_rollover(m1, now=NOW)
-    check(w1, signer.sign(MESSAGE))
-    check(m1, signer.sign(MESSAGE))
+    check(w1, sign(signer))
+    check(m1, sign(signer))
+
+
+def test_orders_leave_although_the_certificate_cannot_be_renewed(
+    m1: Path, w1: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calendar = Calendar()
+    signer = OrderSigner(m1, calendar)
+    sign(signer)
+    key = (m1 / "ca.key").read_bytes()
+    (m1 / "ca.key").unlink()
+    calendar.now += timedelta(days=70)
+    with caplog.at_level(logging.ERROR, logger="hcna_ray"):
+        check(w1, sign(signer))
+        check(w1, sign(signer))
+    (record,) = caplog.records  # It is not tried again for each order,
+    assert record.action == "orders.renewal_failed"  # type: ignore[attr-defined]
+    assert "ca.key" in record.getMessage()
+    calendar.now += AGAIN
+    assert signer.due()  # but soon.
+    (m1 / "ca.key").write_bytes(key)
+    (m1 / "ca.key").chmod(0o600)
+    old = signer.sign(MESSAGE)
+    check(w1, sign(signer))
+    size = int.from_bytes(old[:2], "big")
+    assert signer.sign(MESSAGE)[: 2 + size] != old[: 2 + size]
+
+
+def test_a_new_moderator_goes_on_with_the_certificate_on_its_disk(m1: Path, w1: Path) -> None:
+    signed(m1)
+    (m1 / "ca.key").unlink()
+    check(w1, signed(m1))
+
+
+def test_an_authority_that_has_ended_stops_no_orders(m1: Path, w1: Path) -> None:
+    calendar = Calendar()
+    signer = OrderSigner(m1, calendar)
+    sign(signer)
+    calendar.now += timedelta(days=5000)
+    check(w1, sign(signer))
+
+
+def test_without_any_certificate_nothing_is_signed(m1: Path) -> None:
+    (m1 / "ca.key").unlink()
+    with pytest.raises(CertificateBroken, match=r"ca\.key"):
+        signed(m1)
+
+
+def test_a_certificate_of_another_key_is_not_taken_from_the_disk(m1: Path) -> None:
+    signed(m1)
+    (m1 / "ca.key").unlink()
+    (m1 / "orders.key").write_text(new_key())
+    with pytest.raises(CertificateBroken, match=r"ca\.key"):
+        signed(m1)
 
 
 def test_a_machine_that_was_an_m1_itself_believes_the_one_it_joined(
