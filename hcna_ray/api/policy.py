@@ -41,7 +41,8 @@ MEANING: dict[Check, str] = {
     Check.TASK: "the task is the caller's to see, else 404",
     Check.TASKS: "other tasks than the caller's to see are left out; named, they do not exist",
     Check.ARTIFACT: "the artifact is the caller's, else 404",
-    Check.QUEUE: "the queue lies in the key's scopes, else 403 `out_of_scope`",
+    Check.QUEUE: "the queue lies in the key's scopes, and they name no task types (a queue holds "
+    "those of others), else 403 `out_of_scope`",
     Check.WORKERS: "of what runs, only tasks of the caller's to see; addresses and telemetry "
     "from operator on; without a key, who is there and no more",
     Check.MACHINES: "the key has no scopes, else 403 `out_of_scope`",

@@ -338,6 +338,11 @@ async def _check_path(services: Services, caller: ApiKey, check: Check, request:
     if check is Check.TASK:
         await check_task(services, caller, params["task_id"])
     elif check is Check.QUEUE:
+        if caller.task_types:
+            raise OutOfScope(
+                f"the key {caller.name!r} is limited to some task types; a queue holds those of "
+                "others"
+            )
         if not caller.covers(queue=params["name"]):
             raise OutOfScope(f"the key {caller.name!r} is not for the queue {params['name']!r:.80}")
     elif check is Check.MACHINES:

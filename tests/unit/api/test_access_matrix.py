@@ -73,6 +73,10 @@ class Caller:
     def scoped(self) -> bool:
         return self.key is not None and bool({"task_types", "queues"} & set(self.key))
 
+    @property
+    def has_types(self) -> bool:
+        return self.key is not None and "task_types" in self.key
+
 
 def _with(key: str) -> tuple[tuple[str, str], ...]:
     return (("Authorization", f"Bearer {key}"),)
@@ -116,6 +120,7 @@ CALLERS = (
     _holder("operator-in-lab", "operator", sees="all", queues=("lab",)),
     _holder("operator-at-night", "operator", queues=("night",), queue_fits=False),
     _holder("operator-of-sleep", "operator", task_types=("sleep", "x.*"), type_fits=False),
+    _holder("operator-of-echo", "operator", sees="all", task_types=("echo",)),
     _holder("boss", "admin", **_EVERYTHING),
 )
 
@@ -254,7 +259,7 @@ def expected(route: Route, caller: Caller, status: int) -> tuple[int, str | None
             return 404, "task_not_found"
         case Check.ARTIFACT if not caller.has_file and route.method != "PUT":
             return 404, "artifact_not_found"
-        case Check.QUEUE if not caller.queue_fits:
+        case Check.QUEUE if not caller.queue_fits or caller.has_types:
             return 403, "out_of_scope"
         case Check.MACHINES if caller.scoped:
             return 403, "out_of_scope"
