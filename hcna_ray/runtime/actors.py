@@ -15,7 +15,7 @@ import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psutil
@@ -73,6 +73,7 @@ from hcna_ray.runtime.ray_link import (
     AgentModeratorLink,
     agent_name,
 )
+from hcna_ray.runtime.refusals import Refusals
 from hcna_ray.runtime.requests import (
     Cancel,
     ForgetWorker,
@@ -106,6 +107,8 @@ OPEN_WAIT_S = 2.0
 COLLECTOR = (20_000, 50, 100)
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
+#: Pause between two looks whether refusals that were held back are to be put on record.
+RECORD_S = 10.0
 #: Pause between two looks at a worker's artifact cache.
 HOUSEKEEPING_S = 3600.0
 #: Pause before a worker's agent is asked for again; it costs nothing when there is one.
@@ -168,6 +171,7 @@ class ModeratorActor(_Face):
         self._writer.begin()
         self._spawn(self._serve_locally())
         self._spawn(self._ensure_agents())
+        self._spawn(self._keep_record())
 
     def _build(self) -> Moderator:
         store = open_store(self._settings, wait_s=OPEN_WAIT_S)
@@ -372,9 +376,16 @@ class ModeratorActor(_Face):
         await self._orders.ready(grant)
         return wire.pack_grant(self._orders.send(exchange, grant))
 
-    async def do_order_refused(self, worker: str, count: int, why: str) -> None:
-        """Put on record that a worker has refused orders that claimed to be ours."""
-        await self._note_refusal(worker, "order.refused", f"{count} times; the last time: {why}")
+    async def do_order_refused(self, worker: str, count: int, why: str) -> bool:
+        """Put on record that a worker has refused orders that claimed to be ours.
+
+        Returns:
+            Whether that is done; else the worker keeps the count, and tells it again.
+        """
+        action = "order.refused"
+        if not self._orders.refusals.may_tell(worker, action):
+            return False
+        return await self._record(Refusals(worker, action, count, why))
 
     @asynccontextmanager
     async def _noted(self, worker: str) -> AsyncIterator[None]:
@@ -386,19 +397,38 @@ class ModeratorActor(_Face):
             raise
 
     async def _note_refusal(self, worker: str, action: str, why: str) -> None:
-        if not self._orders.may_tell(worker):
-            return
-        log.error("%s: %s: %s", worker, action, why, extra={"action": action, "worker": worker})
+        """Put a refusal on record, now or together with others of its kind."""
+        self._orders.refusals.add(worker, action, 1, why)
+        await self._record_due()
+
+    async def _record_due(self) -> None:
+        for line in self._orders.refusals.due():
+            if not await self._record(line):
+                self._orders.refusals.add(*line)
+
+    async def _record(self, line: Refusals) -> bool:
+        worker, action, count, why = line
+        detail = why if count == 1 else f"{count} times; the last time: {why}"
+        log.error("%s: %s: %s", worker, action, detail, extra={"action": action, "worker": worker})
         entry = AuditEntry(
             at=self._clock.now(),
             principal=worker,
             action=action,
             target="",
             outcome="refused",
-            detail=why,
+            detail=detail,
         )
-        with suppress(HcnaError):  # It is in the log; a store that is away must not hide it.
+        try:
             await self._ask(Note(entries=(clipped(entry),)))
+        except HcnaError:  # It is in the log; a store that is away must not hide it.
+            return False
+        return True
+
+    async def _keep_record(self) -> None:
+        """Put on record what was held back, also when nothing more is refused."""
+        while True:
+            await asyncio.sleep(RECORD_S)
+            await self._record_due()
 
     async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""

@@ -34,6 +34,7 @@ from hcna_ray.runtime.messages import (
     IntentOrder,
     Welcome,
 )
+from hcna_ray.runtime.refusals import RefusalBook
 from hcna_ray.security.orders import OrderRefused
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,8 @@ log = logging.getLogger(__name__)
 SEALED_SCHEMA = "hcna.sealed.v1"
 #: Longest wait for the renewal of a certificate while there is another one.
 RENEW_WAIT_S = 1.0
-#: Pause between two words to the log, and to M1's audit, of what was refused.
+#: Pause between two words to the log of what was refused, and before M1 is told again in vain.
 TELL_S = 60.0
-#: Workers of which the audit log is told in that time.
-TOLD_MAX = 60
 #: Hellos of one worker, the last ones, of which M1 remembers what they offered.
 OFFERED_MAX = 8
 #: Workers whose channels M1 remembers.
@@ -151,9 +150,10 @@ class OrderDesk:
             cipher: Seals intents and opens telemetry; None leaves them as they are.
             elapsed: A clock that never steps.
         """
-        self._signer, self._cipher, self._elapsed = signer, cipher, elapsed
+        self._signer, self._cipher = signer, cipher
+        #: What is to be put on record.
+        self.refusals = RefusalBook(elapsed)
         self._channels: dict[str, _Agreed] = {}
-        self._told: dict[str, float] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     async def ready(self, grant: Grant | None = None) -> None:
@@ -253,15 +253,6 @@ class OrderDesk:
         proof = self._signer.sign(_grant_message(exchange, grant))
         return dataclasses.replace(grant, proof=proof)
 
-    def may_tell(self, worker: str) -> bool:
-        """Whether the audit log may be told of another refusal of this worker now."""
-        now = self._elapsed()
-        self._told = {name: at for name, at in self._told.items() if now - at < TELL_S}
-        if worker in self._told or len(self._told) >= TOLD_MAX:
-            return False
-        self._told[worker] = now
-        return True
-
     def _channel(self, worker: str, incarnation: str) -> Channel | None:
         agreed = self._channels.get(worker)
         return next(iter(agreed.of(incarnation)), None) if agreed is not None else None
@@ -310,6 +301,7 @@ class OrderGuard:
         self._told: float | None = None
         #: What was refused and is not told to M1 yet: how often, and why the last time.
         self.refused: tuple[int, str] = (0, "")
+        self._tell_again: float | None = None
 
     # -- hello -----------------------------------------------------------------------------------
 
@@ -426,6 +418,20 @@ class OrderGuard:
             except HcnaError as error:
                 first = first or error
         raise first or OrderRefused("there is no channel to open it with")
+
+    def to_tell(self) -> tuple[int, str] | None:
+        """Return what M1 is to be told of refusals, if it is time for that."""
+        waits = self._tell_again is not None and self._elapsed() < self._tell_again
+        return None if waits or not self.refused[0] else self.refused
+
+    def told(self, count: int, *, written: bool) -> None:
+        """Take note of what M1 did with so many refusals: what is not on record is told again."""
+        if written:
+            self._tell_again = None
+            left = self.refused[0] - count
+            self.refused = (left, self.refused[1] if left else "")
+        else:
+            self._tell_again = self._elapsed() + TELL_S
 
     def _refuse(self, what: str, why: str) -> None:
         """Say so, in the log at most once a minute; the rest is counted."""

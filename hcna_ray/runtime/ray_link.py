@@ -127,8 +127,7 @@ def _unwrap(reply: tuple[str, Any]) -> Any:
 async def _exchange(
     link: ActorLink, guard: OrderGuard, exchange: Exchange, timeout_s: float
 ) -> Grant:
-    if guard.refused[0]:
-        await _tell_refused(link, guard, exchange.worker)
+    await _tell_refused(link, guard, exchange.worker)
     asked = boottime()
     raw: bytes = await link.acall(
         "exchange", wire.pack_exchange(guard.seal_answers(exchange)), timeout_s=timeout_s
@@ -142,13 +141,16 @@ async def _exchange(
 
 
 async def _tell_refused(link: ActorLink, guard: OrderGuard, worker: str) -> None:
-    """Have M1's audit log say what was refused here. What M1 does not hear is told next time."""
-    count, why = guard.refused
-    try:
-        await link.acall("order_refused", worker, count, why)
-    except HcnaError:
+    """Have M1's audit log say what was refused here. What it does not is told again later."""
+    news = guard.to_tell()
+    if news is None:
         return
-    guard.refused = (0, "")
+    count, why = news
+    try:
+        written = await link.acall("order_refused", worker, count, why)
+    except HcnaError:
+        written = False
+    guard.told(count, written=bool(written))
 
 
 class AgentModeratorLink:

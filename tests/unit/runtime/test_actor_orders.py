@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from hcna_ray.core.errors import WorkerNameTaken
+from hcna_ray.core.errors import StoreUnavailable, WorkerNameTaken
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.actors import ModeratorActor
 from hcna_ray.runtime.messages import Grant, Heartbeat, HeartbeatReply, Hello
 from hcna_ray.runtime.orders import CipherMismatch
+from hcna_ray.runtime.refusals import TELL_S
 from hcna_ray.runtime.requests import Note
 from hcna_ray.security.cipher import MessageRefused
 from tests.support.builders import T0
@@ -158,12 +159,37 @@ async def test_a_machine_with_a_taken_name_is_on_record(make: Make) -> None:
 
 async def test_what_a_worker_refused_is_on_record(make: Make) -> None:
     actor = Actor(make({}, {}))
-    for count in (3, 4):
-        await actor.do_order_refused("W1", count, "x" * 5000)
+    written = [await actor.do_order_refused("W1", count, "x" * 5000) for count in (3, 4)]
+    assert written == [True, False]  # The worker tells of the four again.
     (entry,) = actor.audited
     assert (entry.principal, entry.action) == ("W1", "order.refused")
     assert entry.detail.startswith("3 times; the last time: xxx")
     assert len(entry.detail) == 1000
+
+
+async def test_another_refusal_does_not_hide_refused_orders(make: Make) -> None:
+    actor = Actor(make({}, {}))
+    actor.answer = WorkerNameTaken("W1", "10.0.0.2")
+    with pytest.raises(WorkerNameTaken):
+        await actor.do_hello(a_hello())
+    actor.answer = None
+    assert await actor.do_order_refused("W1", 1, "changed") is True
+    assert [entry.action for entry in actor.audited] == ["worker.refused", "order.refused"]
+
+
+async def test_what_the_store_did_not_take_is_not_said_to_be_on_record(make: Make) -> None:
+    cluster = make({}, {})
+    actor = Actor(cluster)
+    actor.answer = StoreUnavailable("away", 5)
+    assert await actor.do_order_refused("W1", 3, "changed") is False
+    for _ in range(2):
+        await actor._note_refusal("W1", "worker.refused", "changed")
+    actor.answer = None
+    cluster.elapsed += TELL_S
+    await actor._record_due()
+    assert actor.audited[-1].action == "worker.refused"
+    assert actor.audited[-1].detail == "2 times; the last time: changed"
+    assert await actor.do_order_refused("W1", 3, "changed") is True
 
 
 async def test_audit_lines_from_elsewhere_are_bounded(make: Make) -> None:

@@ -33,7 +33,7 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.orders import CipherMismatch, OrderDesk, OrderGuard
 from hcna_ray.security.certs import ensure_ca
 from hcna_ray.security.cipher import CipherUnready, MessageRefused
-from hcna_ray.security.orders import OrderRefused, OrderSigner
+from hcna_ray.security.orders import OrderRefused, OrderSigner, OrderVerifier
 from tests.support.builders import T0
 
 NOW = datetime.now(UTC)
@@ -481,13 +481,29 @@ def test_without_the_cipher_nothing_is_sealed(make: Make) -> None:
 # -- bounds ----------------------------------------------------------------------------------------
 
 
-def test_the_audit_log_is_told_of_refusals_in_bounds(make: Make) -> None:
+def test_what_m1_has_not_put_on_record_is_told_again_later(make: Make) -> None:
     cluster = make()
-    told = [cluster.desk.may_tell(f"W{number % 100}") for number in range(1000)]
-    assert sum(told) == orders.TOLD_MAX
-    cluster.elapsed += orders.TELL_S
-    assert cluster.desk.may_tell("W1")
-    assert not cluster.desk.may_tell("W1")
+    now = [0.0]
+    guard = OrderGuard(
+        OrderVerifier(cluster.w1.cluster_dir), None, patience_s=60.0, elapsed=lambda: now[0]
+    )
+    raw = wire.pack_grant(Grant(seq=1, stops=(STOP,)))
+    assert guard.to_tell() is None
+    guard.receive(an_exchange(), wire.unpack_grant(raw), 0.1)
+    news = guard.to_tell()
+    assert news is not None
+    guard.told(news[0], written=False)
+    guard.receive(an_exchange(), wire.unpack_grant(raw), 0.1)
+    assert guard.to_tell() is None  # Not with every exchange.
+    now[0] += orders.TELL_S
+    news = guard.to_tell()
+    assert news is not None
+    assert news[0] == 2
+    guard.receive(an_exchange(), wire.unpack_grant(raw), 0.1)  # While M1 writes down the two.
+    guard.told(news[0], written=True)
+    assert guard.refused[0] == 1
+    guard.told(1, written=True)
+    assert guard.refused == (0, "")
 
 
 def test_channels_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,3 +233,20 @@ def test_errors_survive_the_way_between_processes(error: HcnaError) -> None:
 
     assert type(again) is type(error)
     assert (str(again), again.code) == (str(error), error.code)
+
+
+async def test_what_m1_did_not_put_on_record_is_not_forgotten(
+    ray: PaperRay, tmp_path: Path
+) -> None:
+    for reply, left in (
+        (("ok", False), (3, "changed")),
+        (("error", ModeratorUnavailable("away", 2)), (3, "changed")),
+        (("ok", True), (0, "")),
+    ):
+        guard = a_guard(tmp_path)
+        guard.refused = (3, "changed")
+        ray.answer, ray.calls = reply, []
+        for _ in range(3):
+            await _tell_refused(ActorLink("moderator"), guard, "W1")
+        assert guard.refused == left
+        assert ray.calls == [("order_refused", ("W1", 3, "changed"), {})]  # Not again at once.
