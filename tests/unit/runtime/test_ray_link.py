@@ -18,7 +18,13 @@ from hcna_ray.core.models import Token
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind, Stop
 from hcna_ray.runtime.orders import OrderGuard
-from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
+from hcna_ray.runtime.ray_link import (
+    ActorLink,
+    AgentModeratorLink,
+    SlotModeratorLink,
+    _tell_refused,
+    agent_name,
+)
 from hcna_ray.security.orders import OrderRefused, OrderVerifier
 from tests.support.builders import T0
 from tests.unit.runtime.test_orders import WELCOME, a_hello
