@@ -746,7 +746,8 @@ def access() -> list[str]:
         nobody finds out ids by asking.
 
         *Artifacts* are their owner's: who has sent all of its bytes, or has seen its name in the
-        result of a task that it sees in full. Operators and admins without scopes see all.
+        result of a task that it sees in full. Operators and admins without scopes see all. One
+        request names at most 20000 of them in its payloads, else 422.
 
         Not separate: names of queues and task types, how many tasks they hold, ordering and
         concurrency keys (they are the house's: the same key of two owners is one key), and whether

@@ -11,11 +11,12 @@ the result of a task it sees in full and were not named in that task's payload.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from string import hexdigits
 from typing import TYPE_CHECKING
 
+from hcna_ray.api.problems import refuse_field
 from hcna_ray.api.views import (
     Json,
     outline,
@@ -36,8 +37,17 @@ if TYPE_CHECKING:
 SCANS_MAX = 20
 #: Batches, and grants of artifacts, that are remembered.
 REMEMBERED_MAX = 10_000
+#: Artifacts that one request may name in payloads.
+DIGESTS_MAX = 20_000
+#: Artifacts that one look at results makes the caller's.
+GRANTS_MAX = 1000
+#: More than this is looked through on a thread, not on the event loop.
+INLINE_BYTES = 64 << 10
+DIGEST_CHARS = 64
 
-_DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
+#: Hexadecimal digits as x, everything else as a blank.
+_MASK = bytes(120 if chr(code) in hexdigits else 32 for code in range(256))
+_RUN = b"x" * DIGEST_CHARS
 
 
 def view_of(caller: ApiKey, task: Task) -> View:
@@ -158,8 +168,8 @@ async def worker_views(
 
 
 def names_anything(specs: Sequence[TaskSpec]) -> bool:
-    """Return whether any of the specs names a task or, perhaps, an artifact."""
-    return any(spec.depends_on or _DIGEST.search(spec.payload) for spec in specs)
+    """Return whether any of the specs may name a task or an artifact; cheap."""
+    return any(spec.depends_on or len(spec.payload) > DIGEST_CHARS for spec in specs)
 
 
 async def foreign_names(
@@ -169,6 +179,9 @@ async def foreign_names(
 
     Parents of the same batch are references still, or ids of specs given here; neither is looked
     for. What exists for nobody is left to the moderator, which answers in the same words.
+
+    Raises:
+        Invalid: the payloads name more artifacts than can be looked for.
     """
     refused: dict[str, HcnaError] = {}
     if not names_anything(specs):
@@ -182,8 +195,12 @@ async def foreign_names(
             for parent in spec.depends_on:
                 if parent in hidden:
                     refused.setdefault(spec.id, _no_parent(parent))
-    named = {spec.id: found for spec in specs if (found := _digests(spec.payload))}
+    named = await _in_all(services, [(spec.id, spec.payload) for spec in specs])
     digests = {digest for found in named.values() for digest in found}
+    if len(digests) > DIGESTS_MAX:
+        raise refuse_field(
+            "payload", f"names {len(digests)} artifacts, at most {DIGESTS_MAX} are allowed at once"
+        )
     if digests:
         loop = asyncio.get_running_loop()
         others = await loop.run_in_executor(services.files, _foreign, services, caller, digests)
@@ -192,6 +209,20 @@ async def foreign_names(
                 if digest in others:
                     refused.setdefault(task_id, _no_artifact(digest))
     return refused
+
+
+async def _in_all(
+    services: Services, texts: Sequence[tuple[str, bytes | None]]
+) -> dict[str, list[str]]:
+    """Return the digests in each of the texts that have any; much text is read on a thread."""
+    if sum(len(raw or b"") for _, raw in texts) <= INLINE_BYTES:
+        return _digests_in(texts)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(services.files, _digests_in, texts)
+
+
+def _digests_in(texts: Sequence[tuple[str, bytes | None]]) -> dict[str, list[str]]:
+    return {name: found for name, raw in texts if (found := digests_of(raw))}
 
 
 def _foreign(services: Services, caller: ApiKey, digests: Iterable[str]) -> set[str]:
@@ -207,10 +238,23 @@ def _foreign(services: Services, caller: ApiKey, digests: Iterable[str]) -> set[
     return found
 
 
-def _digests(raw: bytes | None) -> list[str]:
-    if raw is None:
+def digests_of(raw: bytes | None) -> list[str]:
+    """Return what may be names of artifacts: 64 hexadecimal digits, no more in a row.
+
+    In time that grows with the length alone, whatever is written there.
+    """
+    if raw is None or len(raw) < DIGEST_CHARS:
         return []
-    return list(dict.fromkeys(name.decode().lower() for name in _DIGEST.findall(raw)))
+    mask = raw.translate(_MASK)
+    names: dict[str, None] = {}
+    at = mask.find(_RUN)
+    while at >= 0:
+        end = mask.find(b" ", at + DIGEST_CHARS)
+        end = len(mask) if end < 0 else end
+        if end - at == DIGEST_CHARS:
+            names[raw[at:end].decode().lower()] = None
+        at = mask.find(_RUN, end)
+    return list(names)
 
 
 def _no_parent(parent: str) -> Invalid:
@@ -251,16 +295,25 @@ async def grant_results(services: Services, caller: ApiKey, tasks: Iterable[Task
     """
     if caller.sees_all:
         return
-    new: set[str] = set()
-    for task in tasks:
-        if task.state is not TaskState.COMPLETED or view_of(caller, task) is not View.FULL:
-            continue
-        named = set(_digests(task.result)) - set(_digests(task.spec.payload))
-        new |= {name for name in named if not services.granted.has(caller.owner, name)}
+    fresh = [
+        task
+        for task in tasks
+        if task.state is TaskState.COMPLETED
+        and view_of(caller, task) is View.FULL
+        and not services.granted.has(caller.owner, task.id)
+    ]
+    results = await _in_all(services, [(task.id, task.result) for task in fresh])
+    sent = await _in_all(services, [(t.id, t.spec.payload) for t in fresh if t.id in results])
+    new = {name for i, names in results.items() for name in names if name not in sent.get(i, ())}
+    new = {name for name in new if not services.granted.has(caller.owner, name)}
     if new:
         loop = asyncio.get_running_loop()
-        for name in await loop.run_in_executor(services.files, _own, services, caller, new):
+        some = sorted(new)[:GRANTS_MAX]  # Each is made durable; the next look brings the rest.
+        for name in await loop.run_in_executor(services.files, _own, services, caller, some):
             services.granted.add(caller.owner, name)
+    if len(new) <= GRANTS_MAX:
+        for task in fresh:  # A result does not change: it is read once.
+            services.granted.add(caller.owner, task.id)
 
 
 def _own(services: Services, caller: ApiKey, names: Iterable[str]) -> list[str]:
