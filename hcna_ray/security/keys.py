@@ -52,6 +52,8 @@ SCOPE_MAX = 100
 QUOTA_MAX = 100_000_000
 RATE_MAX = 1e6
 SCHEMA = 2
+#: Where they are, below ``keys/``.
+FILE = "keys.json"
 #: Digits of a digest by which a key is named where its name is not enough.
 FINGERPRINT = 12
 
@@ -303,21 +305,83 @@ def load_keys(keys_dir: Path) -> tuple[ApiKey, ...]:
     Raises:
         KeyFileBroken: The file is there but is not one of ours.
     """
-    path = keys_dir / "keys.json"
+    path = keys_dir / FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ()
     except ValueError as error:
         raise KeyFileBroken(str(path), f"it is not JSON ({error})") from None
+    return parse_keys(text, str(path))
+
+
+def parse_keys(text: str, where: str) -> tuple[ApiKey, ...]:
+    """Return what a file of keys says.
+
+    Args:
+        text: Its content.
+        where: What it is called in errors.
+
+    Raises:
+        KeyFileBroken: It is not one of ours.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise KeyFileBroken(where, f"it is not JSON ({error})") from None
     try:
         schema = data["schema"]
         if schema not in (1, SCHEMA):
-            raise KeyFileBroken(str(path), f"its schema is {schema!r}, not {SCHEMA}")
+            raise KeyFileBroken(where, f"its schema is {schema!r}, not {SCHEMA}")
         keys = tuple(_parse(entry, schema) for entry in data["keys"])
     except (KeyError, TypeError, ValueError) as error:
-        raise KeyFileBroken(str(path), f"an entry is wrong ({error!r})") from None
+        raise KeyFileBroken(where, f"an entry is wrong ({error!r})") from None
     return keys
+
+
+def keys_text(keys: Sequence[ApiKey]) -> str:
+    """Return the content of a file of keys."""
+    return json.dumps({"schema": SCHEMA, "keys": [asdict(key) for key in keys]}, indent=2) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysRestored:
+    """What becomes of keys where a backup of them is restored."""
+
+    keys: tuple[ApiKey, ...]
+    #: Taken back after the backup was made: they stay so.
+    revoked: tuple[ApiKey, ...]
+    #: Good in the backup, and on record no more.
+    appeared: tuple[ApiKey, ...]
+    #: On record and good, and not in the backup.
+    gone: tuple[ApiKey, ...]
+
+
+def restored_keys(
+    backup: Sequence[ApiKey], before: Sequence[ApiKey], *, now: float
+) -> KeysRestored:
+    """Return the keys of a backup as they are to be: who was locked out since stays locked out.
+
+    Args:
+        backup: The backup's.
+        before: Those on record until now.
+        now: Seconds since the epoch.
+    """
+    known, kept = by_digest(before), by_digest(backup)
+    keys = []
+    revoked = []
+    for key in backup:
+        old = known.get(key.sha256)
+        if key.revoked_at is None and old is not None and old.revoked_at is not None:
+            key = replace(key, revoked_at=old.revoked_at)
+            revoked.append(key)
+        keys.append(key)
+    return KeysRestored(
+        keys=tuple(keys),
+        revoked=tuple(revoked),
+        appeared=tuple(k for k in keys if k.sha256 not in known and k.state(now) == "good"),
+        gone=tuple(k for k in before if k.sha256 not in kept and k.state(now) == "good"),
+    )
 
 
 def digest_of(clear: str) -> str:
@@ -398,8 +462,7 @@ def _check(key: ApiKey) -> None:
 
 
 def _save(keys_dir: Path, keys: Sequence[ApiKey]) -> None:
-    data = {"schema": SCHEMA, "keys": [asdict(key) for key in keys]}
-    write_private(keys_dir / "keys.json", json.dumps(data, indent=2) + "\n")
+    write_private(keys_dir / FILE, keys_text(keys))
 
 
 _FIELDS = frozenset(each.name for each in fields(ApiKey))

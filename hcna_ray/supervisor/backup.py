@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,6 +28,14 @@ from hcna_ray.core.models import AuditEntry
 from hcna_ray.durable import make_private_dir, sync_dir, sync_file, write_private
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.restore import EndedLeases, end_leases
+from hcna_ray.security.keys import (
+    ApiKey,
+    KeyFileBroken,
+    keys_text,
+    load_keys,
+    parse_keys,
+    restored_keys,
+)
 from hcna_ray.security.sealing import seal, unseal
 from hcna_ray.store.artifacts import checked_marks, marks_in, put_marks
 from hcna_ray.store.backup import (
@@ -72,6 +80,8 @@ from hcna_ray.supervisor.processes import describe, scan
 from hcna_ray.supervisor.state import RunLock, restore_mark
 
 SUFFIX = ".tar.zst"
+#: The keys of C1, by their name in the sealed part.
+_KEYS = "keys/keys.json"
 _BACKUP_PREFIX, _RESTORE_PREFIX = _PREFIXES = (".hcna-backup-", ".hcna-restore-")
 #: The file system's own, in the root of a disk.
 _LOST_FOUND = "lost+found"
@@ -516,6 +526,7 @@ class _Plan:
                 f"this machine has {listed} already; --force moves that aside and deletes nothing"
             )
         self._moved = in_the_way
+        self._key_lines = self._merge_keys()
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -599,6 +610,69 @@ class _Plan:
         path = self._settings.store_path
         assert path is not None
         return path
+
+    def _merge_keys(self) -> tuple[AuditEntry, ...]:
+        """Keep those keys locked out that were taken back since; return what to put on record."""
+        data = self._secrets.get(_KEYS)
+        before = [] if data is None else self._keys_of_before()
+        if data is None or not before:
+            return ()
+        try:
+            kept = parse_keys(data.decode("utf-8"), f"{_KEYS} of {self._archive}")
+        except (KeyFileBroken, ValueError) as error:
+            self._notes.append(f"{error}: nobody is let in until it is repaired")
+            return ()
+        found = restored_keys(kept, before, now=self._now)
+        if found.revoked:
+            text = keys_text(found.keys)
+            self._secrets = {**self._secrets, _KEYS: text.encode("utf-8")}
+        if found.appeared:
+            self._notes.append(
+                f"keys came back that were on record no more: {_listed(found.appeared)}; take back "
+                "those that must not open anything: hcna keys revoke"
+            )
+        if found.gone:
+            self._notes.append(
+                f"keys are gone that are not in the backup: {_listed(found.gone)}; make new ones: "
+                "hcna keys create"
+            )
+        said = (
+            ("key.revoked", found.revoked, "taken back after the backup was made, and stays so"),
+            ("key.restored", found.appeared, "came back with the backup; it was on record no more"),
+            ("key.gone", found.gone, "it is not in the backup"),
+        )
+        return tuple(
+            AuditEntry(
+                at=self._now,
+                principal="owner",
+                action=action,
+                target=key.name,
+                outcome="done",
+                detail=f"{key.fingerprint}, {key.role}: {why}",
+            )
+            for action, keys, why in said
+            for key in keys
+        )
+
+    def _keys_of_before(self) -> list[ApiKey]:
+        """Return the keys of this machine, those too that an interrupted restore moved aside."""
+        folder = self._home / "keys"
+        folders = [folder]
+        if self._interrupted is not None:
+            folders.append(_aside(folder, None, self._interrupted))
+        found: dict[str, ApiKey] = {}
+        for one in folders:
+            try:
+                known = load_keys(one)
+            except (KeyFileBroken, OSError) as error:
+                self._notes.append(
+                    f"{error}: keys that were taken back there may be good again; hcna keys list"
+                )
+                continue
+            for key in known:
+                if key.sha256 not in found or key.revoked_at is not None:
+                    found[key.sha256] = key
+        return list(found.values())
 
     # -- doing -----------------------------------------------------------------------------------
 
@@ -704,6 +778,9 @@ class _Plan:
         try:
             policy = Policy.from_settings(self._settings)
             ended = end_leases(store, policy, now=now, why=why, note=note)
+            if self._key_lines:
+                with store.transaction():
+                    store.append_audit(self._key_lines)
             failpoints.hit("restore.leases.ended")
         finally:
             store.close()
@@ -820,3 +897,7 @@ def _aside(path: Path, store: Path | None, stamp: str) -> Path:
         end = path.name.removeprefix(store.name)
         return path.with_name(f"{store.name}.set-aside-{stamp}{end}")
     return path.with_name(f"{path.name}.set-aside-{stamp}")
+
+
+def _listed(keys: Sequence[ApiKey]) -> str:
+    return ", ".join(f"{key.name} ({key.fingerprint})" for key in keys)

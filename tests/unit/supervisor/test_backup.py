@@ -32,7 +32,15 @@ from hcna_ray.core.errors import HcnaError
 from hcna_ray.runtime.artifacts import open_store
 from hcna_ray.security import sealing
 from hcna_ray.security.authority import list_issued, revoke
-from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token, read_client_key
+from hcna_ray.security.keys import (
+    create_key,
+    ensure_owner_key,
+    ensure_ray_token,
+    load_keys,
+    read_client_key,
+    revoke_key,
+    verify,
+)
 from hcna_ray.security.sealing import PassphraseRefused, SealBroken
 from hcna_ray.store import backup as archives
 from hcna_ray.store.backup import (
@@ -765,6 +773,67 @@ class TestHome:
         assert read_client_key(spare.keys_dir) == read_client_key(m1.keys_dir)
         (aside,) = spare.home.glob("keys.set-aside-*")
         assert read_client_key(aside) == mine
+
+    def test_a_key_that_was_taken_back_since_stays_so(self, m1: Settings, tmp_path: Path) -> None:
+        lost = create_key(m1.keys_dir, name="lost", role="operator", now=T0)
+        forgotten = create_key(m1.keys_dir, name="forgotten", role="viewer", now=T0)
+        archive = Path(backup(m1, to=tmp_path / "k.tar.zst", passphrase=WORDS, now=T0).path)
+        revoke_key(m1.keys_dir, "lost", now=T0 + 1)
+        later = create_key(m1.keys_dir, name="later", role="viewer", now=T0 + 1)
+        known = json.loads((m1.keys_dir / "keys.json").read_text())
+        known["keys"] = [one for one in known["keys"] if one["name"] != "forgotten"]
+        (m1.keys_dir / "keys.json").write_text(json.dumps(known))
+
+        report = restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 2)
+
+        keys = load_keys(m1.keys_dir)
+        found = verify(keys, lost)
+        assert found is not None
+        assert found.revoked_at == T0 + 1
+        back = verify(keys, forgotten)
+        assert back is not None
+        assert back.state(T0 + 2) == "good"
+        assert verify(keys, later) is None
+        came, gone = (note for note in report.notes if note.startswith("keys "))
+        assert "came back" in came
+        assert f"forgotten ({back.fingerprint})" in came
+        assert "are gone" in gone
+        assert "later (" in gone
+        reader = SqliteTaskReader(m1.home / "queue.db")
+        lines = [one.entry for one in reader.audit_after(0, 100)]
+        reader.close()
+        assert [(one.action, one.target) for one in lines if one.action.startswith("key.")] == [
+            ("key.revoked", "lost"),
+            ("key.restored", "forgotten"),
+            ("key.gone", "later"),
+        ]
+
+    def test_a_restore_that_was_cut_off_forgets_no_key_that_was_taken_back(
+        self, m1: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lost = create_key(m1.keys_dir, name="lost", role="operator", now=T0)
+        archive = Path(backup(m1, to=tmp_path / "k.tar.zst", passphrase=WORDS, now=T0).path)
+        revoke_key(m1.keys_dir, "lost", now=T0 + 1)
+        real = module._Plan._move_aside
+
+        def crash(plan: module._Plan) -> None:
+            real(plan)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(module._Plan, "_move_aside", crash)
+            restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 2)
+        restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 9)
+        found = verify(load_keys(m1.keys_dir), lost)
+        assert found is not None
+        assert found.revoked_at == T0 + 1
+
+    def test_keys_of_before_that_cannot_be_read_are_told(
+        self, m1: Settings, with_keys: Path
+    ) -> None:
+        (m1.keys_dir / "keys.json").write_text("{}")
+        report = restore(m1, with_keys, passphrase=WORDS, force=True, now=T0)
+        assert "taken back there may be good again" in report.notes[0]
 
     def test_a_clock_behind_the_backup_is_refused(self, spare: Settings, archive: Path) -> None:
         with pytest.raises(BackupRefused, match="clock"):
