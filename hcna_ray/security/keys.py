@@ -478,8 +478,11 @@ def _parse(entry: dict[str, Any], schema: int) -> ApiKey:
         raise ValueError("sha256")
     if role not in ROLES:
         raise ValueError(f"role {entry['role']!r}")
+    name = _typed(entry["name"], str)
+    if schema == 1:
+        name = _name_of_schema_1(name, digest)
     key = ApiKey(
-        name=_typed(entry["name"], str),
+        name=name,
         role=role,
         sha256=digest.lower(),
         created_at=_number(entry["created_at"]),
@@ -497,6 +500,14 @@ def _parse(entry: dict[str, Any], schema: int) -> ApiKey:
     except KeyRefused as error:
         raise ValueError(str(error)) from None
     return key
+
+
+def _name_of_schema_1(name: str, digest: str) -> str:
+    """Return a name without the blanks around it, which were allowed in schema 1."""
+    bare = name.strip()
+    if bare == name or (bare and bare != OWNER):
+        return bare
+    return f"key-{digest[:FINGERPRINT].lower()}"  # Nothing is left, or somebody else's name.
 
 
 def _typed(value: Any, kind: type[Any]) -> Any:

@@ -244,6 +244,25 @@ def test_a_file_of_the_first_schema_is_read_and_written_anew(keys_dir: Path) -> 
 ENTRY = {"name": "x", "role": "viewer", "sha256": HEX, "created_at": 1}
 
 
+def test_blanks_around_names_of_schema_1_lock_nobody_out(keys_dir: Path) -> None:
+    keys_dir.mkdir(parents=True)
+    names = (" ci", "ci 2 ", "   ", "owner ", "owner")
+    entries = [
+        {"name": name, "role": "user", "sha256": f"{n:064x}", "created_at": 1.0}
+        for n, name in enumerate(names)
+    ]
+    (keys_dir / "keys.json").write_text(json.dumps({"schema": 1, "keys": entries}))
+    found = [key.name for key in load_keys(keys_dir)]
+    assert found == ["ci", "ci 2", "key-000000000000", "key-000000000000", "owner"]
+    create_key(keys_dir, name="new", role="viewer", now=2.0)  # It is written as schema 2.
+    assert [key.name for key in load_keys(keys_dir)] == [*found, "new"]
+    for name in (" ci", "  ", ""):
+        text = json.dumps({"schema": 2, "keys": [ENTRY | {"name": name}]})
+        (keys_dir / "keys.json").write_text(text)
+        with pytest.raises(KeyFileBroken):
+            load_keys(keys_dir)
+
+
 @pytest.mark.parametrize(
     "text",
     [
