@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from hcna_ray.core.audit import AuditPoint
+from hcna_ray.core.audit import AuditPoint, chain_hash
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.store.audit import PAGE, first_line, line_text
-from hcna_ray.store.base import TaskReader
+from hcna_ray.store.base import StoredAudit, TaskReader
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ FILE_BYTES_MAX = 16 * 1024 * 1024
 FILES_KEPT = 9
 #: The end of a file that is looked at for its last line.
 _TAIL_BYTES = 1 << 18
+#: In the names of files of another log than the one that is followed.
+_EARLIER = ".earlier-"
 #: Pause between two looks if nobody says that there is something new.
 LOOK_S = 30.0
 
@@ -64,8 +66,9 @@ class AuditLog:
             lines = [line for line in lines if line.hash is not None]
             if not lines:
                 break
-            if lines[0].number != head.number + 1 and not begun:
-                head, begun = self._begin("lines between were pruned"), True
+            if not begun and not _follows(head, lines[0]):
+                # Lines were pruned, or a database server has lost what is in the file.
+                head, begun = self._begin("the store does not go on where it ends"), True
                 continue
             self._append([line_text(line) for line in lines])
             head = AuditPoint(lines[-1].number, lines[-1].hash or "")
@@ -82,6 +85,7 @@ class AuditLog:
         state = self._reader.audit_state()
         known = self._last_line()
         if known is None:
+            self._keep()  # Older ones are there if somebody took the last one away.
             self._append([first_line(state.anchor)])
             return state.anchor
         if known == state.anchor:
@@ -97,7 +101,7 @@ class AuditLog:
             why,
             extra={"action": "audit.file_begun", "file": str(self._path)},
         )
-        self._put_aside()
+        self._keep()
         anchor = self._reader.audit_state().anchor
         self._append([first_line(anchor)])
         return anchor
@@ -121,8 +125,23 @@ class AuditLog:
                 return AuditPoint(int(point["number"]), str(point["hash"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-        self._put_aside()  # Nothing in it is ours.
+        self._keep()  # Nothing in it is ours.
         return None
+
+    def _keep(self) -> None:
+        """Give all files names that nothing takes from them: they may be all there is of a log."""
+        files = [(_numbered(self._path, n), f".{n}") for n in range(FILES_KEPT, 0, -1)]
+        files.append((self._path, ""))  # The last one: who is killed before it begins again.
+        there = [(file, end) for file, end in files if file.exists()]
+        taken = {file.name for file in self._path.parent.iterdir()} if there else set()
+        number = 1
+        while any(
+            name == (kept := f"{self._path.name}{_EARLIER}{number}") or name.startswith(f"{kept}.")
+            for name in taken
+        ):
+            number += 1
+        for file, end in there:
+            os.replace(file, self._path.with_name(f"{self._path.name}{_EARLIER}{number}{end}"))
 
     def _put_aside(self) -> None:
         for number in range(FILES_KEPT, 0, -1):
@@ -138,6 +157,12 @@ class AuditLog:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}")
+
+
+def _follows(head: AuditPoint, line: StoredAudit) -> bool:
+    """Whether a line is the next one behind a place in the chain."""
+    digest = chain_hash(head.hash, line.number, line.entry)
+    return line.number == head.number + 1 and digest == line.hash
 
 
 class AuditLogThread:

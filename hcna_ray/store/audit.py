@@ -200,6 +200,8 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 data = json.loads(raw)
             except ValueError:
+                if not raw.endswith("\n") and not stream.read(1):
+                    return  # It was not written to its end; M1 writes it again.
                 raise AuditFileBroken(str(path), f"its line {number} is not JSON") from None
             if not isinstance(data, dict):
                 raise AuditFileBroken(str(path), f"its line {number} is no object")

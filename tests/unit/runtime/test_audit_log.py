@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hcna_ray.core.audit import WENT_BACK
 from hcna_ray.runtime.audit_log import FILES_KEPT, AuditLog
-from hcna_ray.store.audit import verify_file, verify_store
+from hcna_ray.store.audit import AuditFileBroken, verify_file, verify_store
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import T0, an_audit_entry
 
@@ -95,7 +97,7 @@ def test_behind_a_prune_another_file_is_begun(store: MemoryTaskStore, path: Path
     AuditLog(path, store.reader()).catch_up()
     assert actions(path) == ["a3"]
     assert verify_file(path).whole
-    assert actions(path.with_name("audit.log.1")) == ["a1"]
+    assert actions(path.with_name("audit.log.earlier-1")) == ["a1"]
 
 
 def test_a_file_that_has_all_that_was_pruned_goes_on(store: MemoryTaskStore, path: Path) -> None:
@@ -117,7 +119,7 @@ def test_beside_a_restored_store_another_file_is_begun(path: Path) -> None:
     write(restored, "store.restore")
     AuditLog(path, restored.reader()).catch_up()
     assert actions(path) == ["a1", "store.restore"]
-    assert actions(path.with_name("audit.log.1")) == ["a1", "a2", "a3"]
+    assert actions(path.with_name("audit.log.earlier-1")) == ["a1", "a2", "a3"]
     assert verify_store(restored.reader(), file=path).whole
 
 
@@ -126,7 +128,7 @@ def test_a_file_of_somebody_else_is_put_aside(store: MemoryTaskStore, path: Path
     write(store, "a1")
     AuditLog(path, store.reader()).catch_up()
     assert actions(path) == ["a1"]
-    assert "SYSCALL" in path.with_name("audit.log.1").read_text()
+    assert "SYSCALL" in path.with_name("audit.log.earlier-1").read_text()
 
 
 def test_a_gap_in_the_store_is_a_gap_in_the_file(store: MemoryTaskStore, path: Path) -> None:
@@ -138,3 +140,86 @@ def test_a_gap_in_the_store_is_a_gap_in_the_file(store: MemoryTaskStore, path: P
     follower.catch_up()
     assert actions(path) == ["a1", "a3"]
     assert not verify_file(path).whole
+
+
+def test_lines_that_a_server_has_lost_raise_no_alarm(path: Path) -> None:
+    lost, server = MemoryTaskStore(), MemoryTaskStore()
+    for store in (lost, server):
+        write(store, "a1")
+    write(lost, "a2", "a3")
+    reader = _Reader(lost)
+    follower = AuditLog(path, reader)
+    follower.catch_up()
+    # The server has forgotten a2 and a3, and says so in a line with a number above theirs.
+    with server.transaction():
+        server._add("last_audit", 2)
+        server.append_audit([an_audit_entry(WENT_BACK, at=T0)])
+    write(server, "a5")
+    reader.store = server
+    follower.catch_up()
+    assert actions(path) == ["a1", WENT_BACK, "a5"]
+    assert verify_file(path).whole
+    assert verify_store(server.reader(), file=path).whole
+    assert actions(path.with_name("audit.log.earlier-1")) == ["a1", "a2", "a3"]
+    assert verify_file(path.with_name("audit.log.earlier-1")).whole
+
+
+def test_files_of_an_earlier_log_are_never_rotated_out(path: Path) -> None:
+    lost, restored = MemoryTaskStore(), MemoryTaskStore()
+    write(lost, "evidence", *(f"l{n}" for n in range(8)))
+    follower = AuditLog(path, lost.reader(), bytes_max=600)
+    follower.catch_up()
+    write(lost, "l9")
+    follower.catch_up()
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert "audit.log.1" in before
+    for number in range(4 * FILES_KEPT):
+        write(restored, f"r{number}")
+        AuditLog(path, restored.reader(), bytes_max=600).catch_up()
+    kept = {
+        file.name.replace(".earlier-1", ""): file.read_bytes()
+        for file in path.parent.glob("audit.log.earlier-*")
+    }
+    assert kept == before
+    write(lost, "l10")
+    AuditLog(path, lost.reader(), bytes_max=600).catch_up()
+    assert path.with_name("audit.log.earlier-2").exists()
+    assert {path.with_name(f"audit.log.earlier-1{name[9:]}").read_bytes() for name in before} == {
+        *before.values()
+    }
+
+
+def test_a_file_that_was_taken_away_costs_none_of_the_older_ones(
+    store: MemoryTaskStore, path: Path
+) -> None:
+    follower = AuditLog(path, store.reader(), bytes_max=1)
+    write(store, "a1")
+    follower.catch_up()
+    path.unlink()
+    AuditLog(path, store.reader(), bytes_max=1).catch_up()
+    assert actions(path.with_name("audit.log.earlier-1.1")) == ["a1"]
+
+
+@pytest.mark.parametrize("left", [30, 100])
+def test_a_line_that_is_being_written_is_no_alarm(
+    store: MemoryTaskStore, path: Path, left: int
+) -> None:
+    write(store, "a1", "a2")
+    AuditLog(path, store.reader()).catch_up()
+    path.write_bytes(path.read_bytes()[:-left])
+    assert verify_file(path).whole
+    assert verify_store(store.reader(), file=path).whole
+    raw = path.read_bytes()
+    path.write_bytes(raw + b"\n" + raw)
+    with pytest.raises(AuditFileBroken):
+        verify_file(path)
+
+
+class _Reader:
+    """A reader whose store changes under it, as a server's may."""
+
+    def __init__(self, store: MemoryTaskStore) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store.reader(), name)
