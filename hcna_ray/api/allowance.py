@@ -3,7 +3,8 @@
 Both are counted in the replica, of which C1 has one, on M1. A rate is a token bucket: it holds
 ``burst`` requests and is filled with ``rate`` of them a second. A quota is held against the tasks
 of the key's owner that have not ended, as the store has them, and those on their way there from
-here; so it is never passed, and while requests overlap it may be reached a little early.
+here, and those of which nobody knows whether they arrived; so it is never passed, and while requests
+overlap, or after an answer was lost, it may be reached a little early.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hcna_ray.api.reads import Reads
 from hcna_ray.core.clock import Clock
-from hcna_ray.core.errors import QuotaExceeded, RateLimited
+from hcna_ray.core.errors import HcnaError, NoAnswer, QuotaExceeded, RateLimited
 from hcna_ray.core.models import TaskSpec
 from hcna_ray.security.keys import KEYS_MAX, ApiKey
 
@@ -24,6 +25,8 @@ from hcna_ray.security.keys import KEYS_MAX, ApiKey
 COUNT_S = 1.0
 #: When trying again is worth it after a quota is used up: some task has to end first.
 QUOTA_RETRY_S = 5
+#: How long a call may still be carried out after C1 has given it up.
+DOUBT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -72,6 +75,13 @@ class _Count:
     at: float
     #: Sent to the moderator, not answered yet.
     on_the_way: int = 0
+    #: Sent, and nobody knows what became of it: until when it may still come in, and how many.
+    doubts: list[tuple[float, int]] = field(default_factory=list)
+
+    @property
+    def taken(self) -> int:
+        """How many places are not free."""
+        return self.open + self.on_the_way + sum(places for _, places in self.doubts)
 
 
 class Hold:
@@ -87,9 +97,17 @@ class Hold:
 class Quotas:
     """Counts the open tasks of owners whose keys have a quota."""
 
-    def __init__(self, reads: Reads, clock: Clock) -> None:
+    def __init__(self, reads: Reads, clock: Clock, *, doubt_s: float = DOUBT_S) -> None:
+        """Begin without counts.
+
+        Args:
+            reads: Counts in the store.
+            clock: Elapsed time.
+            doubt_s: How long a call that nobody answered may still be carried out.
+        """
         self._reads = reads
         self._clock = clock
+        self._doubt_s = doubt_s
         self._counts: dict[str, _Count] = {}
 
     @asynccontextmanager
@@ -103,12 +121,17 @@ class Quotas:
         count = self._counts.get(key.owner)
         if count is None or self._spent(key.quota, count, wanted):
             count = await self._read(key)
-        held = Hold(max(0, min(wanted, key.quota - count.open - count.on_the_way)))
+        held = Hold(max(0, min(wanted, key.quota - count.taken)))
         count.on_the_way += held.places
         try:
             yield held
-        except BaseException:
-            count.at = -math.inf  # Nobody knows what became of it: counted anew before the next.
+        except BaseException as error:
+            count.at = -math.inf  # Counted anew before the next.
+            refused = isinstance(error, HcnaError) and not isinstance(error, NoAnswer)
+            if held.places and not refused:
+                # It may be carried out yet: until it cannot, the places are not given away.
+                until = self._clock.elapsed() + self._doubt_s
+                count.doubts.append((until, held.places))
             raise
         finally:
             count.on_the_way -= held.places
@@ -119,16 +142,19 @@ class Quotas:
         return (
             self._clock.elapsed() - count.at >= COUNT_S
             or quota > count.limit
-            or count.open + count.on_the_way + wanted > quota
+            or count.taken + wanted > quota
         )
 
     async def _read(self, key: ApiKey) -> _Count:
         owner, limit = key.owner, key.quota or 0
+        begun = self._clock.elapsed()
         found = await self._reads.run(lambda reader: reader.open_of(owner, limit))
         if len(self._counts) >= KEYS_MAX and owner not in self._counts:
-            self._counts = {name: c for name, c in self._counts.items() if c.on_the_way}
+            self._counts = {n: c for n, c in self._counts.items() if c.on_the_way or c.doubts}
         count = self._counts.setdefault(owner, _Count(0, limit, 0.0))
         count.open, count.limit, count.at = found, limit, self._clock.elapsed()
+        # What has come in by now is counted, and nothing more comes.
+        count.doubts = [doubt for doubt in count.doubts if doubt[0] > begun]
         return count
 
     async def repeated(self, key: ApiKey, specs: Sequence[TaskSpec]) -> set[str]:

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from hcna_ray.api import openapi, problems
 from hcna_ray.api.admission import Admission
-from hcna_ray.api.allowance import Quotas, Rates
+from hcna_ray.api.allowance import DOUBT_S, Quotas, Rates
 from hcna_ray.api.audit import AuditDesk
 from hcna_ray.api.gather import Gatherer
 from hcna_ray.api.limits import BodyLimits, RequestLimits
@@ -172,7 +172,7 @@ def build_app(
         stats=RequestStats(),
         audit=AuditDesk(moderator, clock),
         rates=Rates(clock),
-        quotas=Quotas(reads, clock),
+        quotas=Quotas(reads, clock, doubt_s=limits.resend_s + DOUBT_S),
         public=settings.is_public if public is None else public,
         started_at=clock.now(),
         files=ThreadPoolExecutor(FILE_THREADS, "files"),
