@@ -154,6 +154,7 @@ class ModeratorActor(_Face):
         self._background: set[asyncio.Task[None]] = set()
         #: Both are there as soon as the store is open.
         self._reader: TaskReader | None = None
+        self._reading = asyncio.Lock()
         self._feed: ChangeFeed | None = None
         self._audit_log: AuditLogThread | None = None
         self._orders = OrderDesk(
@@ -265,7 +266,10 @@ class ModeratorActor(_Face):
         """Replay failed tasks by filter."""
         if self._reader is None:
             raise StoreUnavailable("M1 has not opened its task store yet", 5)
-        found = self._reader.page(query.where, before_seq=None, limit=query.limit + 1)
+        async with self._reading:  # A reader is for one at a time, and this may take a while.
+            found = await asyncio.to_thread(
+                self._reader.page, query.where, before_seq=None, limit=query.limit + 1
+            )
         ids = tuple(task.id for task in found[: query.limit])
         more = len(found) > query.limit
         return await self._ask(RetryMany(query=query, ids=ids, more=more, principal=principal))

@@ -1350,6 +1350,10 @@ def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tupl
             found[:1] = [conditions[0][1], before, conditions[0][1]]
             if driver == "principal":
                 texts_[0] += f" AND {_NOT_OWNER}"
+                if states == {TaskState.FAILED.value}:
+                    # Of all that somebody has submitted few have failed: they have an index.
+                    texts_[0] += f" AND state = '{TaskState.FAILED.value}'"
+                    states = set()
         else:
             texts_.append("seq < %s")
             found.append(before)

@@ -118,6 +118,9 @@ WORK: dict[str, Callable[[House], object]] = {
         TaskFilter(principal="nobody"), before_seq=None, limit=20
     ),
     "a principal's queued tasks": _pages(TaskFilter(principal="user-1", states=tuple(QUEUED))),
+    "a principal's failed tasks": lambda house: house.reader.page(
+        TaskFilter(principal="user-1", states=(TaskState.FAILED,)), before_seq=None, limit=20
+    ),
     "whose a task is": lambda house: house.reader.belongs(["t000001"]),
     "a principal's open tasks, as far as its quota": lambda house: house.reader.open_of(
         "user-1", 20

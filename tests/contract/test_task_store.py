@@ -1142,6 +1142,30 @@ class TestEnded:
 
 
 class TestPrincipals:
+    def test_the_failed_tasks_of_a_principal_are_found(
+        self, store: TaskStore, reader: TaskReader
+    ) -> None:
+        put(
+            store,
+            a_task("t1", seq=1, principal="me", state=TaskState.FAILED, queue="night"),
+            a_task("t2", seq=2, principal="me"),
+            a_task("t3", seq=3, principal="you", state=TaskState.FAILED),
+            a_task("t4", seq=4, principal=OWNER, state=TaskState.FAILED),
+            a_task("t5", seq=5, principal="me", state=TaskState.FAILED),
+        )
+        failed = TaskFilter(principal="me", states=(TaskState.FAILED,))
+
+        def found(where: TaskFilter, before: int | None = None, limit: int = 9) -> list[int]:
+            return [task.seq for task in reader.page(where, before_seq=before, limit=limit)]
+
+        assert found(failed) == [5, 1]
+        assert found(failed, before=5) == [1]
+        assert found(failed, limit=1) == [5]
+        assert found(replace(failed, queue="night")) == [1]
+        assert found(replace(failed, ids=("t1", "t2", "t3"))) == [1]
+        assert found(replace(failed, principal=OWNER)) == [4]
+        assert found(replace(failed, states=(TaskState.FAILED, TaskState.QUEUED))) == [5, 2, 1]
+
     @pytest.mark.parametrize("principal", ["me", OWNER])
     def test_open_tasks_of_a_principal_are_counted_up_to_a_limit(
         self, store: TaskStore, reader: TaskReader, principal: str

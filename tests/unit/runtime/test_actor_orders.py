@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hcna_ray.core.errors import StoreUnavailable, WorkerNameTaken
-from hcna_ray.core.models import AuditEntry
+from hcna_ray.core.models import AuditEntry, TaskFilter
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.actors import ModeratorActor
-from hcna_ray.runtime.messages import Grant, Heartbeat, HeartbeatReply, Hello
+from hcna_ray.runtime.messages import Grant, Heartbeat, HeartbeatReply, Hello, ReplayQuery
 from hcna_ray.runtime.orders import CipherMismatch
 from hcna_ray.runtime.refusals import TELL_S
 from hcna_ray.runtime.requests import Note
@@ -198,3 +201,19 @@ async def test_audit_lines_from_elsewhere_are_bounded(make: Make) -> None:
     await actor.do_audit(*[entry] * 5000)
     assert len(actor.audited) == 1000
     assert {len(one.principal) for one in actor.audited} == {200}
+
+
+async def test_what_is_to_be_replayed_is_not_looked_for_on_the_event_loop(make: Make) -> None:
+    threads: list[str] = []
+
+    class Reader:
+        def page(self, where: TaskFilter, *, before_seq: int | None, limit: int) -> list[Any]:
+            threads.append(threading.current_thread().name)
+            return [SimpleNamespace(id=f"t{n}") for n in range(limit)]
+
+    actor = Actor(make({}, {}))
+    actor._reader, actor._reading = Reader(), asyncio.Lock()  # type: ignore[assignment]
+    await actor.do_retry_many(ReplayQuery(where=TaskFilter(), limit=2), principal="ci")
+    (asked,) = actor.asked
+    assert (asked.ids, asked.more) == (("t0", "t1"), True)
+    assert threads != [threading.current_thread().name]
