@@ -74,6 +74,8 @@ RESPAWN_MAX_S = 10.0
 GONE_WAIT_S = 5.0
 #: Pause before a call that failed is repeated.
 RETRY_S = 0.2
+#: Pause before another hello where the last one was answered and what followed it was not taken.
+HELLO_AGAIN_S = 0.5
 #: Written to see whether the outbox takes anything: more than fits beside a file's name.
 PROBE = bytes(8192)
 #: Pause before a worker whose name another one has tries again.
@@ -293,7 +295,8 @@ class WorkerAgent:
     async def _heartbeat_loop(self) -> None:
         while not self._closing:
             try:
-                if not self._connected:
+                greeted = not self._connected
+                if greeted:
                     await self._say_hello()
                 # The moderator renews the session when the call arrives, not when it is answered.
                 asked = self._clock.elapsed()
@@ -310,6 +313,8 @@ class WorkerAgent:
                     self._unfence()
                 else:
                     self._connected = False
+                    if greeted:  # It takes nothing of a session that it has just begun: no haste.
+                        await asyncio.sleep(HELLO_AGAIN_S)
                     continue
             except REFUSED as error:
                 self._stand_back(error)

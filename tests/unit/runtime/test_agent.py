@@ -92,6 +92,8 @@ class World:
         self.mortal = True
         self.away = False
         self.known = True
+        #: Whether heartbeats are taken that follow a hello.
+        self.takes_beats = True
         self.hellos: list[Hello] = []
         self.beats: list[float] = []
         #: What the last of them said that runs.
@@ -179,7 +181,7 @@ class World:
         self.began = beat.began
         if self.refusal is not None:
             raise self.refusal
-        return HeartbeatReply(known=self.known)
+        return HeartbeatReply(known=self.known and self.takes_beats)
 
     async def exchange(self, exchange: Exchange) -> Grant:
         self.exchanges.append(exchange)
@@ -347,6 +349,18 @@ def test_a_new_moderator_does_not_wait_for_the_next_beat(play: Any) -> None:
         await asyncio.sleep(0.3)
 
         assert len(world.hellos) == 2
+        assert world.agent.connected
+
+    play(scenario)
+
+
+def test_a_moderator_that_takes_no_beat_is_not_flooded_with_hellos(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.takes_beats = False
+        await asyncio.sleep(15.0)
+        assert 5 <= len(world.hellos) <= 31
+        world.takes_beats = True
+        await asyncio.sleep(1.0)
         assert world.agent.connected
 
     play(scenario)
