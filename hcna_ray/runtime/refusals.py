@@ -26,7 +26,7 @@ class Refusals(NamedTuple):
 
     worker: str
     action: str
-    count: int
+    times: int
     #: Why, the last time.
     why: str
 

@@ -23,9 +23,11 @@ tokens = st.builds(Token, st.integers(0, 2**31), st.integers(0, 2**31))
 leaves: st.SearchStrategy[Any] = st.none() | words | st.binary(max_size=8) | amounts
 values = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(words, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(words, inner, max_size=3)
+    ),
     max_leaves=8,
 )
 offers = st.builds(

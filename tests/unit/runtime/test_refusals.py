@@ -57,7 +57,7 @@ def test_a_flood_of_names_is_bounded_and_adds_up(book: RefusalBook, clock: Clock
     for _ in range(20):
         clock.now += refusals.TELL_S
         lines += book.due()
-    assert sum(line.count for line in lines) == 1000
+    assert sum(line.times for line in lines) == 1000
     assert OTHERS in {line.worker for line in lines}
     assert len(lines) <= 2 * refusals.KEYS_MAX + 1
 
@@ -75,4 +75,4 @@ def test_a_day_has_so_many_lines_and_the_next_one_brings_the_rest(
     assert len(lines) == refusals.DAY_MAX
     lines += book.due()
     assert len(lines) <= refusals.DAY_MAX + 3
-    assert sum(line.count for line in lines) == 3 * minutes
+    assert sum(line.times for line in lines) == 3 * minutes

@@ -820,9 +820,10 @@ class TestHome:
             real(plan)
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched:
             patched.setattr(module._Plan, "_move_aside", crash)
-            restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 2)
+            with pytest.raises(KeyboardInterrupt):
+                restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 2)
         restore(m1, archive, passphrase=WORDS, force=True, now=T0 + 9)
         found = verify(load_keys(m1.keys_dir), lost)
         assert found is not None
