@@ -15,7 +15,9 @@ import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -154,7 +156,7 @@ class ModeratorActor(_Face):
         self._background: set[asyncio.Task[None]] = set()
         #: Both are there as soon as the store is open.
         self._reader: TaskReader | None = None
-        self._reading = asyncio.Lock()
+        self._reading = ThreadPoolExecutor(1, "reading")
         self._feed: ChangeFeed | None = None
         self._audit_log: AuditLogThread | None = None
         self._orders = OrderDesk(
@@ -266,10 +268,9 @@ class ModeratorActor(_Face):
         """Replay failed tasks by filter."""
         if self._reader is None:
             raise StoreUnavailable("M1 has not opened its task store yet", 5)
-        async with self._reading:  # A reader is for one at a time, and this may take a while.
-            found = await asyncio.to_thread(
-                self._reader.page, query.where, before_seq=None, limit=query.limit + 1
-            )
+        # On one thread: a reader is for one at a time, also if who asked goes away meanwhile.
+        look = partial(self._reader.page, query.where, before_seq=None, limit=query.limit + 1)
+        found = await self._loop.run_in_executor(self._reading, look)
         ids = tuple(task.id for task in found[: query.limit])
         more = len(found) > query.limit
         return await self._ask(RetryMany(query=query, ids=ids, more=more, principal=principal))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,8 +213,11 @@ async def test_what_is_to_be_replayed_is_not_looked_for_on_the_event_loop(make: 
             return [SimpleNamespace(id=f"t{n}") for n in range(limit)]
 
     actor = Actor(make({}, {}))
-    actor._reader, actor._reading = Reader(), asyncio.Lock()  # type: ignore[assignment]
+    actor._loop = asyncio.get_running_loop()
+    actor._reader = Reader()  # type: ignore[assignment]
+    actor._reading = ThreadPoolExecutor(1, "reading")
     await actor.do_retry_many(ReplayQuery(where=TaskFilter(), limit=2), principal="ci")
     (asked,) = actor.asked
     assert (asked.ids, asked.more) == (("t0", "t1"), True)
-    assert threads != [threading.current_thread().name]
+    assert threads == ["reading_0"]
+    actor._reading.shutdown()
