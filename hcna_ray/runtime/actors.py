@@ -37,7 +37,7 @@ from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
-from hcna_ray.runtime.local_rpc import SOCKET_FILE, LocalServer
+from hcna_ray.runtime.local_rpc import LocalServer
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
@@ -194,9 +194,8 @@ class ModeratorActor(_Face):
 
     async def _serve_locally(self) -> None:
         """Answer processes on this machine on a socket too."""
-        path = self._settings.run_dir / SOCKET_FILE
         try:
-            await LocalServer(path, self.call).run()
+            await LocalServer(self._settings.moderator_socket, self.call).run()
         except OSError as error:
             log.warning(
                 "no socket for processes on this machine: they call through Ray",
@@ -404,7 +403,7 @@ class NodeAgent(_Face):
                 exchange_wait_s=slots.exchange_wait_s,
                 moderator_address=_moderator_address(settings),
             ),
-            AgentModeratorLink(slots.exchange_wait_s, settings.run_dir / SOCKET_FILE),
+            AgentModeratorLink(slots.exchange_wait_s, settings.moderator_socket),
             _RayProcesses(worker, home, incarnation),
             SystemClock(),
             describe=lambda reports: self._describe(incarnation, reports),

@@ -19,7 +19,6 @@ from hcna_ray.core.naming import NodeName
 from hcna_ray.observability import logs
 from hcna_ray.runtime.artifacts import WorkerArtifacts
 from hcna_ray.runtime.host import HostSettings, SlotHost
-from hcna_ray.runtime.local_rpc import SOCKET_FILE
 from hcna_ray.runtime.messages import Offer
 from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.ray_link import ActorLink, SlotModeratorLink, agent_name
@@ -94,9 +93,7 @@ async def _serve(
             long_s=slots.long_ms / 1000.0,
             exchange_wait_s=slots.exchange_wait_s,
         ),
-        SlotModeratorLink(
-            worker, incarnation, slots.exchange_wait_s, settings.run_dir / SOCKET_FILE
-        ),
+        SlotModeratorLink(worker, incarnation, slots.exchange_wait_s, settings.moderator_socket),
         nursery,
         WorkerArtifacts(settings),
         SystemClock(),
