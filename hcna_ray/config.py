@@ -868,6 +868,11 @@ class Settings(_Section):
         return self.home / "run"
 
     @property
+    def moderator_socket(self) -> Path:
+        """Where processes on M1's machine reach the moderator; see `hcna_ray.runtime.local_rpc`."""
+        return self.run_dir / "moderator.sock"
+
+    @property
     def cluster_dir(self) -> Path:
         """Directory of what makes this machine part of a cluster: members, invites, membership."""
         return self.home / "cluster"

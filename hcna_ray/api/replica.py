@@ -19,7 +19,6 @@ from hcna_ray.core.errors import HcnaError
 from hcna_ray.handlers import load_registry
 from hcna_ray.observability import logs
 from hcna_ray.runtime.artifacts import open_store
-from hcna_ray.runtime.local_rpc import SOCKET_FILE
 from hcna_ray.runtime.ray_link import MODERATOR, ActorLink
 from hcna_ray.store.factory import open_reader
 
@@ -42,7 +41,7 @@ def build_replica_app(home: str | None, config: str | None) -> FastAPI:
     )
     clock = SystemClock()
     return build_app(
-        moderator=RayModerator(ActorLink(MODERATOR, settings.run_dir / SOCKET_FILE)),
+        moderator=RayModerator(ActorLink(MODERATOR, settings.moderator_socket)),
         reader=functools.partial(open_reader, settings),
         registry=load_registry(),
         keys=FileKeyRing(settings.keys_dir, clock),

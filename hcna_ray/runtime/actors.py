@@ -49,7 +49,7 @@ from hcna_ray.runtime.attempts import (
 from hcna_ray.runtime.audit_log import AuditLogThread
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.keyring import cipher_of, guard_of
-from hcna_ray.runtime.local_rpc import SOCKET_FILE, LocalServer
+from hcna_ray.runtime.local_rpc import LocalServer
 from hcna_ray.runtime.messages import (
     Changes,
     Goodbye,
@@ -226,9 +226,8 @@ class ModeratorActor(_Face):
 
     async def _serve_locally(self) -> None:
         """Answer processes on this machine on a socket too."""
-        path = self._settings.run_dir / SOCKET_FILE
         try:
-            await LocalServer(path, self.call).run()
+            await LocalServer(self._settings.moderator_socket, self.call).run()
         except OSError as error:
             log.warning(
                 "no socket for processes on this machine: they call through Ray",
@@ -520,7 +519,7 @@ class NodeAgent(_Face):
             AgentModeratorLink(
                 slots.exchange_wait_s,
                 guard_of(settings, cipher_of(settings, settings.worker.security)),
-                settings.run_dir / SOCKET_FILE,
+                settings.moderator_socket,
             ),
             _RayProcesses(worker, home, incarnation),
             SystemClock(),

@@ -20,7 +20,6 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime.artifacts import WorkerArtifacts
 from hcna_ray.runtime.host import HostSettings, SlotHost
 from hcna_ray.runtime.keyring import guard_of
-from hcna_ray.runtime.local_rpc import SOCKET_FILE
 from hcna_ray.runtime.messages import Offer
 from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.ray_link import ActorLink, SlotModeratorLink, agent_name
@@ -100,7 +99,7 @@ async def _serve(
             incarnation,
             slots.exchange_wait_s,
             guard_of(settings),
-            settings.run_dir / SOCKET_FILE,
+            settings.moderator_socket,
         ),
         nursery,
         WorkerArtifacts(settings),

@@ -8,8 +8,11 @@ Attempts are moved at once, they are few. Tasks that wait in a queue may be mill
 when its timer comes, if a clock put forward made it come too soon. Ended tasks and audit lines are
 not moved at all; for as long as it matters, they are kept longer by what was skipped.
 
+A moderator that starts knows from the store by how much the clock was put forward before, and owes
+that to whoever began to wait before it, and was not moved yet.
+
 Not noticed: a step while no moderator runs. What waits longer because the clock was put back is not
-hurried up.
+hurried up, and what was put forward twice may be owed too much.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from hcna_ray.runtime.ledger import Ledger
 
 #: Seconds by which the wall clock may leave the steady one between two batches; more is a step.
 CLOCK_STEP_S = 2.0
+#: What the store keeps of earlier steps is rounded to whole seconds.
+_ROUNDED_S = 1.0
 
 
 class ClockWatch:
     """Both clocks of the moderator side by side. What it notes counts from the commit on."""
 
-    def __init__(self, now: float, elapsed: float) -> None:
-        """Start with what the clocks show now."""
+    def __init__(self, now: float, elapsed: float, before: ClockHold) -> None:
+        """Start with what the clocks show now, and what the store says of earlier steps."""
         #: How far the wall clock is ahead of the one that never steps.
         self._ahead_s = self._ahead_now = now - elapsed
         #: All steps of this moderator's life, summed up; and with the open batch's.
@@ -34,7 +39,8 @@ class ClockWatch:
         #: That sum when a task last began to wait. Whoever is not named began before all steps.
         self._since: dict[str, float] = {}
         self._stepped = False
-        self.hold = ClockHold()
+        self._before = before
+        self.hold = before
 
     def look(self, now: float, elapsed: float) -> float:
         """Return by how much the clock was put since the last committed batch; 0 if it was not."""
@@ -51,13 +57,28 @@ class ClockWatch:
         """Return by how much what time does to a waiting task must be put off."""
         if task.state is not TaskState.QUEUED or task.lease is not None:
             return 0.0  # Attempts were moved when it happened.
-        return max(0.0, self._total_now - self._since.get(task.id, 0.0))
+        since = self._since.get(task.id)
+        if since is not None:
+            return max(0.0, self._total_now - since)
+        owed_s = self._total_now
+        if self._waited_at_an_earlier_step(task):
+            owed_s += self._before.by_s
+        return max(0.0, owed_s)
+
+    def _waited_at_an_earlier_step(self, task: Task) -> bool:
+        """Whether it waited when the clock was put, and shows the instant of before."""
+        before = self._before
+        return (
+            before.by_s > 0.0
+            and task.queued_at is not None
+            and task.queued_at <= before.since - before.by_s + _ROUNDED_S
+        )
 
     def follow(self, ledger: Ledger) -> None:
         """The batch is committed: keep what it noticed, and who began to wait in it."""
         self._ahead_s, self._total_s = self._ahead_now, self._total_now
-        if not self._stepped:  # As nearly always: nothing has to be known of any task.
-            return
+        if not (self._stepped or self._before.by_s):
+            return  # As nearly always: nothing has to be known of any task.
         for task in ledger.changed():
             before = ledger.before[task.id]
             if task.terminal:

@@ -21,14 +21,12 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 log = logging.getLogger(__name__)
 
-#: Name of the moderator's socket in the run directory.
-SOCKET_FILE = "moderator.sock"
 #: A frame: its length, then what was pickled.
 _HEAD = struct.Struct("<I")
 FRAME_BYTES_MAX = 1 << 30
@@ -324,5 +322,4 @@ def _address(path: Path) -> Iterator[str]:
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
-        with suppress(OSError):
-            os.close(folder)
+        os.close(folder)

@@ -123,7 +123,7 @@ class Moderator:
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
         self._housekept = self._pruned = clock.elapsed()
-        self._clocks = ClockWatch(clock.now(), clock.elapsed())
+        self._clocks = ClockWatch(clock.now(), clock.elapsed(), store.clock_hold())
         #: Whether memory has to be read from the store before anything is decided.
         self._stale = True
         self._rebuild()

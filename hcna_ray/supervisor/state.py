@@ -26,7 +26,6 @@ import yaml
 
 from hcna_ray.config import Settings
 from hcna_ray.durable import make_private_dir, write_private
-from hcna_ray.runtime.local_rpc import SOCKET_FILE
 from hcna_ray.supervisor.ports import marker_of, ray_environment
 from hcna_ray.supervisor.processes import ProcessRef, identify
 
@@ -42,7 +41,7 @@ RUN_FILES = (
     "order",
     "goodbye",
     "goodbye.done",
-    SOCKET_FILE,
+    "moderator.sock",
 )
 
 #: An order to the daemon: the whole cluster stops, not only this machine.

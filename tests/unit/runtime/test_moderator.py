@@ -1134,6 +1134,26 @@ def test_the_audit_log_is_pruned_by_its_age_by_default(desk: Desk) -> None:
     assert [line.entry.target for line in lines] == ["t2", "t1"]
 
 
+def test_what_waited_when_the_clock_was_put_is_not_older_for_the_next_moderator() -> None:
+    desk = Desk()
+    desk.submit_ids("t1", queue_timeout_s=60.0)
+    desk.tick(10.0)
+    desk.clock.step(45.0)
+    desk.tick(1.0)
+    desk.submit_ids("t2", queue_timeout_s=60.0)
+    desk.restart()
+
+    desk.tick(40.0)  # 51 s for t1, by the wall clock 96.
+    assert desk.task("t1").state is TaskState.QUEUED
+    desk.restart()  # It was moved, and is not moved again.
+    desk.tick(11.0)
+    assert desk.task("t1").error is not None
+    assert desk.task("t1").error.kind is FailureKind.TIMEOUT
+    assert desk.task("t2").state is TaskState.QUEUED
+    desk.tick(11.0)  # It began to wait after that, and is owed nothing.
+    assert desk.task("t2").state is TaskState.FAILED
+
+
 @pytest.mark.parametrize("restarts", [False, True])
 def test_a_clock_that_is_put_forward_makes_nothing_old(restarts: bool) -> None:
     desk = Desk()
