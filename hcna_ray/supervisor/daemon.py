@@ -38,11 +38,11 @@ from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s
 from hcna_ray.supervisor.edge import edge_command, edge_config
 from hcna_ray.supervisor.gate import Gate
-from hcna_ray.supervisor.gate_client import Contact
+from hcna_ray.supervisor.gate_client import Contact, ask_gate
 from hcna_ray.supervisor.janitor import Janitor
 from hcna_ray.supervisor.keeper import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.membership import Membership, read_members, read_membership
-from hcna_ray.supervisor.node_certs import ensure_m1_node
+from hcna_ray.supervisor.node_certs import ensure_m1_node, ensure_member_node
 from hcna_ray.supervisor.ports import (
     FILES_MAX,
     accepts,
@@ -205,6 +205,7 @@ class Supervisor:
     _next_check_at: float = 0.0
     _next_tidy_at: float = 0.0
     _next_certify_at: float = 0.0
+    _certificate_trouble: str = ""
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -254,8 +255,8 @@ class Supervisor:
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + _TIDY_S
             self._tidy()
-        if now >= self._next_certify_at and self.membership is None:
-            self._renew_certificate()
+        if now >= self._next_certify_at:
+            self._certified()
         self._run_bootstrap(now)
         self._record()
 
@@ -445,16 +446,27 @@ class Supervisor:
         self.gate.start()
 
     def _certify(self) -> None:
-        """Have the certificate of M1's node be one that will do; say so if it is another one.
+        """Have the certificate of this machine's node be one that will do; tell of a new one.
 
         Raises:
-            CertificateBroken: The authority cannot be used.
-            OwnCertificateRefused: The settings name files that cannot be used.
+            HcnaError: The authority cannot be used, the settings name files that cannot be used,
+                or M1 refused.
+            OSError: M1 cannot be reached, or the disk refused.
         """
         self._next_certify_at = self.monotonic() + _CERTIFY_S
-        node = Node.of(self.settings.cluster_dir)
+        settings, membership, now = self.settings, self.membership, datetime.now(UTC)
+        node = Node.of(settings.cluster_dir)
         before = node.pem.read_bytes() if node.pem.exists() else b""
-        ensure_m1_node(self.settings, now=datetime.now(UTC))
+        if membership is None:
+            ensure_m1_node(settings, now=now)
+        else:
+            ensure_member_node(
+                settings,
+                membership.name,
+                self._own_address(),
+                ask=lambda body: ask_gate(membership, "/v1/certificate", body),
+                now=now,
+            )
         if node.pem.read_bytes() != before:
             cert = load_cert(node.pem)
             self._say(
@@ -464,11 +476,17 @@ class Supervisor:
                 expires_at=cert.not_valid_after_utc.isoformat(),
             )
 
-    def _renew_certificate(self) -> None:
+    def _certified(self) -> bool:
+        """Look after the certificate; whether it will do. Trouble is logged, once per sort."""
         try:
             self._certify()
         except (HcnaError, OSError) as error:
-            self.log.error(str(error), extra={"action": "certificate.trouble"})
+            if str(error) != self._certificate_trouble:
+                self.log.error(str(error), extra={"action": "certificate.trouble"})
+            self._certificate_trouble = str(error)
+            return False
+        self._certificate_trouble = ""
+        return True
 
     def _plan_members(self) -> list[Member]:
         settings = self.settings
@@ -580,6 +598,10 @@ class Supervisor:
         if member.name == "head":
             # With this file `ray start` takes its predecessor for alive while a worker's raylet is.
             (marker_of(self.settings).temp_dir / "ray_current_cluster").unlink(missing_ok=True)
+        if member.node is not None and not self._certified():
+            # Ray's processes would not come beyond their first connection.
+            member.not_before = now + 2.0
+            return
         try:
             command = member.command()
         except OSError as error:  # No network just now.

@@ -24,12 +24,14 @@ from typing import Any
 from urllib.parse import quote
 
 from hcna_ray import failpoints
-from hcna_ray.config import Settings, shared_part
+from hcna_ray.config import LOOPBACK, Settings, shared_part
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.certs import ensure_ca, ensure_server, fingerprint
+from hcna_ray.security.authority import CertificateRefused, ensure_trust, sign_request
+from hcna_ray.security.certs import ensure_server, fingerprint, known_by, serial_and_end
 from hcna_ray.security.keys import ensure_ray_token, load_keys, read_client_key, verify
 from hcna_ray.supervisor.addresses import default_address, outward_addresses, own_addresses
 from hcna_ray.supervisor.gate_protocol import (
+    ADDRESSES_MAX,
     BODY_BYTES_MAX,
     CLOCK_SKEW_S_MAX,
     DOWN,
@@ -56,6 +58,7 @@ from hcna_ray.supervisor.membership import (
     read_members,
     remove_member,
 )
+from hcna_ray.supervisor.node_certs import grantable, names_of
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import Listeners, try_ports
 
@@ -73,6 +76,8 @@ _RENEW_CHECK_S = 3600.0
 _PRESENT_S = 10.0
 _DRAIN_S_MAX = 3600.0
 _SAME_REFUSAL_S = 60.0
+#: Longest request for a certificate: one for 16384 bits of RSA fits.
+_PEM_CHARS_MAX = 8192
 
 _UNKNOWN_MEMBER = GateRefused(
     401,
@@ -186,7 +191,8 @@ class Gate:
         """
         directory = self.settings.cluster_dir
         ensure_ray_token(self.settings.keys_dir)
-        self._ca_pem = ensure_ca(directory, now=self._utc()).cert.read_text(encoding="ascii")
+        ensure_trust(directory, now=self._utc())
+        self._ca_pem = known_by(directory).cert.read_text(encoding="ascii")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load_certificate(context)
@@ -280,6 +286,8 @@ class Gate:
                     return self._join(authorization, body, peer)
                 case "POST", "/v1/beat":
                     return self._beat(self._member(authorization), body, peer)
+                case "POST", "/v1/certificate":
+                    return self._certificate(self._member(authorization), body, peer)
                 case "POST", "/v1/leave":
                     return self._leave(self._leaver(authorization, body), body)
         except NameTaken as error:
@@ -345,6 +353,7 @@ class Gate:
         with self._joining:
             invite = check_invite(directory, token, now=self.now(), machine_id=machine_id)
             self._refuse_misfit(body)
+            _pem(body, "csr")
             name = self._name_for(invite, body, peer)
             self.prepare(name)
             redeem(directory, token, now=self.now(), machine_id=machine_id)
@@ -370,6 +379,7 @@ class Gate:
         )
         ray_token = ensure_ray_token(self.settings.keys_dir).read_text(encoding="ascii").strip()
         return {
+            **self._certificate(member, body, peer),
             "name": name,
             "node_id": member.node_id,
             "m1_addresses": self._addresses(),
@@ -383,6 +393,42 @@ class Gate:
             "shared": shared_part(self.settings),
             "joined_at": member.joined_at,
         }
+
+    def _certificate(self, member: Member, body: Json, peer: str) -> Json:
+        """Sign a member's request, for its own names and addresses alone."""
+        hostname = _text(body, "hostname") or member.hostname
+        asked = {peer, _text(body, "address") or peer, *_texts(body, "addresses", ADDRESSES_MAX)}
+        others = [one for one in read_members(self.settings.cluster_dir) if one != member]
+        taken = {GATE_NAME, socket.gethostname().lower(), *(one.hostname.lower() for one in others)}
+        taken.discard("localhost")
+        # Where it was seen it is, whoever was there before.
+        theirs = {one.address for one in others} - {peer}
+        theirs |= {*self._addresses(), *(own.address for own in own_addresses())}
+        try:
+            cert_pem = sign_request(
+                self.settings.cluster_dir,
+                _pem(body, "csr"),
+                name=member.name,
+                kind="node",
+                names=[name for name in names_of(member.name, hostname) if name not in taken],
+                addresses=[LOOPBACK, "::1", *grantable(asked, theirs)],
+                now=self._utc(),
+            )
+        except CertificateRefused as error:
+            raise GateRefused(400, error.code, str(error)) from None
+        serial, until = serial_and_end(cert_pem)
+        self.log.info(
+            "%s has a new certificate",
+            member.name,
+            extra={
+                "action": "gate.certified",
+                "worker": member.name,
+                "serial": serial,
+                "expires_at": until.isoformat(),
+            },
+        )
+        trust = ensure_trust(self.settings.cluster_dir, now=self._utc())
+        return {"cert_pem": cert_pem, "trust_pem": trust.read_text(encoding="ascii")}
 
     def _beat(self, member: Member, body: Json, peer: str) -> Json:
         report = body.get("report")
@@ -824,6 +870,20 @@ def _text(body: Json, name: str, chars_max: int = 128) -> str:
         return ""
     if not isinstance(value, str) or len(value) > chars_max or not value.isprintable():
         raise GateRefused(400, "invalid_request", f"{name} is not a short text")
+    return value
+
+
+def _texts(body: Json, name: str, count_max: int) -> list[str]:
+    value = body.get(name, [])
+    if not isinstance(value, list) or len(value) > count_max:
+        raise GateRefused(400, "invalid_request", f"{name} is not a list of {count_max} texts")
+    return [_text({name: each}, name) for each in value]
+
+
+def _pem(body: Json, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= _PEM_CHARS_MAX or not value.isascii():
+        raise GateRefused(400, "invalid_request", f"{name} is not a text in PEM")
     return value
 
 

@@ -259,6 +259,22 @@ def reach_gate(membership: Membership, *, source: str | None = None) -> Found:
     return _first_found(membership.m1_addresses, membership.gate_port, try_one, source)
 
 
+def ask_gate(membership: Membership, path: str, body: Json) -> Json:
+    """Return M1's answer to one request of this member, on a connection of its own.
+
+    Raises:
+        GateUnreachable: None of its addresses leads there.
+        GateRefused: M1 said no.
+        OSError: It did not answer.
+    """
+    channel = reach_gate(membership).channel
+    try:
+        authorization = f"Member {membership.member_token}"
+        return channel.request("POST", path, authorization=authorization, body=body)
+    finally:
+        channel.close()
+
+
 def _first_found(
     addresses: Sequence[str],
     port: int,
