@@ -208,6 +208,7 @@ def _ask_to_join(
     from hcna_ray.supervisor.membership import Membership, machine_id, write_membership
     from hcna_ray.supervisor.node_certs import certificate_request
     from hcna_ray.supervisor.ports import ray_tuning_hash
+    from hcna_ray.supervisor.rounds import Round, write_round
 
     with _local_trouble():
         who = machine_id(settings.cluster_dir)
@@ -228,6 +229,7 @@ def _ask_to_join(
     )
     ray_token = str(answer.pop("ray_token"))
     cert_pem, trust_pem = str(answer.pop("cert_pem")), str(answer.pop("trust_pem"))
+    number = int(answer.pop("round"))
     first = found.channel.address
     others = [*answer["m1_addresses"], *told.addresses]
     membership = Membership(
@@ -242,6 +244,7 @@ def _ask_to_join(
         failpoints.hit("join.answer.received")
         write_private(settings.keys_dir / "ray.token", ray_token)
         install_node(settings.cluster_dir, cert_pem, trust_pem)
+        write_round(settings.cluster_dir, Round(number=number))
         write_membership(settings.cluster_dir, membership)
         failpoints.hit("join.membership.written")
     return membership
@@ -377,6 +380,7 @@ def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: boo
     (settings.keys_dir / "ray.token").unlink(missing_ok=True)
     remove_membership(settings.cluster_dir)
     remove_node(settings.cluster_dir)
+    (settings.cluster_dir / "round.json").unlink(missing_ok=True)
     forget_generations(settings.outbox_dir.parent)
     if report["told_m1"]:
         console.print(f"this machine is no longer {joined.name}. Next: hcna join CODE, or hcna up")

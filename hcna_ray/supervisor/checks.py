@@ -24,6 +24,7 @@ import psutil
 
 from hcna_ray.config import GIB, LOOPBACK, MIB, ConfigError, Settings, with_shared
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.certs import known_by
 from hcna_ray.security.keys import read_client_key
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import (
@@ -773,7 +774,8 @@ def open_own_gate(settings: Settings) -> tuple[GateChannel, str]:
     Raises:
         OSError: This user may not read the certificate, or there is none yet.
     """
-    context = pinned_context((settings.cluster_dir / "ca.pem").read_text(encoding="ascii"))
+    known = known_by(settings.cluster_dir).cert
+    context = pinned_context(known.read_text(encoding="ascii"))
     key = read_client_key(settings.keys_dir)
     return GateChannel(LOOPBACK, settings.port("gate"), context), f"Bearer {key}"
 

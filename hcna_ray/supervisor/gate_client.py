@@ -22,6 +22,7 @@ from typing import Any
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.authority import own_serial
 from hcna_ray.supervisor.addresses import describe, route_source
 from hcna_ray.supervisor.gate_protocol import (
     BEAT_S,
@@ -34,6 +35,7 @@ from hcna_ray.supervisor.invites import JoinCode
 from hcna_ray.supervisor.membership import Membership
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import explain
+from hcna_ray.supervisor.rounds import read_round
 
 Json = dict[str, Any]
 
@@ -427,6 +429,8 @@ class Contact:
             "time": time.time(),
             "ray_tuning_hash": ray_tuning_hash(),
             "address": self.membership.address,
+            "round": read_round(self.settings.cluster_dir).number,
+            "serial": own_serial(self.settings.cluster_dir),
             "report": dict(self._report()) if self._report else {},
         }
         attempts = []
@@ -464,6 +468,11 @@ class Contact:
             self._stopping.wait(self._interval_s * random.uniform(0.9, 1.1))
         if self._channel is not None:
             self._channel.close()
+
+    def trust(self, membership: Membership) -> None:
+        """Believe the authorities of a membership that was told anew, from the next beat on."""
+        self.membership, self._context = membership, pinned_context(membership.ca_pem)
+        self._channel = None
 
     def _in_order(self) -> tuple[str, ...]:
         first = (self._channel.address,) if self._channel else ()

@@ -111,6 +111,7 @@ def ensure_member_node(
     *,
     ask: Callable[[Json], Json],
     now: datetime,
+    anew: bool = False,
 ) -> bool:
     """See to it that the files of a member's node will do; M1 is asked only if they would not.
 
@@ -120,6 +121,7 @@ def ensure_member_node(
         address: Its address for the others.
         ask: Sends M1's gate a request for a certificate and returns the answer.
         now: The time, aware.
+        anew: Ask even if the present one would do.
 
     Returns:
         Whether they are other ones than before.
@@ -133,7 +135,7 @@ def ensure_member_node(
     own = own_certificate(settings.worker.security, address, now=now)
     if own is not None and node.trust.exists():
         return write_if_changed(node.pem, own.pem)
-    if not node_problem(node, names=(), addresses=(LOOPBACK, address), now=now):
+    if not (anew or node_problem(node, names=(), addresses=(LOOPBACK, address), now=now)):
         return False
     answer = ask(certificate_request(directory, name, address))
     install_node(directory, str(answer.get("cert_pem")), str(answer.get("trust_pem")))

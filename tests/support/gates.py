@@ -135,7 +135,7 @@ def joining(machine: str = "m-1", **more: Any) -> Json:
 
 def membership_of(answer: Json, machine: str = "m-1") -> Membership:
     """Return what a machine keeps of the answer to its joining."""
-    left_out = ("ray_token", "cert_pem", "trust_pem")
+    left_out = ("ray_token", "cert_pem", "trust_pem", "round")
     kept = {name: value for name, value in answer.items() if name not in left_out}
     addresses = ("127.0.0.1",)
     return Membership(**kept | {"machine_id": machine, "m1_addresses": addresses})
