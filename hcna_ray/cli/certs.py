@@ -306,13 +306,13 @@ def _request_in(path: Path) -> str:
 @contextmanager
 def _trouble() -> Iterator[None]:
     """Turn what the authority says into one sentence, what to type, and an exit code."""
-    from hcna_ray.security.authority import CertificateRefused
+    from hcna_ray.security.authority import CertificateRefused, RolloverRefused
     from hcna_ray.security.certs import CertificateBroken
     from hcna_ray.security.own_certs import OwnCertificateRefused
 
     try:
         yield
-    except CertificateRefused as error:
+    except (CertificateRefused, RolloverRefused) as error:
         raise CommandFailed(str(error), "hcna certs list", ExitCode.REFUSED) from None
     except CertificateBroken as error:
         raise CommandFailed(

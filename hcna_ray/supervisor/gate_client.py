@@ -386,6 +386,8 @@ class Contact:
         self._addresses = membership.m1_addresses
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        #: The channel was opened with what was believed before.
+        self._stale = False
         self._order: str | None = None
         self._last_ok: float | None = None
         self._facts: Json = {}
@@ -425,6 +427,9 @@ class Contact:
 
     def beat(self) -> bool:
         """Beat once, at the address that worked last, else at the others; whether M1 answered."""
+        if self._stale:
+            self._stale = False
+            self.close()
         body: Json = {
             "time": time.time(),
             "ray_tuning_hash": ray_tuning_hash(),
@@ -466,13 +471,18 @@ class Contact:
                 self.log.exception("a beat failed", extra={"action": "contact.error"})
             # A little spread: members that lost the same M1 do not come back in step.
             self._stopping.wait(self._interval_s * random.uniform(0.9, 1.1))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next beat opens another one."""
         if self._channel is not None:
             self._channel.close()
+            self._channel = None
 
     def trust(self, membership: Membership) -> None:
         """Believe the authorities of a membership that was told anew, from the next beat on."""
         self.membership, self._context = membership, pinned_context(membership.ca_pem)
-        self._channel = None
+        self._stale = True
 
     def _in_order(self) -> tuple[str, ...]:
         first = (self._channel.address,) if self._channel else ()

@@ -13,6 +13,7 @@ WITH_RAY = frozenset(
         "actor.call.decided",
         "actor.call.received",
         "cache.file.fetched",
+        "credentials.member.fetched",
         "gate.join.redeemed",
         "gate.join.stored",
         "gate.leave.removed",

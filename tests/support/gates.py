@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hcna_ray.config import Settings, load_settings
-from hcna_ray.security.certs import make_request, new_key
+from hcna_ray.security.certs import known_by, make_request, new_key
 from hcna_ray.supervisor.gate import Gate
 from hcna_ray.supervisor.gate_client import GateChannel, pinned_context
 from hcna_ray.supervisor.gate_protocol import GateRefused, Versions, own_versions
@@ -82,8 +82,8 @@ class GateRig:
 
     @property
     def ca_pem(self) -> str:
-        """Certificate of the authority."""
-        return (self.settings.cluster_dir / "ca.pem").read_text()
+        """Certificate of the authority by which this M1 is known."""
+        return known_by(self.settings.cluster_dir).cert.read_text()
 
     def code(self, *addresses: str, **options: Any) -> str:
         """Return a join code of this M1."""
