@@ -15,7 +15,7 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-rig faults soak seeded-bugs lint types format docs lock clean
+	test-integration test-rig faults soak seeded-bugs lint types format docs lock clean tls-cost
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ soak: sync ## One hour of load with a fault every two minutes
 seeded-bugs: sync ## Break the product on purpose, twenty ways, and see which tests notice
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.seeded_bugs $(ARGS)
+
+tls-cost: sync ## What TLS between Ray's processes costs here (some minutes)
+	@$(BIN)/python scripts/tls_cost.py
 
 lint: sync ## Ruff: rules and format
 	@$(BIN)/ruff check .

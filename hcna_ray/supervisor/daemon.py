@@ -31,7 +31,7 @@ from hcna_ray import failpoints
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
-from hcna_ray.security.authority import Node, install_node
+from hcna_ray.security.authority import Node, install_node, renewal_margin
 from hcna_ray.security.certs import load_cert
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
@@ -66,6 +66,7 @@ from hcna_ray.supervisor.ports import (
 from hcna_ray.supervisor.processes import (
     ProcessRef,
     become_subreaper,
+    begun_at,
     describe,
     identify,
     is_alive,
@@ -74,7 +75,7 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
-from hcna_ray.supervisor.rounds import Round, read_round, take_over, write_round
+from hcna_ray.supervisor.rounds import Round, announce, read_round, take_over, write_round
 from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
@@ -225,8 +226,8 @@ class Supervisor:
     #: Until when the members are waited for.
     _round_until: float = 0.0
     _next_follow_at: float = 0.0
-    #: The answer of M1 that asked for the last new certificate.
-    _renewed_for: Mapping[str, Any] | None = None
+    #: The last answer of M1 that was followed.
+    _followed: Mapping[str, Any] | None = None
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -281,6 +282,7 @@ class Supervisor:
             self._tidy()
         if now >= self._next_certify_at:
             self._certified()
+            self._replace_old_nodes()
         self._run_bootstrap(now)
         self._record()
 
@@ -439,20 +441,18 @@ class Supervisor:
     def _follow(self, told: Mapping[str, Any], now: float) -> None:
         """On a member: take over what M1's gate says is new."""
         number = told.get("round")
-        if not isinstance(number, int) or now < self._next_follow_at:
+        if told is self._followed or not isinstance(number, int) or now < self._next_follow_at:
             return
         behind = number != read_round(self.settings.cluster_dir).number
-        renew = told.get("renew") is True and told is not self._renewed_for
-        if not behind and not renew:
-            return
-        self._next_follow_at = now + _FOLLOW_S
         try:
+            if behind or told.get("renew") is True:
+                self._next_follow_at = now + _FOLLOW_S
             if behind:
                 self._take_credentials(number)
-            else:
-                self._renewed_for = told
+            elif told.get("renew") is True:
                 self._stop_worker("this machine's worker starts again with a new certificate")
                 self._certify(anew=True)
+            self._followed = told
         except (HcnaError, OSError) as error:
             self.log.error(str(error), extra={"action": "credentials.trouble"})
 
@@ -588,6 +588,27 @@ class Supervisor:
                 serial=f"{cert.serial_number:x}",
                 expires_at=cert.not_valid_after_utc.isoformat(),
             )
+
+    def _replace_old_nodes(self) -> None:
+        """Have Ray's processes read a renewed certificate while the one that they hold is good.
+
+        It was renewed when a third of its life was left, 30 days at most; half of that time they
+        get to start again for another reason.
+        """
+        path = Node.of(self.settings.cluster_dir).pem
+        try:
+            written, margin = path.stat().st_mtime, renewal_margin(load_cert(path)).total_seconds()
+        except (OSError, HcnaError):
+            return
+        nodes = [one.process for one in self.members if one.node is not None and one.process]
+        if time.time() < written + margin / 2 or all(begun_at(one) > written for one in nodes):
+            return
+        if self.membership is not None:
+            self._stop_worker("this machine's worker starts again with its renewed certificate")
+        elif not read_round(self.settings.cluster_dir).pending:
+            directory, keys_dir = self.settings.cluster_dir, self.settings.keys_dir
+            announce(directory, keys_dir, "certificates", now=time.time())
+            self.round_announced()
 
     def _certified(self, *, anew: bool = False) -> bool:
         """Look after the certificate; whether it will do. Trouble is logged, once per sort."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -406,6 +407,52 @@ class TestM1:
             assert done == []
             m1._lead_round(1020.0)
             assert done == ["head"]
+
+
+class TestRenewal:
+    """Ray's processes hold what they read when they started, long after it was renewed."""
+
+    @pytest.fixture
+    def begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All processes started an hour ago."""
+        monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 3600)
+
+    def renewed(self, settings: Settings, *, days: float) -> None:
+        """Have the certificate be renewed that many days ago; below zero: before they started."""
+        ensure_m1_node(settings, now=datetime.now(UTC))
+        at = time.time() - days * 86400
+        os.utime(Node.of(settings.cluster_dir).pem, (at, at))
+
+    @pytest.mark.usefixtures("begun")
+    def test_a_worker_starts_again_by_itself(
+        self, member: Supervisor, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._replace_old_nodes()
+            self.renewed(w1, days=0)
+            member._replace_old_nodes()
+            assert done == []
+            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            self.renewed(w1, days=14)
+            member._replace_old_nodes()
+            assert done == []
+            self.renewed(w1, days=16)
+            member._replace_old_nodes()
+            assert done == ["goodbye", "worker"]
+
+    @pytest.mark.usefixtures("begun")
+    def test_on_m1_that_is_a_round(self, m1: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = Supervisor(settings=m1, log=LOG, bootstrap=Bootstrap(wanted=False))
+        with running(one, monkeypatch, "head", "edge"):
+            self.renewed(m1, days=16)
+            one._replace_old_nodes()
+            assert not one._round_announced.is_set()
+            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            one._replace_old_nodes()
+            one._replace_old_nodes()
+        assert one._round_announced.is_set()
+        assert read_round(m1.cluster_dir).number == 1
+        assert read_round(m1.cluster_dir).reason == "certificates"
 
 
 class TestRotation:
