@@ -531,6 +531,12 @@ class LimitSettings(_Section):
         le=3650 * 86400,
         description="Idempotency keys are kept this long after their task was pruned.",
     )
+    audit_retention_s: float = Field(
+        default=90 * 86400.0,
+        ge=3600,
+        le=3650 * 86400,
+        description="Lines of the audit log are kept this long.",
+    )
 
     @model_validator(mode="after")
     def _relations(self) -> Self:

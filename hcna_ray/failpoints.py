@@ -155,7 +155,6 @@ POINTS: Mapping[str, str] = {
     "credentials.round.announced": "m15: a new token is there for the members, M1 runs on the old",
     "credentials.token.taken": "m15: M1 has its new token, the restart is not noted as done",
     "credentials.round.ended": "m15: a restart with new credentials is noted as done",
-    "credentials.member.fetched": "m15: a member was told new credentials, its files are old",
     "private.file.flushed": "a private file is complete under another name",
     "private.file.named": "a private file has its name, the directory is not flushed",
 }

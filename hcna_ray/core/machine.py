@@ -10,8 +10,7 @@ attempt was granted, and only the token of the lease in force may change anythin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hcna_ray.core.errors import InvalidTransition, NotFailed, TaskFinished
 from hcna_ray.core.events import (
@@ -60,8 +59,7 @@ from hcna_ray.core.retry import backoff_s, worth_retrying
 AGEING_STEP_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """The outcome of one decision. Nothing of it may leave before it is committed."""
 
     task: Task
@@ -111,7 +109,7 @@ def accept(
     )
     accepted = Fact(task_id=spec.id, kind="accepted", at=at, state=TaskState.SCHEDULED)
     if failed_dependency is not None:
-        return _prepend(accepted, _reject_for_dependency(task, failed_dependency, at))
+        return _after((accepted,), _reject_for_dependency(task, failed_dependency, at))
     if unmet or due_at > at:
         return Step(task, (accepted,))
     queued = _queue(task, at)
@@ -132,21 +130,25 @@ def advance(task: Task, event: Event) -> Step:
 # -- helpers -------------------------------------------------------------------------------------
 
 
-def _fact(task: Task, kind: str, at: float, detail: str | None = None, **over: Any) -> Fact:
-    lease: Lease | None = over.pop("lease", task.lease)
-    return Fact(
-        task_id=task.id,
-        kind=kind,
-        at=at,
-        state=task.state,
-        token=None if lease is None else lease.token,
-        worker=None if lease is None else lease.worker,
-        detail=detail,
-    )
+def _fact(task: Task, kind: str, at: float, detail: str | None = None) -> Fact:
+    """Return a line of a task's history, as the task is now."""
+    return _fact_under(task.lease, task, kind, at, detail)
 
 
-def _prepend(fact: Fact, step: Step) -> Step:
-    return Step(step.task, (fact, *step.facts), step.attempts, step.commands)
+def _fact_under(
+    lease: Lease | None, task: Task, kind: str, at: float, detail: str | None = None
+) -> Fact:
+    """Return a line of a task's history that tells of a lease, which may have ended with it."""
+    if lease is None:
+        return Fact(task.spec.id, kind, at, task.state, None, None, detail)
+    return Fact(task.spec.id, kind, at, task.state, lease.token, lease.worker, detail)
+
+
+def _after(facts: tuple[Fact, ...], step: Step) -> Step:
+    """Return a step whose own lines of history follow others."""
+    if not facts:
+        return step
+    return Step(step.task, facts + step.facts, step.attempts, step.commands)
 
 
 def _unchanged(task: Task) -> Step:
@@ -169,16 +171,16 @@ def _closed(
     started_at: float,
     error: TaskError | None = None,
 ) -> Attempt:
-    return Attempt(
-        task_id=task.id,
-        token=lease.token,
-        worker=lease.worker,
-        node_id="",
-        started_at=started_at if lease.started_at is None else lease.started_at,
-        ended_at=at,
-        outcome=outcome,
-        error=error,
-    )
+    begun_at = started_at if lease.started_at is None else lease.started_at
+    return Attempt(task.spec.id, lease.token, lease.worker, "", begun_at, at, outcome, error)
+
+
+def _began(task: Task, lease: Lease, started_at: float) -> tuple[Fact, ...]:
+    """Return the line of history for a start of which nobody told before the end."""
+    if lease.started_at is not None:
+        return ()
+    token, worker = lease.token, lease.worker
+    return (Fact(task.spec.id, "started", started_at, TaskState.RUNNING, token, worker),)
 
 
 def _freed(task: Task) -> tuple[Command, ...]:
@@ -214,7 +216,7 @@ def _end(
     # Also without a lease: it may have been the one let out of the key's line.
     commands += _freed(task)
     return Step(
-        ended, (_fact(ended, state.value, at, detail, lease=task.lease),), attempts, commands
+        ended, (_fact_under(task.lease, ended, state.value, at, detail),), attempts, commands
     )
 
 
@@ -316,20 +318,26 @@ def on_time_running(task: Task, event: TimePassed) -> Step:
 
 
 def on_clock_stepped(task: Task, event: ClockStepped) -> Step:
-    """Keep the age of what was granted: only time that has passed may end it."""
+    """Keep the age of what was granted, or how long a queued task has waited.
+
+    Only time that has passed may end either. Of a granted task the lease alone moves: how long it
+    waits matters again when it comes back, and is put right then.
+    """
     lease = task.lease
     if lease is None:
-        return _unchanged(task)
-    moved = Lease(
-        token=lease.token,
-        worker=lease.worker,
-        incarnation=lease.incarnation,
-        slot=lease.slot,
-        grant_seq=lease.grant_seq,
+        return _waited_as_long(task, event.by_s)
+    moved = lease._replace(
         granted_at=lease.granted_at + event.by_s,
         started_at=None if lease.started_at is None else lease.started_at + event.by_s,
     )
     return Step(task.evolve(lease=moved))
+
+
+def _waited_as_long(task: Task, by_s: float) -> Step:
+    if task.queued_at is None or (task.spec.queue_timeout_s is None and task.pinned_until is None):
+        return _unchanged(task)
+    until = None if task.pinned_until is None else task.pinned_until + by_s
+    return Step(task.evolve(queued_at=task.queued_at + by_s, pinned_until=until))
 
 
 def _expire(task: Task, at: float) -> Step:
@@ -382,7 +390,7 @@ def on_returned(task: Task, event: LeaseReturned) -> Step:
     queued = task.evolve(lease=None)
     return Step(
         queued,
-        (_fact(queued, "returned", event.at, event.reason or None, lease=task.lease),),
+        (_fact_under(task.lease, queued, "returned", event.at, event.reason or None),),
         commands=_freed(task),
     )
 
@@ -394,14 +402,12 @@ def on_started(task: Task, event: AttemptStarted) -> Step:
     lease = _lease(task)
     running = task.evolve(
         state=TaskState.RUNNING,
-        lease=_with_start(lease, event.at),
+        lease=Lease(*lease[:-1], event.at),
         started_at=event.at,
         pinned_to=None,
         pinned_until=None,
     )
-    attempt = Attempt(
-        task_id=task.id, token=lease.token, worker=lease.worker, node_id="", started_at=event.at
-    )
+    attempt = Attempt(task.spec.id, lease.token, lease.worker, "", event.at)
     return Step(running, (_fact(running, "started", event.at),), (attempt,))
 
 
@@ -416,10 +422,11 @@ def on_progressed(task: Task, event: AttemptProgressed) -> Step:
 
 def on_completed(task: Task, event: AttemptCompleted) -> Step:
     """Record the one result. It wins over a cancel that was asked for but not yet obeyed."""
-    if not _holds(task, event.token):
+    lease = task.lease
+    if lease is None or lease.token != event.token:
         return _unchanged(task)
-    attempt = _closed(_lease(task), task, event.at, Outcome.COMPLETED, event.started_at)
-    return _end(
+    attempt = _closed(lease, task, event.at, Outcome.COMPLETED, event.started_at)
+    step = _end(
         task,
         TaskState.COMPLETED,
         event.at,
@@ -428,15 +435,21 @@ def on_completed(task: Task, event: AttemptCompleted) -> Step:
         error=None,
         started_at=attempt.started_at,
     )
+    return _after(_began(task, lease, event.started_at), step)
 
 
 def on_failed(task: Task, event: AttemptFailed) -> Step:
     """Count the failure; try again after a pause, or give up."""
     if not _holds(task, event.token):
         return _unchanged(task)
+    lease = _lease(task)
+    return _after(_began(task, lease, event.started_at), _count_failure(task, event, lease))
+
+
+def _count_failure(task: Task, event: AttemptFailed, lease: Lease) -> Step:
     timed_out = event.error.kind is FailureKind.TIMEOUT
     outcome = Outcome.TIMED_OUT if timed_out else Outcome.ERRORED
-    attempt = _closed(_lease(task), task, event.at, outcome, event.started_at, event.error)
+    attempt = _closed(lease, task, event.at, outcome, event.started_at, event.error)
     counted = task.evolve(failures=task.failures + 1, started_at=attempt.started_at)
     if task.cancel_requested_at is not None:
         return _end(
@@ -459,7 +472,7 @@ def on_failed(task: Task, event: AttemptFailed) -> Step:
     )
     return Step(
         waiting,
-        (_fact(waiting, "retry_scheduled", event.at, event.error.message, lease=task.lease),),
+        (_fact_under(task.lease, waiting, "retry_scheduled", event.at, event.error.message),),
         (attempt,),
         _freed(task),
     )
@@ -497,7 +510,7 @@ def on_lost(task: Task, event: AttemptLost) -> Step:
     )
     return Step(
         queued,
-        (_fact(queued, "lost", event.at, event.message, lease=lease),),
+        (_fact_under(lease, queued, "lost", event.at, event.message),),
         (attempt,),
         _freed(task),
     )
@@ -580,18 +593,6 @@ def _lease(task: Task) -> Lease:
 def _started(lease: Lease) -> float:
     assert lease.started_at is not None, "a running task's lease knows when it started"
     return lease.started_at
-
-
-def _with_start(lease: Lease, at: float) -> Lease:
-    return Lease(
-        token=lease.token,
-        worker=lease.worker,
-        incarnation=lease.incarnation,
-        slot=lease.slot,
-        grant_seq=lease.grant_seq,
-        granted_at=lease.granted_at,
-        started_at=at,
-    )
 
 
 Transition = Callable[[Task, Any], Step]

@@ -177,6 +177,15 @@ def assign(
     return chosen
 
 
+@dataclass(slots=True)
+class _Room:
+    """What one opening still has, and how good it is. Ranks only ever get worse."""
+
+    opening: Opening
+    items: int = 0
+    spent_ms: float = 0.0
+
+
 class _Book:
     """Running tally of one `assign`: what each opening has taken and each worker still has."""
 
@@ -188,67 +197,79 @@ class _Book:
         starts_max: int,
     ) -> None:
         self._workers = dict(workers)
+        self._live = {name: worker.live for name, worker in workers.items()}
         self._estimates = estimates_ms
         self._starts_left = starts_max
-        self._taken: dict[Opening, tuple[int, float]] = dict.fromkeys(openings, (0, 0.0))
-        self._feasible: dict[LaneKey, tuple[str, ...]] = {}
+        self._rooms = [_Room(opening) for opening in openings]
+        #: For each lane, the openings that could take one of it, the best first. A rank may have
+        #: got worse since it was written down, and room may have gone; neither ever comes back.
+        self._heaps: dict[LaneKey, list[tuple[tuple[float, ...], int]]] = {}
         self.open = bool(openings)
 
     def choose(self, lane: LaneKey) -> Opening | None:
         """Take the best opening for one task of ``lane``, or ``None`` when there is none."""
-        best: Opening | None = None
-        best_rank: tuple[float, ...] = ()
-        feasible = self._feasible_workers(lane)
-        for opening, (items, spent_ms) in self._taken.items():
-            if opening.worker not in feasible or not self._fits(lane, opening, items, spent_ms):
+        heap = self._heaps.get(lane)
+        if heap is None:
+            heap = self._heaps[lane] = self._able(lane)
+        while heap:
+            written, index = heap[0]
+            room = self._rooms[index]
+            if not self._fits(lane, room):
+                heapq.heappop(heap)
                 continue
-            rank = self._rank(opening, items)
-            if best is None or rank < best_rank:
-                best, best_rank = opening, rank
-        if best is not None:
-            self._take(lane, best)
-        return best
+            rank = self._rank(room)
+            if rank != written:
+                heapq.heapreplace(heap, (rank, index))
+                continue
+            self._take(lane, room)
+            return room.opening
+        return None
 
-    def _feasible_workers(self, lane: LaneKey) -> tuple[str, ...]:
-        known = self._feasible.get(lane)
-        if known is None:
-            known = tuple(
-                name
-                for name, worker in self._workers.items()
-                if exclusion(lane.needs, lane.task_type, worker) is None
-            )
-            self._feasible[lane] = known
-        return known
+    def _able(self, lane: LaneKey) -> list[tuple[tuple[float, ...], int]]:
+        """Return the openings on workers that could ever run a lane's tasks, as a heap."""
+        able: dict[str, bool] = {}
+        heap: list[tuple[tuple[float, ...], int]] = []
+        for index, room in enumerate(self._rooms):
+            name = room.opening.worker
+            if lane.needs.heavy != (room.opening.slot < 0):
+                continue
+            if name not in able:
+                worker = self._workers[name]
+                able[name] = exclusion(lane.needs, lane.task_type, worker) is None
+            if able[name]:
+                heap.append((self._rank(room), index))
+        heapq.heapify(heap)
+        return heap
 
-    def _fits(self, lane: LaneKey, opening: Opening, items: int, spent_ms: float) -> bool:
-        heavy = lane.needs.heavy
-        if heavy != (opening.slot < 0) or items >= opening.items_max:
+    def _fits(self, lane: LaneKey, room: _Room) -> bool:
+        opening = room.opening
+        if room.items >= opening.items_max:
             return False
-        if heavy:
+        if opening.slot < 0:
             return self._starts_left > 0 and has_room(lane.needs, self._workers[opening.worker])
-        if items == 0:
+        if room.items == 0:
             return self._starts_left > 0
         expected = self._estimates.get(lane.task_type)
-        return expected is not None and spent_ms + expected <= opening.budget_ms
+        return expected is not None and room.spent_ms + expected <= opening.budget_ms
 
-    def _rank(self, opening: Opening, items: int) -> tuple[float, ...]:
+    def _rank(self, room: _Room) -> tuple[float, ...]:
         """Lower is better: the emptier slot, then the less loaded worker, then the lower slot."""
-        worker = self._workers[opening.worker]
+        opening = room.opening
         # As it would be with this task: of two idle workers the stronger one comes first.
-        load = (worker.live + 1) / max(worker.cpu, 1.0)
-        return (items if opening.slot >= 0 else 0, load, opening.slot)
+        load = (self._live[opening.worker] + 1) / max(self._workers[opening.worker].cpu, 1.0)
+        return (room.items if opening.slot >= 0 else 0, load, opening.slot)
 
-    def _take(self, lane: LaneKey, opening: Opening) -> None:
-        items, spent_ms = self._taken[opening]
-        # An unknown type fills the slot: nobody should wait behind what may take long.
-        expected = self._estimates.get(lane.task_type, math.inf)
-        self._taken[opening] = (items + 1, spent_ms + expected)
-        worker = self._workers[opening.worker]
-        if opening.slot < 0:
-            worker = replace(worker, used=occupy(worker.used, lane.needs))
-        if opening.slot < 0 or items == 0:
+    def _take(self, lane: LaneKey, room: _Room) -> None:
+        name, heavy = room.opening.worker, room.opening.slot < 0
+        if heavy:
+            worker = self._workers[name]
+            self._workers[name] = replace(worker, used=occupy(worker.used, lane.needs))
+        if heavy or room.items == 0:
             self._starts_left -= 1
-        self._workers[opening.worker] = replace(worker, live=worker.live + 1)
+        room.items += 1
+        # An unknown type fills the slot: nobody should wait behind what may take long.
+        room.spent_ms += self._estimates.get(lane.task_type, math.inf)
+        self._live[name] += 1
 
 
 def explain(

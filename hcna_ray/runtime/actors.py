@@ -8,6 +8,7 @@ dies, when the moderator dies nothing else does.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -31,14 +32,13 @@ from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
-from hcna_ray.runtime import worker_page
+from hcna_ray.runtime import wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import node_id_of, outputs_of, run_heavy, run_slot, scratch_root
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
     Changes,
-    Exchange,
     Goodbye,
     Heartbeat,
     Hello,
@@ -85,12 +85,26 @@ PIN = 0.001
 CONCURRENT_CALLS = 20_000
 #: One attempt to open a store that is away; there are as many as it takes.
 OPEN_WAIT_S = 2.0
+#: Objects made between two looks of the garbage collector, and looks at the young for one at the
+#: older ones, and for one at the oldest.
+COLLECTOR = (20_000, 50, 100)
 #: Pause between two looks at the cluster for nodes without an agent.
 ENSURE_AGENTS_S = 2.0
 #: Pause between two looks at a worker's artifact cache.
 HOUSEKEEPING_S = 3600.0
 #: Pause before a worker's agent is asked for again; it costs nothing when there is one.
 AGENT_AGAIN_S = 15.0
+
+
+def _look_for_garbage_less_often() -> None:
+    """Leave alone what is here for good, and look at the rest once for many tasks, not for each.
+
+    Every task is some tens of objects that live until its batch is committed and hold no cycles; by
+    default the collector walks them some forty times for a batch of a thousand.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR)
 
 
 class _Face:
@@ -142,6 +156,7 @@ class ModeratorActor(_Face):
         except BaseException:
             store.close()  # Or the next attempt would find it held by this one.
             raise
+        _look_for_garbage_less_often()
         log.info("the moderator serves", extra={"action": "moderator.ready", "pid": os.getpid()})
         return moderator
 
@@ -289,12 +304,13 @@ class ModeratorActor(_Face):
         """Renew a session."""
         return await self._ask(beat)
 
-    async def do_exchange(self, exchange: Exchange) -> Any:
+    async def do_exchange(self, raw: bytes) -> bytes:
         """Take outcomes, hand out leases."""
-        return await self._ask(exchange)
+        return wire.pack_grant(await self._ask(wire.unpack_exchange(raw)))
 
-    async def do_report(self, worker: str, incarnation: str, reports: tuple[Report, ...]) -> Any:
+    async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""
+        worker, incarnation, reports = wire.unpack_reports(raw)
         return await self._ask(Reports(worker=worker, incarnation=incarnation, reports=reports))
 
     async def do_slot_gone(self, gone: SlotGone) -> Any:

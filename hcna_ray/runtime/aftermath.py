@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hcna_ray.core.events import (
+    Command,
     DependencySettled,
     KeyReleased,
     ReleaseConcurrency,
@@ -60,12 +61,20 @@ class Aftermath:
         ledger = turn.ledger
         budget = SETTLE_MAX
         position = 0
+        #: Ended tasks of which is known whether anybody waits for them.
+        asked: set[str] = set()
+        waited_for: set[str] = set()
         while position < len(ledger.commands):
             command = ledger.commands[position]
             position += 1
             match command:
                 case SettleDependents():
-                    budget -= self._settle(turn, command, budget)
+                    if command.task_id not in asked:
+                        ids = _ended(ledger.commands[position - 1 :])
+                        asked.update(ids)
+                        waited_for |= self._waited_for(turn, ids)
+                    if command.task_id in waited_for:
+                        budget -= self._settle(turn, command, budget)
                 case ReleaseOrdering():
                     self._release_ordering(turn, command.key)
                 case ReleaseConcurrency():
@@ -73,6 +82,11 @@ class Aftermath:
                 case StopAttempt():
                     self._stop(command)
         ledger.commands.clear()
+
+    def _waited_for(self, turn: Turn, ids: list[str]) -> set[str]:
+        """Return those for which somebody waits: one question for all that ended together."""
+        here = {parent for _, parents in turn.ledger.dependencies for parent in parents}
+        return self._store.waited_for(ids) | here.intersection(ids)
 
     def _settle(self, turn: Turn, command: SettleDependents, budget: int) -> int:
         """Settle up to ``budget`` dependents; leave a durable order for the rest."""
@@ -124,3 +138,7 @@ class Aftermath:
         line = turn.ordering_line(self._store, key)
         if line and all(task.hold & Hold.ORDERING for task in line):
             turn.ledger.step(line[0], KeyReleased(at=turn.now, hold=Hold.ORDERING))
+
+
+def _ended(commands: Iterable[Command]) -> list[str]:
+    return [one.task_id for one in commands if isinstance(one, SettleDependents)]

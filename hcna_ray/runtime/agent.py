@@ -36,6 +36,7 @@ from hcna_ray.core.errors import (
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
 from hcna_ray.runtime.host import LATE_S, last_words, signal_group
 from hcna_ray.runtime.journal import (
+    ContactMark,
     GenerationMark,
     RunnerFiles,
     StopOrder,
@@ -198,6 +199,7 @@ class WorkerAgent:
         self._settings, self._link, self._processes = settings, link, processes
         self._clock, self._describe, self._telemetry = clock, describe, telemetry
         self._mark = GenerationMark(settings.outbox)
+        self._contact = ContactMark(settings.outbox)
         self._kill = kill or signal_group
         self._birth, self._new_id = birth, new_id
         self._members: dict[str, _Member] = {}
@@ -239,6 +241,7 @@ class WorkerAgent:
             for loop in loops:
                 loop.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
+            self._contact.close()
 
     async def close(self) -> None:
         """End every process of this worker and stop serving. Harmless twice."""
@@ -283,8 +286,7 @@ class WorkerAgent:
     @property
     def running(self) -> int:
         """Attempts that run."""
-        notes = (read_note(files) for files in self._executors())
-        return sum(1 for note in notes if note is not None and note.task_id)
+        return len(self._began())
 
     # -- heartbeat -------------------------------------------------------------------------------
 
@@ -302,6 +304,7 @@ class WorkerAgent:
                     # The call said that the one before was answered; of this one nobody knows yet.
                     self._renewed, self._confirmed = self._confirmed, asked
                     self._standing_back = False
+                    self._note_contact()
                     if self._confirmed - self._renewed > 2 * self._settings.heartbeat_s:
                         continue  # After a silence, the next call renews what this one could not.
                     self._unfence()
@@ -359,6 +362,7 @@ class WorkerAgent:
                 path.unlink(missing_ok=True)  # An earlier life's orders to its members.
         self._connected = True
         self._renewed = self._confirmed = asked
+        self._note_contact()
         log.info(
             "Connected to M1 %s at %s",
             welcome.moderator_node_id,
@@ -384,6 +388,8 @@ class WorkerAgent:
                 "the generation cannot be written down",
                 extra={"action": "agent.generation_failed", "error": str(error)},
             )
+        # Also what an executor would begin before it has the order.
+        self._note_contact()
         if seen:
             log.warning(
                 "the task store was restored: stopping what was granted before",
@@ -461,6 +467,15 @@ class WorkerAgent:
             trouble=self._find_trouble(),
             sent_at=self._clock.now(),
             unanswered_s=self._clock.elapsed() - self._confirmed,
+            began=self._began(),
+        )
+
+    def _began(self) -> tuple[tuple[str, Token, float], ...]:
+        notes = map(read_note, self._executors())
+        return tuple(
+            (note.task_id, note.token, note.started_at)
+            for note in notes
+            if note is not None and note.task_id
         )
 
     def _find_trouble(self) -> str:
@@ -591,7 +606,7 @@ class WorkerAgent:
                 task_id=stop.task_id,
                 generation=token.generation,
                 attempt=token.attempt,
-                reason=stop.reason,
+                reason=UNSTARTED if stop.reason == STUCK else stop.reason,
             )
             self._order(member, order)
 
@@ -600,26 +615,30 @@ class WorkerAgent:
         offer = member.offer
         assert offer is not None
         key = (offer.task_id, Token(*offer.token))
-        notes = map(read_note, self._executors(member.files.name))
-        if any(note is not None and note.names(key) for note in notes):
-            return  # It has begun; the word of it is on its way.
+        if self._has_begun(member, key):
+            return  # The word of it is on its way.
         member.withdrawn = True
         if member.pid is None:
             self._processes.withdraw(member.files.name)
         else:
             self._kill(member.pid, signal.SIGKILL)
 
+    def _has_begun(self, member: _Member, key: tuple[str, Token]) -> bool:
+        notes = map(read_note, self._executors(member.files.name))
+        return any(note is not None and note.names(key) for note in notes)
+
     def _expect_answer(self, member: _Member, stop: Stop) -> bool:
         """Whether to pass on to a slot that something must not begin; end a slot that is stuck."""
         key, now = (stop.task_id, Token(*stop.token)), self._clock.elapsed()
         told = member.told_not_to_begin
-        if stop.reason == UNSTARTED:
+        # Told for the first time, as after a lost answer, it has as long as any other.
+        if stop.reason == UNSTARTED or key not in told:
             while len(told) >= ORDERS_KEPT:
                 del told[next(iter(told))]
             told[key] = now
             return True
-        # Told only now, as after a lost answer, it would have had no time at all.
-        if now - told.pop(key, now) >= STUCK_S and member.pid is not None:
+        began = self._has_begun(member, key)
+        if now - told[key] >= STUCK_S and member.pid is not None and not began:
             log.error(
                 "a slot is stuck: it is ended",
                 extra={"action": "slot.stuck", "slot": member.files.name},
@@ -761,16 +780,29 @@ class WorkerAgent:
             await asyncio.sleep(WATCH_S)
 
     def _must_stop(self) -> bool:
-        """Whether the moderator may hand this worker's attempts to others before long.
+        """Whether the moderator may hand this worker's attempts to others before long."""
+        return self._clock.elapsed() > self._contact_until
 
-        It counts a lease from the call before the last one that was answered. Usually a heartbeat
-        lies between the two; after an answer that came after a long silence much more may.
+    @property
+    def _contact_until(self) -> float:
+        """When this worker stops by itself, unless it is answered before.
+
+        The moderator counts a lease from the call before the last one that was answered. Usually a
+        heartbeat lies between the two; after an answer that came after a long silence much more
+        may.
         """
-        now, stop_s = self._clock.elapsed(), self._settings.self_stop_s
-        return (
-            now - self._confirmed > stop_s
-            or now - self._renewed > stop_s + self._settings.heartbeat_s
-        )
+        stop_s = self._settings.self_stop_s
+        return min(self._confirmed + stop_s, self._renewed + stop_s + self._settings.heartbeat_s)
+
+    def _note_contact(self) -> None:
+        """Let executors see before each start how long anything may begin here, and of what."""
+        try:
+            self._contact.write(self._contact_until, self._mark.read())
+        except OSError as error:  # They still have the orders.
+            log.error(
+                "the contact cannot be written down",
+                extra={"action": "agent.contact_failed", "error": str(error)},
+            )
 
     def _goodbye_request(self) -> tuple[int, int] | None:
         """Return what tells one request of the supervisor from another; ``None`` without one."""

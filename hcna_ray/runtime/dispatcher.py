@@ -7,7 +7,8 @@ assignments into leases. Memory here follows commits (`absorb`) and can be rebui
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from hcna_ray.core.events import KeyHeld, KeyReleased, LeaseGranted, TimePassed
 from hcna_ray.core.models import (
@@ -22,7 +23,7 @@ from hcna_ray.core.models import (
     WorkerView,
 )
 from hcna_ray.core.placement import Assignment, Opening, assign, exclusion, occupy
-from hcna_ray.runtime.ledger import Ledger, lane_of
+from hcna_ray.runtime.ledger import Lanes, Ledger
 from hcna_ray.runtime.messages import Offer
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.store.base import TaskStore
@@ -37,47 +38,92 @@ ESTIMATE_WEIGHT = 0.2
 SWEEP_KEYS_MAX = 1000
 
 
+@dataclass(slots=True)
+class _Held:
+    """What one slot (or one worker's agent) holds."""
+
+    #: Task ids, oldest grant first.
+    ids: dict[str, None] = field(default_factory=dict)
+    #: How many of them have started.
+    started: int = 0
+
+    def runs(self, slot: int) -> int:
+        """Return how many attempts run there at once, or are about to."""
+        if slot == HEAVY_SLOT:
+            return len(self.ids)
+        return self.started or min(len(self.ids), 1)
+
+
 class LiveTable:
-    """Every lease in force, as committed, found by task, by slot and by worker."""
+    """Every lease in force, as committed, found by task, by slot and by worker.
+
+    What every round asks for is counted along, so that it costs the same however many there are.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
         self.tasks: dict[str, Task] = {}
-        self._places: dict[Place, dict[str, None]] = {}
+        self._places: dict[Place, _Held] = {}
+        #: Slots of each worker that hold anything, and leases of each worker.
+        self._slots: dict[str, set[int]] = {}
+        self._counts: Tally[str] = Tally()
         self._keys: Tally[str] = Tally()
+        #: Attempts that run at once if no slot is idle.
+        self._runs = 0
 
     def reset(self, leased: Iterable[Task]) -> None:
         """Start over from what the store says."""
         self.tasks.clear()
         self._places.clear()
+        self._slots.clear()
+        self._counts.clear()
         self._keys.clear()
+        self._runs = 0
         for task in leased:
             self._put(task)
 
     def absorb(self, ledger: Ledger) -> None:
         """Follow a committed batch."""
         for task in ledger.changed():
-            if task.id in self.tasks:
-                self._drop(self.tasks[task.id])
+            before = self.tasks.get(task.spec.id)
+            if before is not None:
+                self._drop(before)
             if task.lease is not None:
                 self._put(task)
 
     def _put(self, task: Task) -> None:
         lease = task.lease
         assert lease is not None
-        self.tasks[task.id] = task
-        self._places.setdefault((lease.worker, lease.slot), {})[task.id] = None
+        id_, worker, slot = task.spec.id, lease.worker, lease.slot
+        self.tasks[id_] = task
+        held = self._places.get((worker, slot))
+        if held is None:
+            held = self._places[worker, slot] = _Held()
+            self._slots.setdefault(worker, set()).add(slot)
+        self._runs -= held.runs(slot)
+        held.ids[id_] = None
+        held.started += lease.started_at is not None
+        self._runs += held.runs(slot)
+        self._counts[worker] += 1
         if task.spec.concurrency_key is not None:
             self._keys[task.spec.concurrency_key] += 1
 
     def _drop(self, task: Task) -> None:
         lease = task.lease
         assert lease is not None
-        del self.tasks[task.id]
-        place = self._places[lease.worker, lease.slot]
-        del place[task.id]
-        if not place:
-            del self._places[lease.worker, lease.slot]
+        id_, worker, slot = task.spec.id, lease.worker, lease.slot
+        del self.tasks[id_]
+        held = self._places[worker, slot]
+        self._runs -= held.runs(slot)
+        del held.ids[id_]
+        held.started -= lease.started_at is not None
+        self._runs += held.runs(slot)
+        if not held.ids:
+            del self._places[worker, slot]
+            self._slots[worker].discard(slot)
+        self._counts[worker] -= 1
+        if not self._counts[worker]:
+            del self._counts[worker], self._slots[worker]
         if task.spec.concurrency_key is not None:
             self._keys[task.spec.concurrency_key] -= 1
             if not self._keys[task.spec.concurrency_key]:
@@ -85,18 +131,19 @@ class LiveTable:
 
     def in_slot(self, worker: str, slot: int) -> list[Task]:
         """Return the tasks leased to one slot, oldest grant first."""
-        return [self.tasks[task_id] for task_id in self._places.get((worker, slot), ())]
+        held = self._places.get((worker, slot))
+        return [] if held is None else [self.tasks[task_id] for task_id in held.ids]
 
     def on_worker(self, worker: str) -> list[Task]:
         """Return the tasks leased to one worker."""
-        places = [place for place in self._places if place[0] == worker]
-        return [task for place in places for task in self.in_slot(*place)]
+        slots = list(self._slots.get(worker, ()))
+        return [task for slot in slots for task in self.in_slot(worker, slot)]
 
     def count(self, worker: str) -> int:
         """Return how many leases a worker holds."""
-        return sum(len(ids) for place, ids in self._places.items() if place[0] == worker)
+        return self._counts[worker]
 
-    def starts(self, idle: Container[Place] = (), ledger: Ledger | None = None) -> int:
+    def starts(self, idle: Collection[Place] = (), ledger: Ledger | None = None) -> int:
         """Return how many attempts run at once, or are about to.
 
         That is every attempt that has started, every heavy one, and one for each slot that has a
@@ -106,20 +153,38 @@ class LiveTable:
             idle: Slots that ask for work just now: all they hold has started.
             ledger: What has happened since the last commit.
         """
-        running = 0
-        for place, ids in self._places.items():
-            tasks = [None if ledger is None else ledger.get(task_id) for task_id in ids]
-            leases = [
-                task.lease
-                for task in (now or self.tasks[id_] for now, id_ in zip(tasks, ids, strict=True))
-                if task.lease is not None
-            ]
-            if place[1] == HEAVY_SLOT:
-                running += len(leases)
+        if ledger is None and not idle:
+            return self._runs
+        touched = set() if ledger is None else self._touched(ledger)
+        running = self._runs
+        for place in touched.union(idle):
+            held = self._places.get(place)
+            if held is None:
                 continue
-            started = sum(1 for lease in leases if lease.started_at is not None)
-            running += started or (bool(leases) and place not in idle)
+            running -= held.runs(place[1])
+            if place in touched:
+                assert ledger is not None
+                held = self._as_in(ledger, held)
+            # Whoever asks for work has begun all that it holds.
+            waits = place in idle and place[1] != HEAVY_SLOT
+            running += held.started if waits else held.runs(place[1])
         return running
+
+    def _touched(self, ledger: Ledger) -> set[Place]:
+        """Return the places whose leases a batch has changed so far."""
+        befores = (self.tasks.get(task_id) for task_id in ledger.before)
+        leases = [task.lease for task in befores if task is not None]
+        return {(lease.worker, lease.slot) for lease in leases if lease is not None}
+
+    def _as_in(self, ledger: Ledger, held: _Held) -> _Held:
+        """Return what is left of a place's leases in a batch."""
+        now = _Held()
+        for task_id in held.ids:
+            task = ledger.get(task_id)
+            if task is not None and task.lease is not None:
+                now.ids[task_id] = None
+                now.started += task.lease.started_at is not None
+        return now
 
     def live_of_key(self, key: str) -> int:
         """Return how many leases a concurrency key has."""
@@ -157,15 +222,14 @@ class Dispatcher:
 
     def absorb(self, ledger: Ledger) -> None:
         """Follow a committed batch."""
-        for task in ledger.changed():
-            before = ledger.before[task.id]
-            if before is not None and before.ready:
-                lane = lane_of(before)
-                self._ready[lane] -= 1
-                if not self._ready[lane]:
-                    del self._ready[lane]
-            if task.ready:
-                self._ready[lane_of(task)] += 1
+        for lane, change in ledger.lane_changes().items():
+            self._ready[lane] += change
+            if not self._ready[lane]:
+                del self._ready[lane]
+
+    def any_ready(self, ledger: Ledger) -> bool:
+        """Return whether any task may be ready, as a batch has it."""
+        return bool(self._ready) or any(task.ready for task in ledger.changed())
 
     def observe(self, task_type: str, duration_ms: float) -> None:
         """Learn how long a type takes."""
@@ -177,26 +241,26 @@ class Dispatcher:
 
     def offer(self, task: Task, now: float) -> Offer:
         """Return what the runner of a leased task needs to know, as it is at an instant."""
-        needs = task.needs
+        lease, spec = task.lease, task.spec
+        assert lease is not None
         amounts: tuple[tuple[str, float], ...] = ()
-        if needs.heavy:
+        if lease.slot == HEAVY_SLOT:
+            needs = spec.needs
             amounts = (
                 ("cpu", needs.cpu),
                 ("mem_gb", needs.mem_gb),
                 ("gpu", needs.gpu),
                 *needs.resources,
             )
-        lease = task.lease
-        assert lease is not None
         return Offer(
-            task.id,
-            task.spec.task_type,
+            spec.id,
+            spec.task_type,
             lease.token,
-            task.spec.payload,
-            task.spec.timeout_s,
-            None if task.spec.expires_at is None else max(0.0, task.spec.expires_at - now),
+            spec.payload,
+            spec.timeout_s,
+            None if spec.expires_at is None else max(0.0, spec.expires_at - now),
             task.checkpoint,
-            task.spec.traceparent,
+            spec.traceparent,
             amounts,
         )
 
@@ -265,11 +329,12 @@ class Dispatcher:
         """Return the first ready tasks of every lane that some opening could take."""
         fresh: dict[LaneKey, list[Task]] = {}
         touched = 0
+        lanes = Lanes()
         for task in ledger.changed():
-            before = ledger.before[task.id]
+            before = ledger.before[task.spec.id]
             touched += before is not None and before.ready
             if task.ready:
-                fresh.setdefault(lane_of(task), []).append(task)
+                fresh.setdefault(lanes.of(task), []).append(task)
         heads: dict[LaneKey, list[Task]] = {}
         for lane in {**dict.fromkeys(self._ready), **dict.fromkeys(fresh)}:
             if lane.queue in paused:
@@ -294,14 +359,11 @@ class Dispatcher:
     ) -> int:
         """Return how many tasks of a lane the openings could take together at most."""
         heavy = lane.needs.heavy
-        able = {
-            opening.worker
-            for opening in openings
-            if (opening.slot == HEAVY_SLOT) == heavy
-            and exclusion(lane.needs, lane.task_type, views[opening.worker]) is None
-        }
+        fitting = Tally(one.worker for one in openings if (one.slot == HEAVY_SLOT) == heavy)
         count = sum(
-            1 for one in openings if one.worker in able and (one.slot == HEAVY_SLOT) == heavy
+            number
+            for worker, number in fitting.items()
+            if exclusion(lane.needs, lane.task_type, views[worker]) is None
         )
         if heavy:
             return count * HEAVY_GRANT_MAX
@@ -358,12 +420,12 @@ class Dispatcher:
         for task, opening in ((one.task, one.opening) for one in assignments):
             place = (opening.worker, opening.slot)
             lease = Lease(
-                token=Token(generation, task.attempt + 1),
-                worker=opening.worker,
-                incarnation=incarnations[place],
-                slot=opening.slot,
-                grant_seq=seqs[place],
-                granted_at=now,
+                Token(generation, task.attempt + 1),
+                opening.worker,
+                incarnations[place],
+                opening.slot,
+                seqs[place],
+                now,
             )
             step = ledger.step(task, LeaseGranted(at=now, lease=lease))
             granted.setdefault(place, []).append(self.offer(step.task, now))

@@ -13,13 +13,13 @@ import gc
 import json
 import logging
 import os
-import queue
 import random
 import select
 import signal
 import socket
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 NICENESS = 10
 #: What a handler's process is not told about the cluster around it.
 _HIDDEN_PREFIXES = ("RAY_", "HCNA_API_KEY", "HCNA_STORE")
+#: What answers `IDLE` (``RUN`` or ``END``), and the kinds of frames that are waited for.
+_ORDERS = "orders"
+_ANSWERS = frozenset({_ORDERS, channel.ACK, channel.FILE})
 #: Time for the last reports of an executor that ends.
 _FLUSH_S = 5.0
 
@@ -180,21 +183,21 @@ class Executor:
     ) -> None:
         """Wire a runner to the socket."""
         self._channel = BlockingChannel(sock)
-        self._orders: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._acks: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        #: What has come and nobody has taken: each thread takes its own kind.
+        self._come: dict[str, deque[Frame]] = {kind: deque() for kind in _ANSWERS}
+        self._news = threading.Condition()
+        self._reading = self._closed = False
         self._asking = threading.Lock()
         self._runner = Runner(settings, registry, files, self, self, SystemClock(), output)
 
     def serve(self) -> None:
         """Run what the host sends until it says ``END``, or is gone."""
-        threading.Thread(target=self._receive, name="hcna-channel", daemon=True).start()
         with self._runner.serving():
             while not self._runner.must_end:
                 reports = self._runner.take_unconfirmed()
                 failpoints.hit("executor.idle.before")
                 self._channel.send(Frame(channel.IDLE, reports))
-                order = self._orders.get()
+                order = self._receive(_ORDERS)
                 if order is None:
                     return  # The host is gone; the kernel is about to end this process too.
                 self._runner.confirm(reports)
@@ -203,21 +206,38 @@ class Executor:
                 self._runner.run(order.offers)
             self._runner.flush(_FLUSH_S)
 
-    def _receive(self) -> None:
+    def _receive(self, kind: str) -> Frame | None:
+        """Wait for a frame of a kind; ``None`` when the host is gone.
+
+        Every frame answers something, so whoever waits for one reads, and lays aside what is for
+        others: a thread that only reads would have to be woken for each frame, and wake another.
+        """
+        mine = self._come[kind]
+        with self._news:
+            while not mine and not self._closed:
+                if self._reading:
+                    self._news.wait()
+                else:
+                    self._read_one()
+            return mine.popleft() if mine else None
+
+    def _read_one(self) -> None:
+        """Read a frame, for whomever it is; the lock is held, but not while nothing comes."""
+        self._reading = True
+        self._news.release()
+        frame = None
         try:
-            while True:
-                frame = self._channel.receive()
-                match frame.kind:
-                    case channel.ACK:
-                        self._acks.put(bool(frame.number))
-                    case channel.FILE:
-                        self._found.put(frame)
-                    case _:
-                        self._orders.put(frame)
+            frame = self._channel.receive()
         except ChannelClosed:
-            self._acks.put(False)
-            self._found.put(None)
-            self._orders.put(None)
+            pass
+        finally:
+            self._news.acquire()
+            self._reading = False
+            self._news.notify_all()
+        if frame is None:
+            self._closed = True
+        else:
+            self._come[_kind_of(frame)].append(frame)
 
     # `hcna_ray.runtime.runner.ReportLink`
 
@@ -227,7 +247,8 @@ class Executor:
             self._channel.send(Frame(channel.REPORTS, reports))
         except ChannelClosed:
             return False
-        return self._acks.get()
+        answer = self._receive(channel.ACK)
+        return answer is not None and bool(answer.number)
 
     # `hcna_ray.runtime.runner.ArtifactLink`
 
@@ -246,12 +267,16 @@ class Executor:
     def _ask(self, question: Frame) -> Frame:
         with self._asking:  # Handlers may have threads of their own; answers come in order.
             self._channel.send(question)
-            answer = self._found.get()
+            answer = self._receive(channel.FILE)
         if answer is None:
             raise HcnaError("the slot's host is gone")
         if answer.number < 0:
             raise HcnaError(answer.text)
         return answer
+
+
+def _kind_of(frame: Frame) -> str:
+    return frame.kind if frame.kind in _ANSWERS else _ORDERS
 
 
 if __name__ == "__main__":

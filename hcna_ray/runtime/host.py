@@ -9,6 +9,7 @@ a short one, and a cancel or a crash ends one executor and nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import logging
@@ -60,6 +61,8 @@ log = logging.getLogger(__name__)
 STALE_S = 5.0
 #: How often the host looks at notes, deadlines and its own stop orders.
 WATCH_S = 0.05
+#: The same while no executor holds anything.
+IDLE_WATCH_S = 5.0
 #: Time between SIGTERM and SIGKILL.
 KILL_GRACE_S = 10.0
 #: A worker that fenced itself off gives less: the moderator is about to lease again.
@@ -210,6 +213,8 @@ class SlotHost:
         self._outgoing: list[tuple[tuple[Report, ...], Callable[[bool], None]]] = []
         self._outgoing_news = asyncio.Event()
         self._sending = False
+        #: Set while any executor holds anything, which is when time alone may bring something.
+        self._working = asyncio.Event()
         self._forks = 0
         self._forking = 0
         #: How long the slot pauses for its disk's sake, and until when.
@@ -630,6 +635,7 @@ class SlotHost:
         executor.turned.clear()
         for offer in offers:
             executor.holds[offer.task_id, Token(*offer.token)] = offer
+        self._working.set()
         executor.unbegun = {(offer.task_id, Token(*offer.token)) for offer in offers}
         executor.silent_looks = 0
         self._obey_agent()  # An order may have come before the attempt did.
@@ -752,6 +758,11 @@ class SlotHost:
 
     async def _watch_loop(self) -> None:
         while True:
+            if not any(executor.holds for executor in self._executors.values()):
+                self._working.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_WATCH_S):
+                        await self._working.wait()
             await asyncio.sleep(WATCH_S)
             self._obey_agent()
             now = self._clock.elapsed()

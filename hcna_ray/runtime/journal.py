@@ -31,6 +31,9 @@ _LENGTH = struct.Struct("<I")
 #: Length and CRC-32 before a note.
 _NOTE_HEAD = struct.Struct("<II")
 _NOTE_BYTES = 1024
+#: Until when, and the lowest generation; followed by a CRC-32.
+_CONTACT = struct.Struct("<dQ")
+_CHECKSUM = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Report)
 
@@ -129,17 +132,71 @@ class GenerationMark:
     def __init__(self, outbox: Path) -> None:
         """Name the file; it need not exist."""
         self.path = outbox / "generation"
+        #: What was read last, and of which file: `write` makes a new one.
+        self._known: tuple[tuple[int, int], int] | None = None
 
     def read(self) -> int:
         """Return the highest generation seen; 0 if none is known."""
         try:
-            return int(self.path.read_text(encoding="ascii"))
+            found = os.stat(self.path)
+            name = found.st_ino, found.st_mtime_ns
+            if self._known is None or self._known[0] != name:
+                self._known = name, int(self.path.read_text(encoding="ascii"))
+            return self._known[1]
         except (OSError, ValueError):
             return 0
 
     def write(self, generation: int) -> None:
         """Remember a generation over a restart of this machine."""
         write_private(self.path, str(generation))
+
+
+class ContactMark:
+    """How long anything may begin on a worker, and of which store, beside its outbox's journals.
+
+    Its agent writes it whenever the moderator has confirmed the worker; executors read it before
+    each start. A machine that has slept, or processes that stood still, may wake when the lease of
+    what they were granted is long over: the order to stop takes a moment, and nothing may begin in
+    that. In place, sixteen bytes and a checksum: a read beside a write is noticed.
+    """
+
+    def __init__(self, outbox: Path) -> None:
+        """Name the file; it need not exist."""
+        self._path = outbox / "contact"
+        self._file = -1
+
+    def write(self, until_boot: float, generation: int) -> None:
+        """Say until when, on CLOCK_BOOTTIME, and what is the lowest generation that may begin."""
+        self._open(os.O_RDWR | os.O_CREAT)
+        body = _CONTACT.pack(until_boot, generation)
+        os.pwrite(self._file, body + _CHECKSUM.pack(zlib.crc32(body)), 0)
+
+    def allows(self, generation: int, elapsed: float) -> bool:
+        """Whether an attempt of a generation may begin now.
+
+        Where nothing can be read, its agent could not write: then only its orders stop anything.
+        """
+        try:
+            self._open(os.O_RDONLY)
+            for _ in range(3):
+                raw = os.pread(self._file, _CONTACT.size + _CHECKSUM.size, 0)
+                body, checksum = raw[: _CONTACT.size], raw[_CONTACT.size :]
+                if checksum == _CHECKSUM.pack(zlib.crc32(body)):
+                    until_boot, lowest = _CONTACT.unpack(body)
+                    return bool(elapsed <= until_boot and generation >= lowest)
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        """Close the file. Harmless twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _open(self, flags: int) -> None:
+        if self._file < 0:
+            self._file = os.open(self._path, flags | os.O_CLOEXEC, 0o600)
 
 
 def forget_generations(outboxes: Path) -> None:
@@ -156,7 +213,9 @@ class JournalWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._journal = os.open(files.journal, flags | os.O_APPEND, 0o600)
         self._note = os.open(files.note, flags, 0o600)
+        self._size = os.fstat(self._journal).st_size
         self._stop = files.stop
+        self._contact = ContactMark(files.stop.parent)
 
     def append(self, reports: Iterable[Report]) -> None:
         """Add reports in one write, whole or not at all.
@@ -169,16 +228,17 @@ class JournalWriter:
             raw = _encoder.encode(report)
             parts += (_LENGTH.pack(len(raw)), raw)
         data = b"".join(parts)
-        before = os.fstat(self._journal).st_size
         written = os.write(self._journal, data)
         if written < len(data):
             # A full disk takes what fits; half a record would hide all that follow it.
-            os.ftruncate(self._journal, before)
+            os.ftruncate(self._journal, self._size)
             raise OSError(errno.ENOSPC, "the journal's disk is full")
+        self._size += written
 
     def clear(self) -> None:
         """Forget everything: the moderator has confirmed it."""
         os.ftruncate(self._journal, 0)
+        self._size = 0
 
     def write_note(self, note: Note) -> None:
         """Say what runs now."""
@@ -190,12 +250,17 @@ class JournalWriter:
         """Return the agent's orders; cheap when there are none."""
         return read_stops(self._stop)
 
+    def may_begin(self, token: Token, elapsed: float) -> bool:
+        """Whether the worker's agent is in contact, with the store that gave this token."""
+        return self._contact.allows(token.generation, elapsed)
+
     def close(self) -> None:
         """Close both files. What comes later fails, and strikes no file that took their number."""
         journal, note = self._journal, self._note
         self._journal = self._note = -1
         os.close(journal)
         os.close(note)
+        self._contact.close()
 
 
 def read_journal(files: RunnerFiles) -> list[Report]:
@@ -243,6 +308,8 @@ def read_stops(path: Path) -> list[StopOrder]:
     One that cannot be read counts as empty: a signal handler and a starting agent look in here, and
     an order that is not obeyed ends in a SIGKILL anyway.
     """
+    if not os.access(path, os.F_OK):
+        return []  # As a rule, and asked before each start.
     try:
         return _stops_decoder.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError):

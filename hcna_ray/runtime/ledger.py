@@ -7,20 +7,38 @@ leave the moderator before `flush` has been committed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 
 from hcna_ray import failpoints
 from hcna_ray.core.events import Command, Event
 from hcna_ray.core.machine import Step, advance
-from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Task
+from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Task, Token
 from hcna_ray.store.base import Counter, KeyClaim, TaskStore
 
 
 def lane_of(task: Task) -> LaneKey:
     """Return the lane in which a task waits."""
     return LaneKey(task.spec.queue, task.spec.task_type, task.needs)
+
+
+class Lanes:
+    """Lanes of many tasks: most share one, and a lane's hash is dear."""
+
+    def __init__(self) -> None:
+        """Know none."""
+        self._known: dict[tuple[str, str, int], LaneKey] = {}
+
+    def of(self, task: Task) -> LaneKey:
+        """Return the lane in which a task waits; the task must live as long as this object."""
+        if task.pinned_to is not None:
+            return lane_of(task)
+        spec = task.spec
+        name = spec.queue, spec.task_type, id(spec.needs)
+        lane = self._known.get(name)
+        if lane is None:
+            lane = self._known[name] = lane_of(task)
+        return lane
 
 
 class Ledger:
@@ -41,7 +59,7 @@ class Ledger:
         #: Task as committed, for each changed one; ``None`` for a new one.
         self.before: dict[str, Task | None] = {}
         self.facts: list[Fact] = []
-        self.attempts: list[Attempt] = []
+        self._attempts: dict[tuple[str, Token], Attempt] = {}
         self.claims: dict[tuple[str, str], KeyClaim] = {}
         self.audit: list[AuditEntry] = []
         self.counts: Tally[Counter] = Tally()
@@ -71,14 +89,16 @@ class Ledger:
 
     def get(self, task_id: str) -> Task | None:
         """Return a task as this batch has it, or ``None`` if it does not exist."""
-        if task_id not in self._tasks:
+        found = self._tasks.get(task_id)
+        if found is None:
             self.load((task_id,))
-        return self._tasks.get(task_id)
+            found = self._tasks.get(task_id)
+        return found
 
     def adopt(self, tasks: Iterable[Task]) -> None:
         """Take in tasks that were just read from the store by another query."""
         for task in tasks:
-            self._tasks.setdefault(task.id, task)
+            self._tasks.setdefault(task.spec.id, task)
 
     def changed(self) -> Iterable[Task]:
         """Return the tasks that this batch has added or changed, as they are now."""
@@ -87,6 +107,21 @@ class Ledger:
     def is_changed(self, task_id: str) -> bool:
         """Return whether this batch has added or changed the task."""
         return task_id in self.before
+
+    def lane_changes(self) -> dict[LaneKey, int]:
+        """Return how many tasks each lane of the dispatch index has gained or lost."""
+        lanes = Lanes()
+        by_lane: dict[int, tuple[LaneKey, list[int]]] = {}
+        for task_id, before in self.before.items():
+            task = self._tasks[task_id]
+            for one, change in ((before, -1), (task, 1)):
+                if one is not None and one.ready:
+                    lane = lanes.of(one)
+                    by_lane.setdefault(id(lane), (lane, []))[1].append(change)
+        changes: Tally[LaneKey] = Tally()
+        for lane, counted in by_lane.values():
+            changes[lane] += sum(counted)
+        return changes
 
     # -- deciding -------------------------------------------------------------------------------
 
@@ -103,27 +138,36 @@ class Ledger:
         step = advance(task, event)
         if not step.changed:
             return step
-        if task.id not in self.before:
-            self.before[task.id] = task
-        self._tasks[task.id] = step.task
-        if task.spec.concurrency_key is not None:
+        spec = task.spec
+        self.before.setdefault(spec.id, task)
+        self._tasks[spec.id] = step.task
+        if spec.concurrency_key is not None:
             change = (step.task.lease is not None) - (task.lease is not None)
-            self.lease_delta[task.spec.concurrency_key] += change
+            self.lease_delta[spec.concurrency_key] += change
         self._record(step)
         return step
 
     def _record(self, step: Step) -> None:
+        task = step.task
         self.facts += step.facts
         self.commands += step.commands
-        task = step.task
         for attempt in step.attempts:
-            node_id = self._node_ids.get(attempt.worker, attempt.worker)
-            self.attempts.append(dataclasses.replace(attempt, node_id=node_id))
+            # Its last word counts: one that started and ended in this batch is written once.
+            self._attempts[attempt.task_id, attempt.token] = attempt
             if attempt.outcome is not None:
                 label = attempt.outcome.value
                 self.counts[Counter("attempts", task.spec.task_type, label)] += 1
-        if task.terminal:
+        if task.finished_at is not None:
             self.counts[Counter("ended", task.spec.task_type, task.state.value)] += 1
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Attempts that began or ended in this batch, one row each, with their nodes' names."""
+        names = self._node_ids
+        return [
+            one._replace(node_id=names.get(one.worker, one.worker))
+            for one in self._attempts.values()
+        ]
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -157,15 +201,15 @@ class Ledger:
             assert len(added) == len(new), "an id was minted twice"
         if self.claims:
             store.claim_keys(list(self.claims.values()))
-        saved = []
-        for task_id, before in self.before.items():
-            if before is not None:
-                task = self._tasks[task_id]
-                saved.append(dataclasses.replace(task, version=before.version + 1))
+        saved = [
+            self._tasks[task_id].evolve(version=before.version + 1)
+            for task_id, before in self.before.items()
+            if before is not None
+        ]
         if saved:
             store.save(saved)
             for task in saved:
-                self._tasks[task.id] = task
+                self._tasks[task.spec.id] = task
         failpoints.hit("ledger.tasks.written")
         for child_id, parents in self.dependencies:
             store.add_dependencies(child_id, parents)
@@ -175,18 +219,11 @@ class Ledger:
             store.push_settlements(self.pushed_settlements)
         for number in self.dropped_settlements:
             store.drop_settlement(number)
-        if self.attempts:
-            store.save_attempts(self._merged_attempts())
+        if self._attempts:
+            store.save_attempts(self.attempts)
         if self.counts:
             store.bump(self.counts)
         if self.audit:
             store.append_audit(self.audit)
             failpoints.hit("ledger.audit.written")
         return store.append_facts(self.facts)
-
-    def _merged_attempts(self) -> list[Attempt]:
-        """Return one row per attempt: one that started and ended in this batch is written once."""
-        merged: dict[tuple[str, int, int], Attempt] = {}
-        for attempt in self.attempts:
-            merged[attempt.task_id, *attempt.token] = attempt
-        return list(merged.values())

@@ -189,6 +189,9 @@ class Heartbeat:
     #: Seconds since the last heartbeat that was answered was sent. The lease counts from that one:
     #: a network that lets nothing through one way must not keep it alive.
     unanswered_s: float = 0.0
+    #: Attempts that run: task, token, and when each began on the worker's wall clock. The word of a
+    #: start may be lost or late; this comes again with every call.
+    began: tuple[tuple[str, Token, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,7 +267,7 @@ class Offer(NamedTuple):
 #: Reason of a `Stop`: the attempt should have begun by now. If it has not, it must not any more and
 #: comes back; if it has, the order is void.
 UNSTARTED = "unstarted"
-#: Reason of a `Stop`: nobody answered that. Whatever was to run the attempt is stuck.
+#: Reason of a `Stop`: nobody answered that. Whatever was to run the attempt is stuck, and is ended.
 STUCK = "stuck"
 
 

@@ -19,8 +19,9 @@ from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, Invalid, StoreUnavailable
 from hcna_ray.core.events import ClockStepped, TimePassed
-from hcna_ray.core.models import Task, WorkerState
+from hcna_ray.core.models import WorkerState
 from hcna_ray.runtime.aftermath import Aftermath
+from hcna_ray.runtime.clockwatch import ClockWatch
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable
 from hcna_ray.runtime.intake import Intake
 from hcna_ray.runtime.ledger import Ledger
@@ -63,8 +64,6 @@ TIMERS_MAX = 1000
 #: Tasks pruned in one batch, and how often pruning looks.
 PRUNE_MAX = 500
 PRUNE_PERIOD_S = 30.0
-#: Seconds by which the wall clock may leave the steady one between two batches; more is a step.
-CLOCK_STEP_S = 2.0
 #: Pause between two looks at silent workers, free disk space and parked calls.
 HOUSEKEEPING_S = 1.0
 
@@ -122,8 +121,7 @@ class Moderator:
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
         self._housekept = self._pruned = clock.elapsed()
-        #: How far the wall clock is ahead of the one that never steps.
-        self._ahead_s = clock.now() - clock.elapsed()
+        self._clocks = ClockWatch(clock.now(), clock.elapsed())
         #: Whether memory has to be read from the store before anything is decided.
         self._stale = True
         self._rebuild()
@@ -213,7 +211,7 @@ class Moderator:
             self._stale = True
             return 0.0
         # A lease ends to the moment: its task should not wait for the next look around.
-        silence_s = self._workforce.sessions.next_change_s(self._clock.elapsed())
+        silence_s = self._workforce.sessions.quiet_s(self._clock.elapsed())
         pause = min(HOUSEKEEPING_S, silence_s + 0.001)
         if wake_at is not None:
             pause = min(pause, max(0.0, wake_at - self._clock.now()))
@@ -235,11 +233,9 @@ class Moderator:
         # From here on everything is durable: memory follows.
         self._live.absorb(ledger)
         self._dispatcher.absorb(ledger)
-        turn.ended = [
-            task.id
-            for task in ledger.changed()
-            if task.terminal and not _was_ended(ledger.before[task.id])
-        ]
+        self._clocks.follow(ledger)
+        # Also one that had ended before: it was replayed and has ended once more, in one batch.
+        turn.ended = [task.id for task in ledger.changed() if task.terminal]
         for effect in turn.effects:
             effect()
         return last_fact
@@ -259,6 +255,7 @@ class Moderator:
         leased = self._store.leased()
         failpoints.hit("moderator.rebuild.begun")
         self._paused = self._store.paused()
+        self._clocks.hold = self._store.clock_hold()
         self._live.reset(leased)
         self._dispatcher.reset()
         self._workforce.reset(leased, self._clock.now(), self._clock.elapsed())
@@ -274,6 +271,8 @@ class Moderator:
             match request:
                 case Exchange() | Reports() | SlotGone() | Hello() | Goodbye():
                     ids += [report.task_id for report in request.reports]
+                case Heartbeat():
+                    ids += [task_id for task_id, _, _ in request.began]
                 case SubmitBatch():
                     ids += [spec.id for spec in request.specs]
                 case Cancel() | Retry():
@@ -339,11 +338,9 @@ class Moderator:
     # -- time ------------------------------------------------------------------------------------
 
     def _follow_clock(self, turn: Turn) -> None:
-        """Keep the age of running attempts when somebody puts the wall clock another way."""
-        ahead_s = turn.now - turn.elapsed
-        by_s = ahead_s - self._ahead_s
-        if abs(by_s) < CLOCK_STEP_S:
-            self._ahead_s = ahead_s
+        """Keep the age of what runs, waits or is kept when somebody puts the wall clock."""
+        by_s = self._clocks.look(turn.now, turn.elapsed)
+        if not by_s:
             return
         log.warning(
             "the clock of this machine was put %+.0f s; running attempts keep their age",
@@ -353,11 +350,10 @@ class Moderator:
         # Also what has begun and has not told so yet: its word counts from its grant on.
         for task in list(self._live.tasks.values()):
             turn.ledger.step(task, ClockStepped(at=turn.now, by_s=by_s))
-
-        def follow() -> None:
-            self._ahead_s = ahead_s
-
-        turn.effects.append(follow)
+        hold = self._clocks.hold.after_step(by_s, turn.now, self._policy.kept_s_max)
+        if hold != self._clocks.hold:
+            self._clocks.hold = hold
+            turn.writes.append(lambda: self._store.hold_clock(hold))
 
     def _run_timers(self, turn: Turn) -> None:
         wake_at = self._store.next_wake()
@@ -367,8 +363,11 @@ class Moderator:
         turn.ledger.adopt(due)
         for found in due:
             task = turn.ledger.get(found.id)
-            if task is not None and not turn.ledger.is_changed(found.id):
-                turn.ledger.step(task, TimePassed(at=turn.now))
+            if task is None or turn.ledger.is_changed(found.id):
+                continue
+            if owed_s := self._clocks.owed(task):
+                task = turn.ledger.step(task, ClockStepped(at=turn.now, by_s=owed_s)).task
+            turn.ledger.step(task, TimePassed(at=turn.now))
 
     def _keep_house(self, turn: Turn) -> None:
         if turn.elapsed - self._housekept < HOUSEKEEPING_S:
@@ -383,9 +382,13 @@ class Moderator:
 
     def _prune(self, now: float) -> None:
         """Delete what has been kept long enough; what one batch cannot take goes with the next."""
-        ended_before = now - self._policy.retention_s
-        keys_before = ended_before - self._policy.idempotency_s
-        if self._store.prune(ended_before, keys_before, PRUNE_MAX) >= PRUNE_MAX:
+        hold, policy = self._clocks.hold, self._policy
+        ended_before = hold.cutoff(now, policy.retention_s)
+        keys_before = hold.cutoff(now, policy.retention_s + policy.idempotency_s)
+        audited_before = hold.cutoff(now, policy.audit_retention_s)
+        gone = self._store.prune(ended_before, keys_before, PRUNE_MAX)
+        lines = self._store.prune_audit(audited_before, PRUNE_MAX)
+        if max(gone, lines) >= PRUNE_MAX:
             self._pruned -= PRUNE_PERIOD_S
         failpoints.hit("moderator.prune.written")
 
@@ -424,7 +427,3 @@ class Moderator:
             commits=self._commits,
             store=self._store_name,
         )
-
-
-def _was_ended(before: Task | None) -> bool:
-    return before is not None and before.terminal

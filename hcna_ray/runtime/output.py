@@ -100,8 +100,10 @@ class OutputTap:
         self._mark = (CUT_MARK % settings.bytes_max).encode()
         self._lock = threading.Lock()
         settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path: Path | None = None
+        #: Whose output comes now.
+        self._of: tuple[str, Token] | None = None
         self._file = self._source = -1
+        self._poll = select.poll()
         #: Bytes of the current attempt that came, and whether no more of them are kept.
         self._came = 0
         self._cut = False
@@ -122,7 +124,7 @@ class OutputTap:
         """From here on, what is printed is this attempt's."""
         with self._lock:
             self._drain()
-            self._path = output_file(self._settings.folder, task_id, token)
+            self._of = (task_id, token)
             self._came, self._cut = 0, False
 
     def end(self) -> None:
@@ -133,7 +135,7 @@ class OutputTap:
                 stream.flush()  # type: ignore[union-attr]
         with self._lock:
             self._drain()
-            self._path = None
+            self._of = None
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
@@ -177,11 +179,15 @@ class OutputTap:
         if self._source >= 0:
             os.close(self._source)
         self._source = source
+        self._poll = select.poll()
+        self._poll.register(source, select.POLLIN)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake, b"x")
 
     def _drain(self) -> None:
         """Take what is in the pipe now; who goes on filling it is not waited for."""
+        if not self._poll.poll(0):
+            return
         left = 2 * PIPE_BYTES
         while left > 0 and (size := self._read_some()):
             left -= size
@@ -191,7 +197,7 @@ class OutputTap:
             data = os.read(self._source, CHUNK_BYTES)
         except BlockingIOError:
             return 0
-        if self._path is not None:
+        if self._of is not None:
             self._keep(data)
         return len(data)
 
@@ -203,8 +209,9 @@ class OutputTap:
         try:
             if self._file < 0:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                assert self._path is not None
-                self._file = os.open(self._path, flags, 0o600)
+                assert self._of is not None
+                path = output_file(self._settings.folder, *self._of)
+                self._file = os.open(path, flags, 0o600)
                 self._files_since += 1
             if len(data) <= room:
                 self._write(data)
@@ -252,7 +259,7 @@ class OutputTap:
                     continue  # There is another pipe, or an end.
                 if source != self._source or self._closed:
                     continue
-                size, thrown = self._read_some(), self._cut or self._path is None
+                size, thrown = self._read_some(), self._cut or self._of is None
             if thrown or not size:
                 # Nothing is gained by speed; without writers the pipe is at its end until the next.
                 pause = select.poll()

@@ -30,6 +30,7 @@ class Policy:
     exchange_wait_s: float = 20.0
     retention_s: float = 7 * 86400.0
     idempotency_s: float = 7 * 86400.0
+    audit_retention_s: float = 90 * 86400.0
     disk_free_bytes_min: int = 1 << 30
 
     @classmethod
@@ -56,5 +57,11 @@ class Policy:
             exchange_wait_s=slots.exchange_wait_s,
             retention_s=limits.retention_s,
             idempotency_s=limits.idempotency_s,
+            audit_retention_s=limits.audit_retention_s,
             disk_free_bytes_min=limits.disk_free_bytes_min,
         )
+
+    @property
+    def kept_s_max(self) -> float:
+        """The longest that anything is kept by its age."""
+        return max(self.retention_s + self.idempotency_s, self.audit_retention_s)

@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
+from hcna_ray.runtime import wire
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
@@ -99,6 +100,11 @@ def _unwrap(reply: tuple[str, Any]) -> Any:
     return value
 
 
+async def _exchange(link: ActorLink, exchange: Exchange, timeout_s: float) -> Grant:
+    raw: bytes = await link.acall("exchange", wire.pack_exchange(exchange), timeout_s=timeout_s)
+    return wire.unpack_grant(raw)
+
+
 class AgentModeratorLink:
     """`hcna_ray.runtime.agent.ModeratorLink` over Ray."""
 
@@ -119,10 +125,7 @@ class AgentModeratorLink:
 
     async def exchange(self, exchange: Exchange) -> Grant:
         """Park for work."""
-        grant: Grant = await self._link.acall(
-            "exchange", exchange, timeout_s=self._exchange_timeout_s
-        )
-        return grant
+        return await _exchange(self._link, exchange, self._exchange_timeout_s)
 
     async def slot_gone(self, gone: SlotGone) -> None:
         """Tell that a process ended."""
@@ -144,10 +147,7 @@ class SlotModeratorLink:
 
     async def exchange(self, exchange: Exchange) -> Grant:
         """Park for work. Raises as `ActorLink.call` does."""
-        grant: Grant = await self._link.acall(
-            "exchange", exchange, timeout_s=self._exchange_timeout_s
-        )
-        return grant
+        return await _exchange(self._link, exchange, self._exchange_timeout_s)
 
     async def report(self, reports: tuple[Report, ...]) -> bool:
         """Send reports; return whether they were confirmed.
@@ -156,7 +156,8 @@ class SlotModeratorLink:
         decides what of it still counts.
         """
         try:
-            ack: Ack = await self._link.acall("report", self._worker, self._incarnation, reports)
+            raw = wire.pack_reports(self._worker, self._incarnation, reports)
+            ack: Ack = await self._link.acall("report", raw)
         except HcnaError:
             return False
         return isinstance(ack, Ack)

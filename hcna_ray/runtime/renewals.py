@@ -51,6 +51,11 @@ class Renewals:
         self._open: dict[str, str] = {}
         self._taken: dict[str, Renewal] = {}
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anything was answered since the last `take`."""
+        return bool(self._taken)
+
     def take(self) -> list[Renewal]:
         """Return what was answered since the last time; nothing is answered until `allow`."""
         with self._lock:

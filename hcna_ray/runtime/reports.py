@@ -65,11 +65,10 @@ class ReportDesk:
             skew: What to add to those to have them on ours.
         """
         applied, late = 0, []
+        ledger = turn.ledger
         for report in reports:
-            task = turn.ledger.get(report.task_id)
-            if task is not None and self._report(
-                turn, task, _on_our_clock(report, task, turn, skew)
-            ):
+            task = ledger.get(report.task_id)
+            if task is not None and self._report(turn, task, report, skew):
                 applied += 1
             else:
                 late.append((report.task_id, report.token))
@@ -105,52 +104,53 @@ class ReportDesk:
             f"{generation}.{attempt} {report.kind} counts no longer",
         )
 
-    def _report(self, turn: Turn, task: Task, report: Report) -> bool:
+    def _report(self, turn: Turn, task: Task, report: Report, skew: float) -> bool:
         token = Token(*report.token)
         match report.kind:
-            case ReportKind.STARTED:
-                started = AttemptStarted(at=report.at, token=token)
-                return turn.ledger.step(task, started).changed
             case ReportKind.COMPLETED:
                 step = turn.ledger.step(
                     task,
                     AttemptCompleted(
                         at=turn.now,
                         token=token,
-                        started_at=report.started_at,
+                        started_at=_on_our_clock(report.started_at, task, turn, skew),
                         result=report.result or b"{}",
                     ),
                 )
                 if step.changed:
                     self._observe(task.spec.task_type, report.duration_ms)
                 return step.changed
+            case ReportKind.STARTED:
+                at = _on_our_clock(report.at, task, turn, skew)
+                return turn.ledger.step(task, AttemptStarted(at=at, token=token)).changed
             case ReportKind.FAILED:
                 return turn.ledger.step(
                     task,
                     AttemptFailed(
                         at=turn.now,
                         token=token,
-                        started_at=report.started_at,
+                        started_at=_on_our_clock(report.started_at, task, turn, skew),
                         error=_error(report),
                         jitter=self._jitter(),
                     ),
                 ).changed
             case ReportKind.PROGRESS:
+                progress = report.progress
+                if progress is not None:
+                    at = _on_our_clock(progress.at, task, turn, skew)
+                    progress = dataclasses.replace(progress, at=at)
                 return turn.ledger.step(
                     task,
                     AttemptProgressed(
-                        at=turn.now,
-                        token=token,
-                        progress=report.progress,
-                        checkpoint=report.checkpoint,
+                        at=turn.now, token=token, progress=progress, checkpoint=report.checkpoint
                     ),
                 ).changed
             case ReportKind.CANCELLED:
                 if task.cancel_requested_at is None:
                     return False
+                started_at = _on_our_clock(report.started_at, task, turn, skew)
                 return turn.ledger.step(
-                    task,
-                    AttemptCancelled(at=turn.now, token=token, started_at=report.started_at),
+                    task, AttemptCancelled(at=turn.now, token=token, started_at=started_at)
                 ).changed
             case ReportKind.LOST:
                 error = _error(report)
@@ -182,24 +182,13 @@ class ReportDesk:
 _ENDS = frozenset({ReportKind.COMPLETED, ReportKind.FAILED})
 
 
-def _on_our_clock(report: Report, task: Task, turn: Turn, skew: float) -> Report:
-    """Move a report's instants to our clock: after the grant, and not after now.
+def _on_our_clock(at: float, task: Task, turn: Turn, skew: float) -> float:
+    """Return a worker's instant on our clock: after the grant, and not after now.
 
     A worker's wall clock may be wrong by any amount, and nothing but what is shown depends on it.
     """
-    if task.lease is None:
-        return report
-
-    def moved(at: float) -> float:
-        return min(max(at + skew, granted_at), turn.now)
-
-    granted_at = task.lease.granted_at
-    progress = report.progress
-    if progress is not None:
-        progress = dataclasses.replace(progress, at=moved(progress.at))
-    return report._replace(
-        at=moved(report.at), started_at=moved(report.started_at), progress=progress
-    )
+    lease = task.lease
+    return at if lease is None else min(max(at + skew, lease.granted_at), turn.now)
 
 
 def _error(report: Report) -> TaskError:

@@ -51,6 +51,10 @@ PROGRESS_S = 0.5
 CHECKPOINT_WAIT_S = 20.0
 
 
+#: Reports that say when their attempt began.
+_TELLS_OF_ITS_START = frozenset({ReportKind.COMPLETED, ReportKind.FAILED})
+
+
 class ReportLink(Protocol):
     """How reports reach the moderator between two exchanges."""
 
@@ -152,6 +156,8 @@ class Runner:
         self._journal = JournalWriter(files)
         self._born = process_birth(os.getpid()) or 0
         self._shared = _Shared()
+        #: Whether the note names an attempt, which may have ended a moment ago.
+        self._noted = True
         self._note_idle()
         self.must_end = False
 
@@ -229,15 +235,18 @@ class Runner:
                     if error is None:
                         return offer
                 self._shared.current = None
-                why = "stopped or expired" if error is None else error.message
+                why = "stopped, expired, or out of contact" if error is None else error.message
                 self._give_back([offer], why, error)
             self._give_back(list(self._shared.waiting), "the runner ends")
             self._shared.waiting.clear()
-            return None
+        self._note_idle()
+        return None
 
     def _may_start(self, current: _Current) -> bool:
-        """Whether nobody wants the attempt stopped, and its task has not expired."""
+        """Whether nobody wants it stopped, its task has not expired, and its lease is in force."""
         offer = current.offer
+        if not self._journal.may_begin(Token(*offer.token), current.started_boot):
+            return False
         if current.stopping is not None:
             return False
         if offer.expires_boot is not None and offer.expires_boot <= current.started_boot:
@@ -266,6 +275,7 @@ class Runner:
         started = Report(ReportKind.STARTED, offer.task_id, token, current.started_at)
         try:
             failpoints.hit("runner.start.before")
+            self._noted = True
             self._journal.write_note(note)
             self._journal.append((started,))
             failpoints.hit("runner.start.journaled")
@@ -276,7 +286,7 @@ class Runner:
             text = f"{self._settings.worker} cannot write to its disk ({error.strerror or error})"
             return TaskError(kind=FailureKind.ERROR, type=DISK_FAILED, message=text)
         self._shared.unconfirmed.append(started)
-        self._shared.lock.notify_all()
+        self._wake_side()
         return None
 
     def _run_one(self, offer: Offer) -> None:
@@ -308,9 +318,14 @@ class Runner:
             held_back = self._shared.progress.pop((offer.task_id, token), None)
             if held_back is not None:
                 self._add(held_back)
-            self._add(_report_of(offer, token, outcome, current, ended, duration_ms))
+            report = _report_of(offer, token, outcome, current, ended, duration_ms)
+            if report.kind in _TELLS_OF_ITS_START and not self._shared.sending:
+                self._unsay_start(offer)
+            self._add(report)
             failpoints.hit("runner.outcome.journaled")
-        self._note_idle()
+            more = bool(self._shared.waiting)
+        if not more or self.must_end:
+            self._note_idle()  # Else the next one's note takes its place at once.
 
     def _handle(self, offer: Offer, token: Token, current: _Current) -> HandlerOutcome:
         settings = self._settings
@@ -390,6 +405,20 @@ class Runner:
 
     # -- both threads, lock held ------------------------------------------------------------------
 
+    def _unsay_start(self, offer: Offer) -> None:
+        """Send no word of a start that the end tells of too; the journal keeps it."""
+        name = (ReportKind.STARTED, offer.task_id, Token(*offer.token))
+        unconfirmed = self._shared.unconfirmed
+        for index in range(len(unconfirmed) - 1, -1, -1):
+            if unconfirmed[index][:3] == name:
+                del unconfirmed[index]
+                return
+
+    def _wake_side(self) -> None:
+        """Have the side thread see the first of some reports; it comes back for the rest itself."""
+        if len(self._shared.unconfirmed) == 1:
+            self._shared.lock.notify_all()
+
     def _add(self, report: Report) -> None:
         # Progress is not worth keeping, and a long attempt's would fill the disk. Of the rest, what
         # the disk does not take still goes out from memory.
@@ -399,7 +428,7 @@ class Runner:
             except OSError as error:
                 self._say_disk_failed(error)
         self._shared.unconfirmed.append(report)
-        self._shared.lock.notify_all()
+        self._wake_side()
 
     def _give_back(self, offers: list[Offer], why: str, error: TaskError | None = None) -> None:
         now = self._clock.now()
@@ -418,8 +447,11 @@ class Runner:
         self._shared.unconfirmed = [one for one in self._shared.unconfirmed if id(one) not in sent]
 
     def _note_idle(self) -> None:
+        if not self._noted:
+            return
         try:
             self._journal.write_note(Note(pid=os.getpid(), born=self._born))
+            self._noted = False
         except OSError as error:
             self._say_disk_failed(error)
 
@@ -438,7 +470,7 @@ class Runner:
                 if (
                     not self._shared.unconfirmed or self._shared.exchanging
                 ) and not self._shared.closed:
-                    self._shared.lock.wait(self._until_long())
+                    self._shared.lock.wait(self._until_next())
                 if self._shared.closed and not self._shared.unconfirmed:
                     return
                 elapsed = self._clock.elapsed()
@@ -470,11 +502,14 @@ class Runner:
             if closed and not confirmed:
                 return  # The journal keeps them for the agent.
 
-    def _until_long(self) -> float:
-        """Return how long to wait for news: at most until the current attempt turns long."""
+    def _until_next(self) -> float | None:
+        """Return how long to wait for news: at most until the current attempt turns long.
+
+        Without anything that time alone brings about, for ever: whoever has news says so.
+        """
         current = self._shared.current
         if current is None or not self._shared.waiting:
-            return WATCH_S
+            return WATCH_S if self._shared.progress else None
         left = current.started_boot + self._settings.long_s - self._clock.elapsed()
         return min(WATCH_S, max(left, 0.001))
 
@@ -492,6 +527,8 @@ class Runner:
         """Keep the newest progress; the side thread sends it."""
         report = Report(ReportKind.PROGRESS, offer.task_id, token, progress.at, progress=progress)
         with self._shared.lock:
+            if not self._shared.progress:
+                self._shared.lock.notify_all()
             self._shared.progress[offer.task_id, token] = report
 
     def save_checkpoint(self, offer: Offer, token: Token, data: bytes) -> None:

@@ -70,6 +70,11 @@ class Sessions:
         #: One more heartbeat: what it knows was answered is one behind what was heard.
         self._unanswered_s = 1.4 * suspect_s
         self._by_name: dict[str, Session] = {}
+        self._node_ids: dict[str, str] = {}
+        #: Until then silence alone changes nothing; it may be later, and is found out by a look.
+        self._quiet_until = -math.inf
+        #: Raised whenever a session begins, ends, or is another's.
+        self.version = 0
 
     def restore(self, records: Iterable[WorkerRecord], now: float, elapsed: float) -> None:
         """Follow the store: what was decided and not committed has not happened.
@@ -90,6 +95,45 @@ class Sessions:
                 session = Session(record, elapsed - silence, elapsed - silence)
             session.record, session.closed = record, closed
             self._by_name[record.name] = session
+        self._changed()
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._node_ids = {name: one.record.node_id for name, one in self._by_name.items()}
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Something other than silence has changed what is thought of a worker."""
+        self._quiet_until = -math.inf
+
+    def quiet(self, elapsed: float) -> bool:
+        """Whether nothing has changed by silence since the last `looked`. Costs nothing."""
+        return elapsed < self._quiet_until
+
+    def quiet_s(self, elapsed: float) -> float:
+        """Return for how long that will stay so at least."""
+        return max(0.0, self._quiet_until - elapsed)
+
+    def looked(self, elapsed: float) -> None:
+        """Whatever silence has changed until now has been dealt with."""
+        self._quiet_until = elapsed + self.next_change_s(elapsed)
+
+    def heard(self, session: Session, at: float, unanswered_s: float) -> None:
+        """Renew a session.
+
+        Args:
+            session: Whose worker called.
+            at: When.
+            unanswered_s: How long before that it had made the last call that was answered.
+        """
+        session.heard = max(session.heard, at)
+        session.renewed = max(session.renewed, at - unanswered_s)
+        # Of one that had been silent nothing was expected any more.
+        self._quiet_until = min(
+            self._quiet_until,
+            session.heard + self._suspect_s,
+            session.renewed + min(self._unanswered_s, self._ttl_s),
+        )
 
     def __iter__(self) -> Iterator[Session]:
         return iter(sorted(self._by_name.values(), key=lambda one: one.record.name))
@@ -113,11 +157,13 @@ class Sessions:
         session.heard = session.renewed = elapsed
         session.node_missing = session.suspected = False
         session.skews.clear()
+        self._changed()
         return session
 
     def drop(self, name: str) -> None:
         """Forget a worker."""
         self._by_name.pop(name, None)
+        self._changed()
 
     def current(self, worker: str, incarnation: str) -> Session | None:
         """Return the session a call belongs to; ``None`` when the worker must say hello first.
@@ -197,7 +243,7 @@ class Sessions:
 
     def node_ids(self) -> dict[str, str]:
         """Return the node id of every worker, by short name."""
-        return {name: one.record.node_id for name, one in self._by_name.items()}
+        return self._node_ids
 
 
 def marked(record: WorkerRecord, *, cordoned: bool, draining_until: float | None) -> WorkerRecord:

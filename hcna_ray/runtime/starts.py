@@ -19,13 +19,17 @@ back
 Ray never starts a heavy attempt: what it   this module; the agent withdraws the attempt from Ray
 needs is taken by somebody else's work
 a heavy attempt's process never begins      this module; the agent ends the process
-the slot's host is stuck                    this module; nobody answers, the fence takes the attempt
-                                            back, and the agent ends the slot
+the slot's host is stuck                    this module; nobody answers, and the agent ends the
+                                            slot, and tells so
+the word of a start is lost                 the next heartbeat: it names all that runs
 agent or worker do not answer at all        the session: its silence ends all its leases
 ==========================================  ====================================================
 
 An order comes before the fence, because the worker knows better what has begun: an attempt that
-runs is never handed out a second time only because word of it is late.
+runs is never handed out a second time only because word of it is late. Nor is one that might still
+begin: a worker in contact is asked, again and again, to end what was to run it, and it goes to
+others when that is done. Only of a worker that beats its heart and does nothing else for a whole
+minute it is taken without its word.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from typing import NamedTuple
 
 from hcna_ray.core.events import LeaseReturned
 from hcna_ray.core.models import HEAVY_SLOT, Task, Token
+from hcna_ray.runtime.messages import STUCK, UNSTARTED
 
 #: A process of its own takes longer to begin: Ray starts one, and that imports the task types.
 HEAVY_PATIENCE = 4
@@ -44,8 +49,12 @@ HEAVY_PATIENCE = 4
 PATIENCE_MAX = 16
 #: Handed out this often without ever beginning, a task is given up.
 UNSTARTED_MAX = 8
-#: How long a worker has to answer before the fence takes its attempt back.
+#: How long a worker has to answer before it is told to end what was to run the attempt, and how
+#: long between two such orders: one may be lost with the answer that carries it.
 ANSWER_S = 10.0
+#: How long it has in all before the fence takes its attempt back. Longer than a call that is lost
+#: keeps its agent from asking for orders.
+FENCE_S = 60.0
 #: Two looks further apart than this: the moderator itself stood still, and nobody can be blamed.
 LOOK_MAX_S = 3.0
 #: Tasks whose starts are counted at once.
@@ -60,8 +69,10 @@ class Overdue(NamedTuple):
     """An attempt that should have begun."""
 
     task: Task
-    #: False: ask its worker first. True: it was asked, and did not answer.
-    asked: bool
+    #: What its worker is to be told: `UNSTARTED`, or `STUCK`.
+    reason: str
+    #: It has been told often enough: the fence takes the attempt back.
+    given_up: bool
 
 
 @dataclass(slots=True)
@@ -71,6 +82,8 @@ class _Wait:
     waiting: frozenset[_Key]
     since: float
     asked: dict[_Key, float] = field(default_factory=dict)
+    #: How many orders have followed the first.
+    orders: dict[_Key, int] = field(default_factory=dict)
 
 
 class StartWatch:
@@ -136,7 +149,8 @@ class StartWatch:
             return _Wait(waiting, self._time)
         if known.waiting != waiting:
             asked = {key: at for key, at in known.asked.items() if key in waiting}
-            return _Wait(waiting, self._time, asked)
+            orders = {key: count for key, count in known.orders.items() if key in waiting}
+            return _Wait(waiting, self._time, asked, orders)
         return known
 
     def _overdue(self, grant: _Grant, tasks: list[Task]) -> Iterable[Overdue]:
@@ -144,11 +158,16 @@ class StartWatch:
         for task in tasks:
             key = _key(task)
             asked_at = wait.asked.get(key)
-            if asked_at is None and self._time - wait.since > self._patience(task):
-                wait.asked[key] = self._time
-                yield Overdue(task, asked=False)
-            elif asked_at is not None and self._time - asked_at > ANSWER_S:
-                yield Overdue(task, asked=True)
+            if asked_at is None:
+                if self._time - wait.since > self._patience(task):
+                    wait.asked[key] = self._time
+                    yield Overdue(task, UNSTARTED, given_up=False)
+                continue
+            due = int((self._time - asked_at) / ANSWER_S)
+            given_up = self._time - asked_at > FENCE_S
+            if given_up or due > wait.orders.get(key, 0):
+                wait.orders[key] = due
+                yield Overdue(task, STUCK, given_up=given_up)
 
     def _patience(self, task: Task) -> float:
         lease = task.lease

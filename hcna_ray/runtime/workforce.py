@@ -30,8 +30,6 @@ from hcna_ray.core.placement import age_in_words
 from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
 from hcna_ray.runtime.ledger import Ledger
 from hcna_ray.runtime.messages import (
-    STUCK,
-    UNSTARTED,
     Ack,
     Exchange,
     Goodbye,
@@ -41,6 +39,8 @@ from hcna_ray.runtime.messages import (
     Hello,
     IntentOrder,
     Offer,
+    Report,
+    ReportKind,
     SlotGone,
     Stop,
     Welcome,
@@ -66,8 +66,9 @@ log = logging.getLogger(__name__)
 
 #: How long a drain lets attempts run on when nobody says otherwise.
 DRAIN_S = 600.0
-#: Pause between two log lines that say that no worker takes work.
+#: Pause between two log lines that say that no worker takes work, and between two looks.
 WARN_PERIOD_S = 10.0
+LOOK_PERIOD_S = 0.5
 #: Pause between two log lines about one name that two machines claim.
 CLAIMED_PERIOD_S = 60.0
 #: A worker's wall clock that is further off than this is worth a line in the log.
@@ -99,6 +100,8 @@ class Workforce:
         self.renewals = Renewals(
             store.unconfirmed_s, memory_s=policy.lease_ttl_s - policy.self_stop_s
         )
+        #: Of which sessions they were told.
+        self._allowed = -1
         #: Calls that wait for work, by (worker, slot).
         self._parked: dict[Place, Pending] = {}
         #: The last answer to each slot, for a repeated exchange.
@@ -107,7 +110,7 @@ class Workforce:
         self._stops: dict[Place, list[Stop]] = {}
         self._intents: dict[str, list[IntentOrder]] = {}
         self._asked: dict[str, Pending] = {}
-        self._warned = -WARN_PERIOD_S
+        self._warned = self._looked_for_workers = -WARN_PERIOD_S
         #: When the log last said that a name is claimed twice, and that a clock is off.
         self._claimed: dict[str, float] = {}
         self._clock_off: dict[str, float] = {}
@@ -130,13 +133,16 @@ class Workforce:
 
         Those that this instant finds overdue may not: their leases are about to be taken back.
         """
+        same = self._allowed == self.sessions.version
+        if same and self.sessions.quiet(elapsed) and not self.renewals.waiting:
+            return  # Nobody is overdue who was not at the last look.
         for renewal in self.renewals.take():
             session = self.sessions.find(renewal.beat.worker)
             if session is None or session.closed:
                 continue
             if session.record.incarnation == renewal.beat.incarnation:
-                session.heard = max(session.heard, renewal.at)
-                session.renewed = max(session.renewed, renewal.at - renewal.beat.unanswered_s)
+                self.sessions.heard(session, renewal.at, renewal.beat.unanswered_s)
+        self._allowed = self.sessions.version
         overdue = {session.record.name for session in self.sessions.overdue(elapsed)}
         self.renewals.allow(
             session
@@ -268,13 +274,17 @@ class Workforce:
             return HeartbeatReply(known=False)
         if not session.node_missing:
             self._note_return(turn, session)
-        session.heard = turn.elapsed
-        session.renewed = max(session.renewed, turn.elapsed - beat.unanswered_s)
+        self.sessions.heard(session, turn.elapsed, beat.unanswered_s)
         if beat.sent_at:
             session.skews.append(turn.now - beat.sent_at)
             self._watch_clock(turn, session)
         if beat.trouble != session.trouble:
             self._note_trouble(session, beat.trouble)
+        self._reports.apply(
+            turn,
+            [Report(ReportKind.STARTED, *attempt) for attempt in beat.began],
+            session.skew,
+        )
         session.telemetry, session.slots = beat.telemetry, beat.slots
         session.record = dataclasses.replace(session.record, last_seen_at=turn.now)
         return HeartbeatReply(known=True)
@@ -382,7 +392,10 @@ class Workforce:
         for session in self.sessions:
             record = session.record
             if record.ray_node_id and not session.closed:
-                session.node_missing = record.ray_node_id not in claims.get(record.name, {})
+                missing = record.ray_node_id not in claims.get(record.name, {})
+                if missing != session.node_missing:
+                    session.node_missing = missing
+                    self.sessions.look_again()
         for name, nodes in claims.items():
             self._warn_of_claims(turn, name, nodes)
 
@@ -543,7 +556,12 @@ class Workforce:
             task = turn.ledger.get(live.id)
             if task is None or task.lease is None or task.lease.incarnation != gone.incarnation:
                 continue
-            if (task.lease.worker, task.lease.slot) == place:
+            if (task.lease.worker, task.lease.slot) != place:
+                continue
+            if task.lease.started_at is None and self._starts.is_asked_for(task):
+                why = f"the slot of {gone.worker} that was to start it was stuck"
+                turn.ledger.step(task, self._starts.returned(task, why, turn.now))
+            else:
                 self._take_back(turn, task, "the slot's process ended", FailureKind.POISON)
         return ack
 
@@ -652,13 +670,12 @@ class Workforce:
         overdue = self._starts.look(
             self._live.tasks.values(), in_contact.__contains__, turn.elapsed
         )
-        for found, asked in overdue:
+        for found, reason, given_up in overdue:
             task = turn.ledger.get(found.id)
             if task is None or task.lease is None or task.lease != found.lease:
                 continue  # Something has happened to it in this very batch.
             lease = task.lease
-            stop = Stop(task.id, lease.token, lease.slot, STUCK if asked else UNSTARTED)
-            self._order(lease.worker, stop)
+            self._order(lease.worker, Stop(task.id, lease.token, lease.slot, reason))
             log.warning(
                 "an attempt does not start",
                 extra={
@@ -666,15 +683,17 @@ class Workforce:
                     "task_id": task.id,
                     "attempt": lease.token.attempt,
                     "worker": lease.worker,
-                    "taken_back": asked,
+                    "taken_back": given_up,
                 },
             )
-            if asked:
+            if given_up:
                 why = f"{lease.worker} did not start it and did not say why"
                 turn.ledger.step(task, self._starts.returned(task, why, turn.now))
 
     def watch_sessions(self, turn: Turn) -> None:
         """Say which workers have fallen silent, and take back what the silent hold."""
+        if self.sessions.quiet(turn.elapsed):
+            return
         for session in self.sessions:
             if session.suspected or session.closed:
                 continue
@@ -686,6 +705,7 @@ class Workforce:
                 self._suspect(turn, session)
         for session in self.sessions.overdue(turn.elapsed):
             self._lose(turn, session)
+        self.sessions.looked(turn.elapsed)
 
     def _suspect(self, turn: Turn, session: Session) -> None:
         session.suspected = True
@@ -736,11 +756,17 @@ class Workforce:
 
     def grant(self, turn: Turn, paused: frozenset[str]) -> dict[Place, tuple[Offer, ...]]:
         """Lease ready tasks to the calls that are parked."""
-        if not self._parked:
+        if not self._parked or not self._dispatcher.any_ready(turn.ledger):
+            # Whatever was left over waits for a call now, and that comes in a batch of its own.
+            self._dispatcher.unfinished = False
             return {}
+        views: dict[str, WorkerView] = {}
+        for name, _ in self._parked:
+            if name not in views and (session := self.sessions.find(name)) is not None:
+                views[name] = self._view(session, turn.elapsed, turn.ledger)
         return self._dispatcher.dispatch(
             turn.ledger,
-            {view.name: view for view in self.views(turn.elapsed, turn.ledger)},
+            views,
             {place: _seq(pending) for place, pending in self._parked.items()},
             {place: _incarnation(pending) for place, pending in self._parked.items()},
             paused,
@@ -755,8 +781,10 @@ class Workforce:
             turn: The batch.
             waiting: Whether a task stands in the dispatch index.
         """
-        if not waiting or turn.elapsed - self._warned < WARN_PERIOD_S:
+        since = max(self._warned + WARN_PERIOD_S, self._looked_for_workers + LOOK_PERIOD_S)
+        if not waiting or turn.elapsed < since:
             return
+        self._looked_for_workers = turn.elapsed
         views = self.views(turn.elapsed, turn.ledger)
         if any(view.state in ACCEPTING and not view.trouble for view in views):
             return
@@ -771,7 +799,11 @@ class Workforce:
 
     def answer_parked(self, turn: Turn, granted: dict[Place, tuple[Offer, ...]]) -> None:
         """Answer the calls for which there is something: leases, stops or intents."""
-        for place, pending in list(self._parked.items()):
+        agents = [(worker, HEAVY_SLOT) for worker in self._intents]
+        for place in dict.fromkeys((*granted, *self._stops, *agents)):
+            pending = self._parked.get(place)
+            if pending is None:
+                continue
             worker, slot = place
             offers = granted.get(place, ())
             stops = tuple(self._stops.get(place, ()))

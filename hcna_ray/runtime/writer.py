@@ -18,7 +18,7 @@ from collections.abc import Callable
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, Overloaded, StoreUnavailable
-from hcna_ray.runtime.messages import Heartbeat
+from hcna_ray.runtime.messages import Heartbeat, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.requests import FROM_WORKERS, Pending, Request
 
@@ -30,6 +30,9 @@ HELD_UP_S = 1.0
 #: A batch that takes longer lets nobody wait in the inbox any more.
 REFUSE_S = 8.0
 _LOOK_S = 0.25
+#: New tasks after which a batch takes no more of them: more at once cost each one no less, and
+#: whoever has an outcome to tell, or asks for work, would wait for longer.
+SPECS_MAX = 500
 #: Pause before a store that could not be opened is tried again, and before the log repeats why.
 OPEN_AGAIN_S = 1.0
 SAY_AGAIN_S = 60.0
@@ -79,6 +82,8 @@ class WriterThread:
         self._say_at = 0.0
         #: Since when the batch at hand is being worked on.
         self._busy_since: float | None = None
+        #: Set when a call has to wait for the batch at hand: only then anybody may need a stand-in.
+        self._behind = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="hcna-writer", daemon=True)
         self._second = threading.Thread(target=self._stand_in, name="hcna-stand-in", daemon=True)
@@ -127,6 +132,8 @@ class WriterThread:
                 self._of_workers += of_worker
                 if len(self._inbox) == 1:
                     self._wake.notify()
+                if self._busy_since is not None and not self._behind.is_set():
+                    self._behind.set()
                 return
         resolve(refusal)
 
@@ -137,6 +144,30 @@ class WriterThread:
         """Put these in the place of the inbox; return what was in it."""
         taken, self._inbox = self._inbox, kept
         self._of_workers = sum(isinstance(one.request, FROM_WORKERS) for one in kept)
+        return taken
+
+    def _take(self) -> list[Pending]:
+        """Take what goes into the next batch: everything, but only so many new tasks at once.
+
+        What comes beyond that waits for the batch after it, and with it all that clients have asked
+        since: in the meantime outcomes are committed and leases handed out.
+        """
+        if len(self._inbox) - self._of_workers < 2:
+            return self._keep([])
+        taken: list[Pending] = []
+        left: list[Pending] = []
+        room = SPECS_MAX
+        for pending in self._inbox:
+            request = pending.request
+            if isinstance(request, FROM_WORKERS):
+                taken.append(pending)
+            elif left or (isinstance(request, SubmitBatch) and room <= 0):
+                left.append(pending)
+            else:
+                taken.append(pending)
+                if isinstance(request, SubmitBatch):
+                    room -= len(request.specs)
+        self._keep(left)
         return taken
 
     def close(self) -> None:
@@ -171,6 +202,7 @@ class WriterThread:
             self._exit(EXIT_BUG)
         finally:
             self._ended.set()
+            self._behind.set()
 
     def _open(self) -> Moderator | None:
         """Build the moderator; ``None`` when that failed for good, or nobody waits any more."""
@@ -225,7 +257,7 @@ class WriterThread:
                 self._busy_since = None
                 if not self._inbox and not self._closed and pause > 0:
                     self._wake.wait(pause)
-                batch = self._keep([])
+                batch = self._take()
                 closed = self._closed
                 self._busy_since = self._clock.elapsed()
             if closed and not batch:
@@ -237,7 +269,11 @@ class WriterThread:
     # -- while the writer is held up --------------------------------------------------------------
 
     def _stand_in(self) -> None:
-        while not self._ended.wait(_LOOK_S):
+        while True:
+            self._behind.wait()
+            self._behind.clear()
+            if self._ended.wait(_LOOK_S):
+                return
             answers = self.look_after()
             if answers:
                 self._publish(Outbound(tuple(answers)))
@@ -248,6 +284,8 @@ class WriterThread:
             moderator, since = self._moderator, self._busy_since
             held_up = 0.0 if since is None else self._clock.elapsed() - since
             if held_up < HELD_UP_S or moderator is None:
+                if self._inbox and since is not None:
+                    self._behind.set()
                 return []
             answers: list[tuple[Pending, object]] = []
             kept: list[Pending] = []
@@ -265,4 +303,6 @@ class WriterThread:
                 else:
                     answers.append((pending, answer))
             self._keep(kept)
+            if kept:
+                self._behind.set()  # Not yet; or a heartbeat that must not be answered now.
         return answers

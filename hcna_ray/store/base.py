@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.models import (
     Attempt,
     AuditEntry,
@@ -213,6 +214,10 @@ class TaskStore(Protocol):
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         ...
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        ...
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         ...
@@ -265,6 +270,22 @@ class TaskStore(Protocol):
         Idempotency keys go when bound before ``keys_before`` and their task is gone. A task that
         others still depend on stays. Returns how many tasks went.
         """
+        ...
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` audit lines of before an instant; return how many went.
+
+        Oldest number first, and none behind one that stays: what is left is the end of the log,
+        without a gap. Numbers are never used again.
+        """
+        ...
+
+    def clock_hold(self) -> ClockHold:
+        """Return what was last said to `hold_clock`; nothing is held in a new store."""
+        ...
+
+    def hold_clock(self, hold: ClockHold) -> None:
+        """Remember by how much the wall clock was put forward. Whole seconds, rounded up."""
         ...
 
 

@@ -7,6 +7,7 @@ any moment and read again, and is after a rollback. How the tables are reached i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter as Tally
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import VersionConflict
 from hcna_ray.core.models import LaneKey, Task
 from hcna_ray.store import codec, rows
@@ -24,6 +26,8 @@ from hcna_ray.store.rows import Row
 #: now is granted soon, and what is granted ends soon.
 KNOWN_MAX = 8192
 _SMALL = 4096
+#: Numbers that a store has once the clock was put forward: seconds, and the instant after it.
+HELD = ("clock_held_s", "clock_held_since")
 
 
 @dataclass(slots=True)
@@ -52,6 +56,14 @@ class Change(NamedTuple):
     now: Row
 
 
+def ended_anew(before: Task, now: Task) -> bool:
+    """Whether a task that had ended has ended once more: it was replayed in the same commit.
+
+    Who follows ends must see the second one too.
+    """
+    return (before.state, before.finished_at) != (now.state, now.finished_at)
+
+
 class Bookkeeper(ABC):
     """The half of a `TaskStore` that is the same whichever database keeps the tables."""
 
@@ -76,6 +88,10 @@ class Bookkeeper(ABC):
     @abstractmethod
     def _update_tasks(self, changes: Sequence[Change]) -> None:
         """Write each change over the version before it, and make sure that all were written."""
+
+    @abstractmethod
+    def _insert_number(self, name: str) -> None:
+        """Insert a number, which is 0."""
 
     @abstractmethod
     def _insert_lane(self, key: LaneKey) -> int:
@@ -145,6 +161,13 @@ class Bookkeeper(ABC):
         self._add(sequence, 1)
         return self._numbers[sequence]
 
+    def _reserve(self, sequence: str, count: int) -> int:
+        """Use up ``count`` numbers of a sequence; return the first."""
+        first = self._numbers[sequence] + 1
+        if count:
+            self._add(sequence, count)
+        return first
+
     def _add(self, number: str, delta: int) -> None:
         self._numbers[number] += delta
         self._changed_numbers.add(number)
@@ -180,6 +203,21 @@ class Bookkeeper(ABC):
         """Add to counters."""
         self._must_write()
         self._counts.update(deltas)
+
+    def clock_hold(self) -> ClockHold:
+        """Return what was last said to `hold_clock`."""
+        self._refresh()
+        by_s, since = (self._numbers.get(name, 0) for name in HELD)
+        return ClockHold(by_s=float(by_s), since=float(since))
+
+    def hold_clock(self, hold: ClockHold) -> None:
+        """Remember by how much the wall clock was put forward."""
+        self._must_write()
+        for name, value in zip(HELD, (hold.by_s, hold.since), strict=True):
+            if name not in self._numbers:
+                self._insert_number(name)
+                self._numbers[name] = 0
+            self._add(name, math.ceil(value) - self._numbers[name])
 
     # -- tasks ------------------------------------------------------------------------------------
 
@@ -247,30 +285,35 @@ class Bookkeeper(ABC):
         """
         self._must_write()
         stored = self._by_seq([task.seq for task in tasks])
-        before: list[Row] = []
+        before: list[Known] = []
         for task in tasks:
             old = stored.pop(task.seq, None)
             if old is None or (old.task.id, old.task.version) != (task.id, task.version - 1):
                 raise VersionConflict(task.id, task.version - 1)
-            before.append(old.indexed)
+            before.append(old)
         changes: list[Change] = []
-        for task, was in zip(tasks, before, strict=True):
-            now = self._moved(task, was)
+        opened = opened_bytes = 0
+        for task, old in zip(tasks, before, strict=True):
+            was, now = old.indexed, self._moved(task, old)
+            if (was[rows.END_NO] is None) != (now[rows.END_NO] is None):
+                sign = 1 if now[rows.END_NO] is None else -1
+                opened += sign
+                opened_bytes += sign * task.spec.bytes_stored
             changes.append(Change(task, was, now))
             self._remember(task, now)
+        if opened or opened_bytes:
+            self._add("open_tasks", opened)
+            self._add("open_bytes", opened_bytes)
         self._update_tasks(changes)
 
-    def _moved(self, task: Task, was: Row) -> Row:
+    def _moved(self, task: Task, old: Known) -> Row:
         """Count a task out of where it stood and into where it stands; return its index values."""
+        was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        ended_before = end_no is not None
-        if not task.terminal:
+        if task.finished_at is None:
             end_no = None
-        elif end_no is None:
+        elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
-        if ended_before != (end_no is not None):
-            self._add("open_tasks", 1 if ended_before else -1)
-            self._add("open_bytes", task.spec.bytes_stored * (1 if ended_before else -1))
         now = rows.indexed_values(
             task, lane_id=self._lane_of(task), last_worker=was[rows.WORKER], end_no=end_no
         )
@@ -315,13 +358,16 @@ class Bookkeeper(ABC):
     def _remember(self, task: Task, indexed: Row) -> Known:
         """Keep what the open transaction sees of a task that may be asked for again soon."""
         known = Known(task, indexed)
-        keep = not task.terminal and task.spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        spec = task.spec
+        keep = (
+            task.finished_at is None and spec.bytes_stored + len(task.checkpoint or b"") <= _SMALL
+        )
         if keep:
             self._known[task.seq] = known
-            self._seq_of[task.id] = task.seq
+            self._seq_of[spec.id] = task.seq
             if len(self._known) > KNOWN_MAX:
                 _seq, oldest = self._known.popitem(last=False)
-                del self._seq_of[oldest.task.id]
+                del self._seq_of[oldest.task.spec.id]
         else:
             self._forget(task.seq)
         return known
@@ -329,7 +375,7 @@ class Bookkeeper(ABC):
     def _forget(self, seq: int) -> None:
         known = self._known.pop(seq, None)
         if known is not None:
-            del self._seq_of[known.task.id]
+            del self._seq_of[known.task.spec.id]
 
     def _by_seq(self, seqs: Sequence[int]) -> dict[int, Known]:
         """Return what stands at these accept sequences, in the order asked for."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import NotFound, VersionConflict
 from hcna_ray.core.models import (
     Attempt,
@@ -29,6 +32,7 @@ from hcna_ray.store.base import (
     StoredAudit,
     StoredFact,
 )
+from hcna_ray.store.bookkeeping import HELD, ended_anew
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -237,7 +241,7 @@ class MemoryTaskStore:
             self._last_worker.put(task.id, task.lease.worker)
         if not task.terminal:
             self._end_no.drop(task.id)
-        elif task.id not in self._end_no.now:
+        elif old is None or not old.terminal or ended_anew(old, task):
             self._end_no.put(task.id, self._add("last_end", 1))
 
     def _count(self, task: Task, by: int) -> None:
@@ -409,6 +413,10 @@ class MemoryTaskStore:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for _seq, child_id in self._waiting_for.first(parent_id, limit)]
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {id_ for id_ in ids if self._waiting_for.first(id_, 1)}
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         self._must_write()
@@ -500,6 +508,26 @@ class MemoryTaskStore:
         for _at, principal, key in orphans[:limit]:
             self._keys.drop((principal, key))
         return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = sorted(self._audit.now.items())[:limit]
+        gone = [number for number, _ in takewhile(lambda line: line[1].at < before, oldest)]
+        for number in gone:
+            self._audit.drop(number)
+        return len(gone)
+
+    def clock_hold(self) -> ClockHold:
+        """Return what was last said to `hold_clock`."""
+        by_s, since = map(self._number, HELD)
+        return ClockHold(by_s=float(by_s), since=float(since))
+
+    def hold_clock(self, hold: ClockHold) -> None:
+        """Remember by how much the wall clock was put forward."""
+        self._must_write()
+        for name, value in zip(HELD, (hold.by_s, hold.since), strict=True):
+            self._numbers.put(name, math.ceil(value))
 
     def _delete(self, task: Task) -> None:
         self._count(task, -1)

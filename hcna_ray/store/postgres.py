@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from hcna_ray import failpoints
@@ -64,6 +65,8 @@ TAKEOVER_S = 15.0
 OPEN_WAIT_S = 20.0
 #: The server's settings without which a commit may be forgotten; they can change at any time.
 _SAFE = "current_setting('fsync') = 'on' AND current_setting('full_page_writes') = 'on'"
+#: Longest time one read of a reader may take.
+READ_S_MAX = 5.0
 #: How long a commit whose connection broke may stay in doubt until the process must end.
 DOUBT_S = 30.0
 _POLL_S = 0.1
@@ -559,6 +562,9 @@ class PostgresTaskStore(Bookkeeper):
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._queue_rows("INSERT INTO task_spec SELECT * FROM unnest(%s, %s)", _SPEC, values)
 
+    def _insert_number(self, name: str) -> None:
+        self._queue("INSERT INTO number VALUES (%s, 0)", (name,))
+
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         if values:
             numbers, seqs = zip(*values, strict=True)
@@ -625,7 +631,8 @@ class PostgresTaskStore(Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        values = [rows.fact_values(self._next("last_fact"), fact) for fact in facts]
+        first = self._reserve("last_fact", len(facts))
+        values = [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)]
         self._queue_rows(_INSERT_FACTS, _FACT_KINDS, values)
         return self._numbers["last_fact"]
 
@@ -706,6 +713,10 @@ class PostgresTaskStore(Bookkeeper):
     def dependents(self, parent_id: str, limit: int) -> list[str]:
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
+
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (texts(ids),))}
 
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
@@ -804,6 +815,15 @@ class PostgresTaskStore(Bookkeeper):
             self._queue("DELETE FROM lane WHERE id = ANY(%s)", (integers(empty),))
         return len(gone)
 
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT %s", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._queue("DELETE FROM audit WHERE number <= %s", (gone[-1],))
+        return len(gone)
+
 
 class PostgresTaskReader:
     """Reads of a database that somebody else writes. Implements `TaskReader`.
@@ -811,6 +831,9 @@ class PostgresTaskReader:
     One connection, one call at a time, from any thread. Every method is one statement, hence sees
     one commit. It reads where the writer writes, never from a standby: what was acknowledged is
     there. A connection that broke is opened again by the next call.
+
+    A read that takes longer than `READ_S_MAX` is broken off, by the server or, if that stands
+    still, by hanging up: whoever asked is told to ask again later, and nobody waits behind it.
     """
 
     def __init__(self, url: str, *, manners: Manners | None = None) -> None:
@@ -823,7 +846,11 @@ class PostgresTaskReader:
         """
         self._url = url
         self._manners = manners or Manners(
-            name="hcna reader", read_only=True, statement_s=10.0, custom_plans=True
+            name="hcna reader",
+            read_only=True,
+            statement_s=READ_S_MAX,
+            answer_s=READ_S_MAX + 1.0,
+            custom_plans=True,
         )
         self._lock = threading.Lock()
         self._session: Session | None = None
@@ -857,11 +884,13 @@ class PostgresTaskReader:
         with self._lock:
             for last_try in (False, True):
                 session = self._open()
+                asked = time.monotonic()
                 try:
                     return session.run(sql, values)
                 except ConnectionLost:
-                    # Nobody may have noticed before: a read is repeated without harm.
-                    if last_try:
+                    # Nobody may have noticed before: a read is repeated without harm. But a server
+                    # that stands still would have whoever asks wait once more.
+                    if last_try or time.monotonic() - asked >= self._manners.answer_s:
                         raise
         raise AssertionError
 
@@ -1133,6 +1162,10 @@ WITH RECURSIVE found (held_key) AS (
 )
 SELECT held_key FROM found WHERE held_key IS NOT NULL LIMIT %s
 """
+_WAITED_FOR = (
+    "SELECT j.id FROM unnest(%s) AS j (id) "
+    "WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = j.id)"
+)
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = %s ORDER BY child_seq LIMIT %s"
 _KEYS_HELD = (
     "SELECT k.principal, k.key, k.task_id, k.fingerprint, k.at "

@@ -190,7 +190,7 @@ def indexed_values(
         task.dispatch_key,
         lane_id,
         task.wake_at,
-        task.spec.concurrency_key if held(task) else None,
+        task.spec.concurrency_key if task.hold and held(task) else None,
         None if lease is None else lease.granted_at,
         last_worker if lease is None else lease.worker,
         task.finished_at,
@@ -286,16 +286,8 @@ def task_from_row(row: Row) -> Task:
 
 def attempt_values(attempt: Attempt) -> Row:
     """Return the values of `ATTEMPT`."""
-    return (
-        attempt.task_id,
-        *attempt.token,
-        attempt.worker,
-        attempt.node_id,
-        attempt.started_at,
-        attempt.ended_at,
-        attempt.outcome,
-        codec.pack_error(attempt.error),
-    )
+    task_id, (generation, number), *where_and_when, outcome, error = attempt
+    return task_id, generation, number, *where_and_when, outcome, codec.pack_error(error)
 
 
 def attempt_from_row(row: Row) -> Attempt:
@@ -314,16 +306,9 @@ def attempt_from_row(row: Row) -> Attempt:
 
 def fact_values(number: int, fact: Fact) -> Row:
     """Return the values of `FACT`."""
-    return (
-        number,
-        fact.task_id,
-        fact.kind,
-        fact.at,
-        fact.state,
-        *(fact.token or (None, None)),
-        fact.worker,
-        fact.detail,
-    )
+    task_id, kind, at, state, token, worker, detail = fact
+    generation, attempt = token or (None, None)
+    return number, task_id, kind, at, state, generation, attempt, worker, detail
 
 
 def fact_from_row(row: Row) -> StoredFact:

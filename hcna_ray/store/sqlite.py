@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -371,6 +372,9 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._many("INSERT INTO task_spec VALUES (?, ?)", values)
 
+    def _insert_number(self, name: str) -> None:
+        self._run("INSERT INTO number VALUES (?, 0)", (name,))
+
     def _number_ends(self, values: Sequence[tuple[int, int]]) -> None:
         self._many("UPDATE task SET end_no = ? WHERE seq = ?", values)
 
@@ -429,10 +433,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     def append_facts(self, facts: Sequence[Fact]) -> int:
         """Add lines of history and return the number of the last one (0 if there never was one)."""
         self._must_write()
-        self._many(
-            "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [rows.fact_values(self._next("last_fact"), fact) for fact in facts],
-        )
+        first = self._reserve("last_fact", len(facts))
+        if facts:
+            self._many(
+                "INSERT INTO fact VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [rows.fact_values(number, fact) for number, fact in enumerate(facts, first)],
+            )
         return self._numbers["last_fact"]
 
     def save_attempts(self, attempts: Sequence[Attempt]) -> None:
@@ -521,6 +527,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return up to ``limit`` ids that still wait for ``parent_id``, in accept order."""
         return [child_id for (child_id,) in self._run(_DEPENDENTS, (parent_id, limit))]
 
+    def waited_for(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` for which any task still waits."""
+        return {parent_id for (parent_id,) in self._run(_WAITED_FOR, (codec.to_json(ids),))}
+
     def drop_dependents(self, parent_id: str, child_ids: Sequence[str]) -> None:
         """Forget that these children wait for ``parent_id``."""
         self._must_write()
@@ -602,6 +612,15 @@ class SqliteTaskStore(_Connection, Bookkeeper):
             (keys_before, limit),
         )
         self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
+        return len(gone)
+
+    def prune_audit(self, before: float, limit: int) -> int:
+        """Delete up to ``limit`` old audit lines; see `TaskStore.prune_audit`."""
+        self._must_write()
+        oldest = self._run("SELECT number, at FROM audit ORDER BY number LIMIT ?", (limit,))
+        gone = [row[0] for row in takewhile(lambda row: row[1] < before, oldest)]
+        if gone:
+            self._run("DELETE FROM audit WHERE number <= ?", (gone[-1],))
         return len(gone)
 
 
@@ -763,6 +782,9 @@ _ORDERING_LINE = (
 )
 _HELD = "SELECT seq FROM task WHERE held_key = ? ORDER BY dispatch_key, seq LIMIT ?"
 _DEPENDENTS = "SELECT child_id FROM dependency WHERE parent_id = ? ORDER BY child_seq LIMIT ?"
+_WAITED_FOR = (
+    "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM dependency WHERE parent_id = value)"
+)
 _PRUNABLE = (
     "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "

@@ -27,7 +27,6 @@ from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from hcna_ray import failpoints
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
@@ -464,7 +463,6 @@ class Supervisor:
         name, address = membership.name, self._own_address()
         request = certificate_request(settings.cluster_dir, name, address)
         answer = ask_gate(membership, "/v1/credentials", request)
-        failpoints.hit("credentials.member.fetched")
         self._stop_worker("this machine's worker starts again with new credentials")
         write_private(settings.keys_dir / "ray.token", str(answer.get("ray_token")))
         install_node(

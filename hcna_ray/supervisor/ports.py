@@ -32,6 +32,9 @@ RAY_TUNING: Mapping[str, str] = {
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_raylet_liveness_self_check_interval_ms": "5000",
+    # A raylet ends itself if its agent for runtime environments cannot be reached within this time
+    # (ray_config_def.h; 30 s by default). On a busy machine Python alone takes that long to start.
+    "RAY_agent_register_timeout_ms": "120000",
     # Ray 2.60 refuses another patch level of Python; pickles and protocols do not change with it.
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
     "RAY_TASK_MAX_RETRIES": "0",  # Attempts are counted by us, under our fence.
@@ -51,6 +54,9 @@ RAY_TUNING: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",
     # C1's entrance is replaced after three failed checks: in 3 s instead of 30.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # By default it is killed when it does not start within 15 s, and the deployment with it: a slow
+    # or busy computer that has just been switched on needs longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
 }
 
 #: Variables of the caller that would change what Ray does, or that are none of its business.

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Pending, Request
 from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.store import postgres as module
-from hcna_ray.store import postgres_session, rows
+from hcna_ray.store import postgres_session, rows, sqlite
 from hcna_ray.store.base import KeyClaim
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
 from hcna_ray.store.postgres import (
@@ -57,6 +58,7 @@ from hcna_ray.store.postgres_session import (
     texts,
     unescaped,
 )
+from hcna_ray.store.rows import Row
 from tests.support import postgres as support
 from tests.support.builders import T0, a_fact, a_lease, a_spec, a_task, an_attempt
 from tests.support.paper_worker import PaperClock
@@ -704,6 +706,41 @@ def _once(first: Any, then: Any) -> Any:
     return method
 
 
+class TestReadsOfAServerThatStandsStill:
+    """Its processes are there and the kernel takes what is sent to them: no connection breaks."""
+
+    def test_each_is_given_up_once_and_says_when_to_ask_again(
+        self, frail: tuple[PostgresServer, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server, url = frail
+        store = PostgresTaskStore(url)
+        put(store, a_task())
+        manners = replace(QUICK, read_only=True, custom_plans=True)
+        reader = PostgresTaskReader(url, manners=manners)
+        asked: list[str] = []
+        run = Session.run
+
+        def counted(self: Session, sql: str, values: Sequence[Any] = ()) -> list[Row]:
+            asked.append(sql)
+            return run(self, sql, values)
+
+        monkeypatch.setattr(Session, "run", counted)
+        with server.standing_still(), pytest.raises(ConnectionLost) as told:
+            reader.get(["t1"])
+        assert told.value.retry_after_s >= 1
+        assert len(asked) == 1
+        assert list(reader.get(["t1"])) == ["t1"]
+        reader.close()
+        store.close()
+
+    def test_no_read_of_c1_may_take_longer_than_one_of_sqlite(
+        self, reader: PostgresTaskReader
+    ) -> None:
+        manners = reader._manners
+        assert manners.statement_s <= sqlite.READ_S_MAX
+        assert manners.answer_s <= sqlite.READ_S_MAX + 1.0
+
+
 class TestServerThatForgot:
     """A standby that was behind was promoted, or older files were put back under a live writer."""
 
@@ -1157,6 +1194,7 @@ QUERIES: dict[str, tuple[str, list[Any]]] = {
     "keys held": (module._KEYS_HELD, [texts(["me"]), texts(["k"])]),
     "leased": (module._LEASED, []),
     "dependents": (module._DEPENDENTS, ["t2", 9]),
+    "waited_for": (module._WAITED_FOR, [_IDS]),
     "prunable": (module._PRUNABLE, [T0, 9]),
     "by_id": (module._BY_ID, [_IDS]),
     "by_seq": (module._BY_SEQ, [_SEQS]),
@@ -1197,6 +1235,7 @@ INDEXES: dict[str, tuple[str, ...]] = {
     "keys held": ("idempotency_key_pkey",),
     "leased": ("task_leased",),
     "dependents": ("dependency_pkey",),
+    "waited_for": ("dependency_pkey",),
     "prunable": ("task_finished", "dependency_pkey"),
     "by_id": ("task_id_key",),
     "by_seq": (),

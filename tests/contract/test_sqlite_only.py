@@ -624,6 +624,7 @@ QUERIES: dict[str, tuple[str, Any]] = {
     "held": (sqlite._HELD, ["c", 9]),
     "leased": (sqlite._LEASED, []),
     "dependents": (sqlite._DEPENDENTS, ["t2", 9]),
+    "waited_for": (sqlite._WAITED_FOR, ['["t1"]']),
     "prunable": (sqlite._PRUNABLE, [T0, 9]),
     "by_id": (sqlite._BY_ID, ['["t1"]']),
     "by_seq": (sqlite._BY_SEQ, ["[1]"]),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.errors import NotFound, VersionConflict
 from hcna_ray.core.models import (
     FailureKind,
@@ -456,6 +457,30 @@ class TestTasks:
         save(store, step(ended(a_task()), cancel_reason="late"))
         assert reader.ended(ids=["t1"], limit=9)[0][0] == before
 
+    def test_a_task_that_was_replayed_and_ended_in_one_commit_has_ended_anew(
+        self, home: Home, reader: TaskReader
+    ) -> None:
+        store = home.store
+        tasks = [a_task(f"t{i}", seq=i, batch_id="b") for i in (1, 2)]
+        put(store, *tasks)
+        first, second = (ended(task, TaskState.FAILED) for task in tasks)
+        save(store, first, second)
+        last = reader.ended(batch_id="b", limit=9)[-1][0]
+
+        again = step(first, state=TaskState.CANCELLED, error=None)
+        save(store, again)
+        ((number, task),) = reader.ended(batch_id="b", after=last, limit=9)
+        assert (task.id, task.state) == ("t1", TaskState.CANCELLED)
+        assert number > last
+        # Failed once more, later: the instant alone tells.
+        save(store, step(second, finished_at=T0 + 9))
+        assert [one.id for _n, one in reader.ended(batch_id="b", after=last, limit=9)] == [
+            "t1",
+            "t2",
+        ]
+        assert store.size().tasks == 0
+        assert store.size() == home.reopen().size()
+
     def test_a_task_may_be_inserted_ended(self, store: TaskStore, reader: TaskReader) -> None:
         put(store, a_task(state=TaskState.FAILED))
         assert [task.id for _n, task in reader.ended(ids=["t1"], limit=9)] == ["t1"]
@@ -753,6 +778,11 @@ class TestKeysAndDependencies:
         store = home.reopen()
         assert store.dependents("p", 9) == ["m"]
         assert store.dependents("q", 9) == ["a"]
+        assert store.waited_for(["no", "p", "q"]) == {"p", "q"}
+        assert store.waited_for([]) == set()
+        with store.transaction():
+            store.drop_dependents("p", ["m"])
+        assert store.waited_for(["no", "p", "q"]) == {"q"}
 
     def test_a_child_must_be_stored_first(self, store: TaskStore) -> None:
         with pytest.raises(NotFound), store.transaction():
@@ -918,6 +948,45 @@ class TestPrune:
             taken = store.claim_keys([KeyClaim("me", key, "new", "f", T0 + 9) for key in claims])
         holders = {key: claim.task_id for (_me, key), claim in taken.items()}
         assert holders == {"alive": "t1", "orphan": "new", "young": "gone"}
+
+    def test_old_audit_lines_go_from_the_oldest_on(self, home: Home) -> None:
+        store, reader = home.store, home.reader()
+        # The fourth was written while the clock was put back: it stands behind one that stays.
+        at = {"a1": T0, "a2": T0 + 1, "a3": T0 + 5, "a4": T0 + 1, "a5": T0 + 6}
+        with store.transaction():
+            store.append_audit([an_audit_entry(name, at=when) for name, when in at.items()])
+        numbers = [line.number for line in reader.audit(before=None, limit=9)][::-1]
+        gone = []
+        for before, limit in ((T0, 9), (T0 + 2, 1), (T0 + 2, 9), (T0 + 2, 9)):
+            with store.transaction():
+                gone.append(store.prune_audit(before, limit))
+        assert gone == [0, 1, 1, 0]
+        kept = reader.audit(before=None, limit=9)
+        assert [line.number for line in kept] == numbers[:1:-1]
+        with store.transaction():
+            assert store.prune_audit(T0 + 9, 9) == 3
+            assert store.prune_audit(T0 + 9, 9) == 0
+        home.reopen()
+        with home.store.transaction():
+            home.store.append_audit([an_audit_entry("a6")])
+        (line,) = home.reader().audit(before=None, limit=9)
+        assert line.number == numbers[-1] + 1
+
+    @staticmethod
+    def _give_up(store: TaskStore) -> None:
+        with suppress(ZeroDivisionError), store.transaction():
+            store.hold_clock(ClockHold(by_s=9.0, since=T0 + 9.0))
+            raise ZeroDivisionError
+
+    def test_by_how_much_the_clock_was_put_is_remembered(self, home: Home) -> None:
+        assert home.store.clock_hold() == ClockHold()
+        with home.store.transaction():
+            home.store.hold_clock(ClockHold(by_s=2.5, since=T0 + 0.5))
+        assert home.store.clock_hold() == ClockHold(by_s=3.0, since=T0 + 1.0)
+        self._give_up(home.store)
+        with home.store.transaction():
+            home.store.hold_clock(ClockHold(by_s=4.0, since=T0 + 2.0))
+        assert home.reopen().clock_hold() == ClockHold(by_s=4.0, since=T0 + 2.0)
 
 
 class TestPages:

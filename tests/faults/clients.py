@@ -108,9 +108,9 @@ class Clients:
         """Submit a small task all the time, to see from when on they are accepted."""
         self._probing = on
 
-    def submit_one(self, seconds: float, worker: str) -> str | None:
+    def submit_one(self, seconds: float, worker: str, **more: str) -> str | None:
         """Submit a task that only one worker may take; return its id if it was accepted."""
-        work = self._submit_one(seconds, worker)
+        work = self._submit_one(seconds, worker, more)
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * _REQUEST_S)
 
     def look(self, timeout_s: float) -> None:
@@ -314,10 +314,10 @@ class Clients:
         except httpx.TransportError:
             return
 
-    async def _submit_one(self, seconds: float, worker: str) -> str | None:
+    async def _submit_one(self, seconds: float, worker: str, more: dict[str, str]) -> str | None:
         self._nonces += 1
         nonce = f"n-{self._seed}-{self._nonces}"
-        payload = {"effects": self._effects, "nonce": nonce, "seconds": seconds}
+        payload = {"effects": self._effects, "nonce": nonce, "seconds": seconds, **more}
         body = {
             "task_type": TASK_TYPES[-1],
             "payload": payload,

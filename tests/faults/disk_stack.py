@@ -76,6 +76,8 @@ class Stack:
     environment: dict[str, str] = field(default_factory=dict)
     #: Goes before the command of the next start: a strace.
     prefix: list[str] = field(default_factory=list)
+    #: How long the first start took, before anything failed.
+    start_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.store = self.data / "queue.db"
@@ -138,6 +140,7 @@ class Stack:
         """Run everything; on leaving, let all tasks end, and stop it."""
         async with AsyncExitStack() as stack:
             stack.callback(self.end_process)
+            began = time.monotonic()
             self.start_process()
             async with asyncio.timeout(START_S):
                 while not self.socket.exists():
@@ -145,6 +148,7 @@ class Stack:
                     if self.process.poll() is not None:
                         raise RuntimeError((self.folder / "moderator.log").read_text())
                     await asyncio.sleep(0.01)
+            self.start_s = time.monotonic() - began
             links = [SocketLink(self.socket) for _ in range(2)]
             for link in links:
                 stack.push_async_callback(link.close)

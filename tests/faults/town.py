@@ -32,6 +32,8 @@ from hcna_ray.core.models import (
     Token,
 )
 from hcna_ray.runtime.messages import (
+    STUCK,
+    UNSTARTED,
     Accepted,
     Ack,
     Exchange,
@@ -194,6 +196,10 @@ class Worker:
         self.slots.append(Slot(self.numbers))
         self.numbers += 1
 
+    def asking(self) -> list[Call | None]:
+        """Return every call in which it asks for work; ``None`` where it is about to."""
+        return [self.heavy_call, *(slot.asking for slot in self.slots if not slot.heavy)]
+
     @property
     def wall(self) -> float:
         return self.town.clock.true + self.ahead_s
@@ -235,7 +241,9 @@ class Worker:
         """One slot's process ends; its agent tells what it left."""
         if not self.slots:
             return
-        slot = self.draw.choice(self.slots)
+        self._end_slot(self.draw.choice(self.slots))
+
+    def _end_slot(self, slot: Slot) -> None:
         self.slots.remove(slot)
         words = self._last_words(slot, FailureKind.LOST, "its slot's process ended")
         self.gone.append((HEAVY_SLOT if slot.heavy else slot.number, words))
@@ -446,6 +454,9 @@ class Worker:
             slots=len(self.slots),
             sent_at=self.wall,
             unanswered_s=elapsed - self.confirmed,
+            began=tuple(
+                (*slot.running.key, self.wall) for slot in self.slots if slot.running is not None
+            ),
         )
         self.beating = self._call(beat, 4.0, known, lost)
 
@@ -487,8 +498,13 @@ class Worker:
 
     def _obey(self, stop: Stop) -> None:
         key = (stop.task_id, Token(*stop.token))
-        for slot in self.slots:
-            if key in slot.holds:
+        for slot in list(self.slots):
+            began = slot.running is not None and slot.running.key == key
+            if key not in slot.holds or (began and stop.reason in (UNSTARTED, STUCK)):
+                continue  # What runs is not concerned by an order not to begin.
+            if stop.reason == STUCK:
+                self._end_slot(slot)
+            else:
                 self._order(slot, key, stop.reason)
 
     def _tell_gone(self, elapsed: float) -> None:
@@ -1167,7 +1183,14 @@ class Town:
             return True
         if any(worker.leftovers or worker.gone for worker in self.workers):
             return True
+        # A slot whose call was lost asks again only when it has waited for the answer in vain.
+        if not all(self._is_parked(call) for worker in self.workers for call in worker.asking()):
+            return True
         return any(not worker.connected for worker in self.workers)
+
+    def _is_parked(self, call: Call | None) -> bool:
+        """Whether a call has reached the moderator and waits there."""
+        return call is not None and self.waiting.get(call.pending or _NOWHERE) is call
 
     # -- judgement ---------------------------------------------------------------------------------
 
@@ -1232,6 +1255,10 @@ def _unused(answer: object) -> None:
 
 def _nothing() -> None:
     return
+
+
+#: A call that was never handed over.
+_NOWHERE = Pending(PauseQueue(queue="", paused=False, principal=""), _unused)
 
 
 def _nobody(answer: object) -> None:

@@ -260,6 +260,12 @@ class Worker:
             slots=len(self.members),
             sent_at=self.wall,
             unanswered_s=sent - told_confirmed,
+            began=tuple(
+                (*run.key, self.wall - (sent - run.started_at))
+                for member in self.members
+                for run in member.runs.values()
+                if run.started_at is not None and not run.over
+            ),
         )
 
         def reply(answer: object) -> None:
@@ -345,9 +351,13 @@ class Worker:
                     self._give_back(member, run, "withdrawn")
             elif stop.reason == STUCK:
                 # Only the agent ends a slot.
-                told = member.withdrawn.get(key, self.elapsed)
-                if by_agent and member.slot == stop.slot and self.elapsed - told >= STUCK_S:
+                if not by_agent or member.slot != stop.slot:
+                    continue
+                told = member.withdrawn.setdefault(key, self.elapsed)
+                if self.elapsed - told >= STUCK_S:
                     self.lose(member, FailureKind.LOST)
+                elif run is not None and run.started_at is None:
+                    self._give_back(member, run, "withdrawn")
             elif run is not None and not run.over and not run.stop:
                 run.stop, run.stop_by = stop.reason, self.elapsed + KILL_S
 

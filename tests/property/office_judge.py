@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hcna_ray.core import machine, placement
 from hcna_ray.core.errors import HcnaError, IdempotencyConflict, StoreUnavailable, TaskFinished
 from hcna_ray.core.models import HEAVY_SLOT, TERMINAL, Hold, Task, TaskSpec, TaskState, Token
+from hcna_ray.runtime.clockwatch import CLOCK_STEP_S
 from hcna_ray.runtime.messages import Accepted, Grant, Refused, Report, ReportKind, SubmitBatch
 from hcna_ray.runtime.requests import Cancel, Request, Retry, RetryMany
 from hcna_ray.store.base import Counter
@@ -61,6 +62,13 @@ class Judge:
         self._may_have_ended: set[str] = set()
         #: What the wall clock showed at most: what was too old once is gone.
         self._latest = 0.0
+        #: Time that has passed as far as a moderator can know: a step of the wall clock is none,
+        #: unless nobody was there to see it. And steps that no commit has followed yet.
+        self._passed = self._unseen_s = 0.0
+        self._looked = office.clock.elapsed()
+        #: When tasks ended and began to wait, in that time.
+        self._ended: dict[str, float] = {}
+        self._queued: dict[str, float] = {}
 
     def must(self, held: bool, promise: str, what: object) -> None:
         """Stop unless ``held``."""
@@ -98,6 +106,7 @@ class Judge:
         """Judge what the operation changed and what was answered."""
         now = self.office.clock.now()
         self._latest = max(self._latest, now)
+        self._let_pass(op)
         stored = self._stored()
         self.facts = told.last_fact or self.facts
         reports = [
@@ -110,8 +119,13 @@ class Judge:
         else:
             for task in stored.values():
                 self._issue(task.id, task)
+        if op.first == "restore":  # When it all was is not known any more.
+            self._ended.clear()
+            self._queued.clear()
         for task in stored.values():
             if task.id not in before or before[task.id] is not task:
+                if op.first != "restore":
+                    self._note_times(before.get(task.id), task)
                 wrong = machine.violations(task)
                 self.must(not wrong, "invariant", (wrong, task))
         self.kept.tasks = stored
@@ -123,6 +137,35 @@ class Judge:
                 self._judge_answer(request, answer, stored)
         missing = [id_ for id_ in self.kept.acked if id_ not in stored]
         self.must(not missing, "C1 acknowledged is stored", missing)
+
+    def _let_pass(self, op: Op) -> None:
+        elapsed = self.office.clock.elapsed()
+        self._passed += elapsed - self._looked
+        self._looked = elapsed
+        self._unseen_s += op.wall_s
+        if op.first not in ("", "backup") or abs(self._unseen_s) < CLOCK_STEP_S:
+            self._passed += self._unseen_s
+        elif op.refused:
+            # Followed only if there was nothing to commit; in doubt more time has passed.
+            self._unseen_s = max(0.0, self._unseen_s)
+            return
+        self._unseen_s = 0.0
+
+    def _note_times(self, old: Task | None, task: Task) -> None:
+        """Note when a task ended or began to wait; judge one that has waited for too long."""
+        if task.terminal:
+            self._ended[task.id] = self._passed
+        elif (
+            old is None
+            or old.state is not task.state
+            or (old.lease is not None and old.queued_at != task.queued_at)
+        ):
+            self._queued[task.id] = self._passed
+        limit = task.spec.queue_timeout_s
+        gave_up = task.error is not None and task.error.message.startswith("waited ")
+        if gave_up and limit is not None and task.id in self._queued and task.terminal:
+            waited = self._passed - self._queued[task.id]
+            self.must(waited > limit - 0.01, "nothing gives up before its time", (waited, task))
 
     def _replayed(self, op: Op) -> set[str]:
         found: set[str] = set()
@@ -164,6 +207,8 @@ class Judge:
                 age = self._latest - (old.finished_at or now)
                 kept = self.office.policy.retention_s
                 self.must(old.terminal and age > kept, "only old ended tasks are pruned", old)
+                age = self._passed - self._ended.get(task_id, -kept)
+                self.must(age > kept - 0.01, "a clock that was put makes nothing old", (age, old))
                 self.kept.pruned += 1
                 self.kept.acked.discard(task_id)
                 # Whoever sends it once more, so long afterwards, has sent something new.

@@ -77,7 +77,7 @@ def uncounted_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forget_the_loss(task: Task, event: AttemptLost) -> Step:
         step = machine.on_lost(task, event)
-        return dataclasses.replace(step, task=step.task.evolve(losses=task.losses))
+        return step._replace(task=step.task.evolve(losses=task.losses))
 
     for state in (TaskState.QUEUED, TaskState.RUNNING):
         monkeypatch.setitem(machine.TRANSITIONS, (state, AttemptLost), forget_the_loss)
@@ -88,7 +88,7 @@ def used_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def start_over(task: Task, event: TaskReplayed) -> Step:
         step = machine.on_replayed(task, event)
-        return dataclasses.replace(step, task=step.task.evolve(attempt=0))
+        return step._replace(task=step.task.evolve(attempt=0))
 
     monkeypatch.setitem(machine.TRANSITIONS, (TaskState.FAILED, TaskReplayed), start_over)
 
@@ -119,7 +119,7 @@ def forgets_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def quietly(task: Task, event: AttemptCompleted) -> Step:
         step = machine.on_completed(task, event)
         kept = tuple(c for c in step.commands if not isinstance(c, ReleaseOrdering))
-        return dataclasses.replace(step, commands=kept)
+        return step._replace(commands=kept)
 
     for state in (TaskState.QUEUED, TaskState.RUNNING):
         monkeypatch.setitem(machine.TRANSITIONS, (state, AttemptCompleted), quietly)

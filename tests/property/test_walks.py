@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 
 from hcna_ray.core import machine
+from hcna_ray.core.clock import ClockHold
 from hcna_ray.core.events import TimePassed
 from hcna_ray.core.models import LaneKey, Task, TaskState
+from hcna_ray.runtime.clockwatch import ClockWatch
 from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.intake import Intake
 from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.messages import ReportKind
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.sessions import Sessions
 from hcna_ray.runtime.turn import Turn
 from hcna_ray.store.base import TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
+from tests.property.crew import Member, Worker
 from tests.property.office_walk import OfficeTally, OfficeWorld
 from tests.property.office_walk import walk as walk_the_office
 from tests.property.offices import Disagreement, SqliteHome, sequence
@@ -114,6 +118,28 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dispatcher, "_limit", lambda self, key: 99)
 
 
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take what the wall clock shows for time that has passed in a queue."""
+    monkeypatch.setattr(ClockWatch, "owed", lambda self, task: 0.0)
+
+
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take what the wall clock shows for the age of what has ended."""
+    monkeypatch.setattr(ClockHold, "cutoff", lambda self, now, age_s: now - age_s)
+
+
+class Mumbler(Worker):
+    """The word of a start alone never arrives."""
+
+    def report(self, member: Member) -> None:
+        if any(one.kind != ReportKind.STARTED for one in member.outbox):
+            super().report(member)
+
+
+def test_a_start_of_which_only_heartbeats_tell_is_known() -> None:
+    assert walk_the_office(2, 4000, Mumbler).violations == []
+
+
 def test_the_moderator_is_clean_and_repeats_itself() -> None:
     one, other = walk_the_office(3, 1000), walk_the_office(3, 1000)
 
@@ -131,6 +157,8 @@ def test_the_moderator_is_clean_and_repeats_itself() -> None:
         (no_grace, "C7 one task runs in two places"),
         (uncounted, "C11 counters"),
         (crowded, "concurrency limit"),
+        (impatient, "nothing gives up before its time"),
+        (forgetful, "a clock that was put makes nothing old"),
     ],
 )
 def test_the_judge_sees_a_seeded_bug(

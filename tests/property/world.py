@@ -606,9 +606,20 @@ class World:
                 self.must(late, "the clock does not spin", task)
 
     def put_clock(self, by_s: float) -> None:
-        """Put the clock on another time: what runs keeps its age."""
+        """Put the clock on another time: what runs keeps its age, what waits has waited as long."""
         self.clock += by_s
         for task in list(self.disk.tasks.values()):
+            if task.lease is None and task.state is TaskState.QUEUED:
+                moved = self.handle(task.id, ClockStepped(at=self.clock, by_s=by_s)).task
+                for was, now in (
+                    (task.queued_at, moved.queued_at),
+                    (task.pinned_until, moved.pinned_until),
+                ):
+                    same = (was is None) == (now is None)
+                    timed = task.spec.queue_timeout_s is not None or task.pinned_until is not None
+                    if was is not None and now is not None and timed:
+                        same = abs(now - was - by_s) < 1e-3
+                    self.must(same, "a queued task has waited as long", task)
             if task.lease is not None:
                 before = task.wake_at
                 moved = self.handle(task.id, ClockStepped(at=self.clock, by_s=by_s)).task

@@ -24,6 +24,7 @@ class WorkPayload(Payload):
     seconds: float = Field(default=0.0, ge=0, le=60)
     fail_until: int = Field(default=1, ge=1, description="First attempt that does not raise.")
     die_until: int = Field(default=1, ge=1, description="First attempt that does not die.")
+    artifact: str | None = Field(default=None, description="SHA-256 of one to read first.")
 
 
 @task("check.work", payload=WorkPayload, max_attempts=3, backoff_s=0.05, retry_on=["OSError"])
@@ -31,6 +32,8 @@ def work(payload: WorkPayload, ctx: TaskContext) -> dict[str, object]:
     """Write the first line, do as asked, write the last one."""
     lines = SideEffectLog(Path(payload.effects), ctx.task_id, ctx.fence, ctx.worker)
     lines.start(payload.nonce)
+    if payload.artifact is not None:
+        ctx.open_artifact(payload.artifact).read_bytes()
     if payload.seconds > 1.0:
         time.sleep(payload.seconds)  # One call that knows nothing of cancelling.
     elif payload.seconds:

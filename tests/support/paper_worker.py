@@ -175,9 +175,9 @@ class PaperWorker:
             )
         )
 
-    def heartbeat(self) -> Any:
+    def heartbeat(self, *, began: tuple[tuple[str, Token, float], ...] = ()) -> Any:
         return self.desk.ask(
-            Heartbeat(worker=self.name, incarnation=self.incarnation, telemetry={})
+            Heartbeat(worker=self.name, incarnation=self.incarnation, telemetry={}, began=began)
         )
 
     def exchange(

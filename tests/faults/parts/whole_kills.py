@@ -92,7 +92,16 @@ class WholeKills:
         draw.shuffle(kills)
         epochs = [kills[start : start + _PER_EPOCH] for start in range(0, len(kills), _PER_EPOCH)]
         return [
-            Case(name=f"epoch-{number:02}", seed=seed * 100 + number, options={"kills": one})
+            Case(
+                name=f"epoch-{number:02}",
+                seed=seed * 100 + number,
+                options={
+                    "kills": one,
+                    "failpoints": [
+                        what.removeprefix("point:") for what in one if what.startswith("point:")
+                    ],
+                },
+            )
             for number, one in enumerate(epochs, 1)
         ]
 

@@ -38,6 +38,15 @@ def test_the_bytes_of_a_task_count_with_a_share_for_the_row() -> None:
     assert dataclasses.replace(plain, metadata=b"{}").bytes_stored == 519
 
 
+def test_a_task_evolves_in_its_fields_alone() -> None:
+    task = a_queued_task()
+
+    assert task.evolve(attempt=3) == dataclasses.replace(task, attempt=3)
+    assert task.attempt == 0
+    with pytest.raises(AssertionError, match="atempt"):
+        task.evolve(atempt=3)
+
+
 def test_a_task_needs_what_its_spec_says_unless_it_waits_for_a_worker() -> None:
     anywhere, pinned = a_queued_task(), a_queued_task(needs=Needs(worker="W2"))
 

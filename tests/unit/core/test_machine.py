@@ -106,6 +106,19 @@ def error_of(task: Task) -> TaskError:
     return task.error
 
 
+def test_an_end_tells_of_a_start_that_nobody_told_of() -> None:
+    task = a_granted_task()
+
+    for step in (completed(task), failed(task)):
+        first, last = step.facts
+        assert (first.kind, first.at, first.state) == ("started", NOW + 1, TaskState.RUNNING)
+        assert first.token == last.token == token_of(task)
+        assert first.worker == last.worker == "W1"
+        assert [one.started_at for one in step.attempts] == [NOW + 1]
+    assert kinds(completed(a_running_task())) == ["completed"]
+    assert kinds(failed(a_running_task())) == ["failed"]
+
+
 # -- the table -----------------------------------------------------------------------------------
 
 
@@ -526,12 +539,35 @@ def test_a_clock_that_is_put_changes_no_age() -> None:
 
     waiting = a_queued_task()
     assert advance(waiting, ClockStepped(at=NOW + 3600, by_s=3600.0)).task is waiting
+    new = a_queued_task(queue_timeout_s=5.0).evolve(queued_at=None)
+    assert advance(new, ClockStepped(at=NOW + 3600, by_s=3600.0)).task is new
     handed_out = advance(waiting, LeaseGranted(at=NOW, lease=a_lease())).task
     moved = advance(handed_out, ClockStepped(at=NOW + 3600, by_s=3600.0)).task
     assert moved.lease is not None
     assert handed_out.lease is not None
     assert moved.lease.granted_at == handed_out.lease.granted_at + 3600.0
     assert moved.lease.started_at is None
+
+
+def test_a_clock_that_is_put_ends_no_wait_in_a_queue() -> None:
+    task = a_queued_task(queue_timeout_s=60.0)
+
+    moved = advance(task, ClockStepped(at=NOW + 3600, by_s=3600.0)).task
+
+    assert moved.wake_at == NOW + 3660
+    assert moved.dispatch_key == task.dispatch_key
+    assert advance(moved, TimePassed(at=NOW + 3659)).task is moved
+    assert advance(moved, TimePassed(at=NOW + 3660)).task.state is TaskState.FAILED
+
+
+def test_a_clock_that_is_put_ends_no_wait_for_a_worker() -> None:
+    task = a_queued_task().evolve(pinned_to="W1", pinned_until=NOW + 60)
+
+    moved = advance(task, ClockStepped(at=NOW + 3600, by_s=3600.0)).task
+
+    assert (moved.pinned_to, moved.pinned_until) == ("W1", NOW + 3660)
+    assert advance(moved, TimePassed(at=NOW + 3659)).task is moved
+    assert advance(moved, TimePassed(at=NOW + 3660)).task.pinned_to is None
 
 
 def test_a_loss_is_counted_apart_and_keeps_the_place() -> None:

@@ -29,6 +29,7 @@ from hcna_ray.runtime.agent import (
     WorkerAgent,
 )
 from hcna_ray.runtime.journal import (
+    ContactMark,
     GenerationMark,
     JournalWriter,
     Note,
@@ -93,6 +94,8 @@ class World:
         self.known = True
         self.hellos: list[Hello] = []
         self.beats: list[float] = []
+        #: What the last of them said that runs.
+        self.began: tuple[tuple[str, Token, float], ...] = ()
         self.exchanges: list[Exchange] = []
         self.gone: list[SlotGone] = []
         self.describes = True
@@ -173,6 +176,7 @@ class World:
     async def heartbeat(self, beat: Heartbeat) -> HeartbeatReply:
         await self._travel()
         self.beats.append(self.clock.elapsed())
+        self.began = beat.began
         if self.refusal is not None:
             raise self.refusal
         return HeartbeatReply(known=self.known)
@@ -683,6 +687,46 @@ def test_a_heavy_attempt_that_had_started_is_lost_with_its_process(play: Any) ->
     play(scenario)
 
 
+def test_executors_are_told_how_long_anything_may_begin(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        now = world.clock.elapsed()
+        contact = ContactMark(world.outbox)
+        assert contact.allows(1, now + 19.0)
+        assert not contact.allows(1, now + 21.0)
+        await asyncio.sleep(6.0)
+        assert contact.allows(1, now + 24.0)
+
+        world.away = True
+        await asyncio.sleep(60.0)
+        assert not contact.allows(1, world.clock.elapsed())
+        world.away = False
+        await asyncio.sleep(6.0)
+        assert contact.allows(1, world.clock.elapsed())
+        # After a restore nothing begins that was granted before it.
+        world.generation, world.known = 2, False
+        await asyncio.sleep(6.0)
+        assert not contact.allows(1, world.clock.elapsed())
+        assert contact.allows(2, world.clock.elapsed())
+        contact.close()
+
+    play(scenario)
+
+
+def test_a_contact_that_cannot_be_written_down_stops_nobody(
+    play: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ContactMark, until_boot: float, generation: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ContactMark, "write", full)
+
+    async def scenario(world: World) -> None:
+        await asyncio.sleep(6.0)
+        assert world.agent.connected
+
+    play(scenario)
+
+
 # -- what does not begin ---------------------------------------------------------------------------
 
 
@@ -766,7 +810,10 @@ def test_a_slot_that_was_not_asked_before_is_not_ended(play: Any) -> None:
             stops=(unstarted("t1", slot.slot), unstarted("t1", slot.slot, STUCK)),
         )
         await asyncio.sleep(1.0)
+        # Of that it hears for the first time: the order before was lost with its answer.
         world.grant(stops=(unstarted("t2", slot.slot, STUCK),))
+        await asyncio.sleep(0.1)
+        assert ("t2", UNSTARTED) in world.orders(slot)
         for number in range(agent_module.ORDERS_KEPT + 1):
             world.grant(stops=(Stop(f"o{number}", Token(1, 1), slot.slot, UNSTARTED),))
         await asyncio.sleep(agent_module.STUCK_S + 1.0)
@@ -775,6 +822,49 @@ def test_a_slot_that_was_not_asked_before_is_not_ended(play: Any) -> None:
         await asyncio.sleep(1.0)
 
         assert world.killed == []
+
+    play(scenario)
+
+
+def test_a_slot_is_ended_even_if_the_first_order_was_lost(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        slot = world.slots[0]
+        for _ in range(2):
+            world.grant(stops=(unstarted("t1", slot.slot, STUCK),))
+            await asyncio.sleep(agent_module.STUCK_S + 1.0)
+
+        assert [pid for pid, _ in world.killed] == [slot.pid]
+
+    play(scenario)
+
+
+def test_a_slot_whose_attempt_has_begun_is_not_stuck(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        slot = world.slots[0]
+        world.grant(stops=(unstarted("t1", slot.slot),))
+        await asyncio.sleep(1.0)
+        world.executor(slot).start("t1")
+        for _ in range(3):
+            await asyncio.sleep(agent_module.STUCK_S + 1.0)
+            world.grant(stops=(unstarted("t1", slot.slot, STUCK),))
+
+        assert world.killed == []
+
+    play(scenario)
+
+
+def test_heartbeats_name_what_runs(play: Any) -> None:
+    async def scenario(world: World) -> None:
+        world.grant(an_offer("t2"))
+        await asyncio.sleep(0.5)
+        world.executor(world.slots[0]).start("t1")
+        world.executor(heavy_members(world)[0]).start("t2")
+        await asyncio.sleep(6.0)
+
+        assert sorted((task_id, token) for task_id, token, _ in world.began) == [
+            ("t1", Token(1, 1)),
+            ("t2", Token(1, 1)),
+        ]
 
     play(scenario)
 

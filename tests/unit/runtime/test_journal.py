@@ -8,6 +8,7 @@ import pytest
 
 from hcna_ray.core.models import Token
 from hcna_ray.runtime.journal import (
+    ContactMark,
     GenerationMark,
     JournalWriter,
     Note,
@@ -204,6 +205,10 @@ def test_the_highest_generation_is_kept_until_another_cluster_is_joined(tmp_path
     mark.write(3)
     mark.write(4)
     assert GenerationMark(outbox).read() == 4
+    other = GenerationMark(outbox)
+    assert other.read() == 4
+    mark.write(5)
+    assert other.read() == 5
     assert [path.name for path in outbox.iterdir()] == ["generation"]
     mark.path.write_text("no number")
     assert mark.read() == 0
@@ -211,3 +216,18 @@ def test_the_highest_generation_is_kept_until_another_cluster_is_joined(tmp_path
     forget_generations(tmp_path)
 
     assert list(outbox.iterdir()) == []
+
+
+def test_a_contact_that_cannot_be_read_forbids_nothing(tmp_path: Path) -> None:
+    reader = ContactMark(tmp_path)
+    assert reader.allows(1, 100.0)  # There is none yet.
+    agent = ContactMark(tmp_path)
+    agent.write(50.0, 3)
+    assert not reader.allows(3, 100.0)
+    assert not reader.allows(2, 10.0)
+    assert reader.allows(3, 50.0)
+
+    (tmp_path / "contact").write_bytes(b"half")
+    assert reader.allows(1, 100.0)
+    for one in (agent, reader, reader):
+        one.close()

@@ -36,7 +36,15 @@ from hcna_ray.runtime import reports
 from hcna_ray.runtime.messages import Accepted, Grant, Offer, Refused, ReportKind, SubmitBatch
 from hcna_ray.runtime.moderator import PRUNE_MAX, PRUNE_PERIOD_S
 from hcna_ray.runtime.policy import Policy
-from hcna_ray.runtime.requests import MarkWorker, PauseQueue, Query, Reports, Retry, SendIntent
+from hcna_ray.runtime.requests import (
+    Cancel,
+    MarkWorker,
+    PauseQueue,
+    Query,
+    Reports,
+    Retry,
+    SendIntent,
+)
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
@@ -294,6 +302,18 @@ def test_a_parent_that_does_not_exist_is_refused(desk: Desk) -> None:
 
     assert isinstance(answer.error, Invalid)
     assert answer.error.code == "dependency_not_found"
+
+
+def test_what_nobody_asks_for_any_more_keeps_no_thread_busy(desk: Desk, w1: PaperWorker) -> None:
+    """A round that held a task back is followed by another, but only while somebody waits."""
+    desk.submit_ids("t1", "t2", concurrency_key="k")
+    desk.submit_ids("t3")
+    w1.exchange(0)
+    w1.exchange(1)
+    assert desk.answer(w1.exchange(2)) is WAITING
+
+    assert desk.task("t2").hold is Hold.CONCURRENCY
+    assert desk.moderator.sleep_s() > 0.0
 
 
 def test_thousands_of_dependents_are_settled_in_durable_steps(desk: Desk, w1: PaperWorker) -> None:
@@ -1097,6 +1117,98 @@ def test_pruning_is_on_by_default_and_keeps_up_with_many() -> None:
         left.append(len(desk.store.get(ids)))
 
     assert left == [PRUNE_MAX + 1, 1, 0, 0]
+
+
+def test_the_audit_log_is_pruned_by_its_age_by_default(desk: Desk) -> None:
+    policy = Policy.from_settings(Settings())
+    assert desk.policy.audit_retention_s == policy.audit_retention_s < float("inf")
+    for number in range(3):
+        desk.submit_ids(f"t{number}")
+        desk.cancel(f"t{number}")
+        desk.tick(86400.0)
+
+    desk.tick(policy.audit_retention_s - 3 * 86400.0)
+    desk.tick(PRUNE_PERIOD_S + 1.0)
+
+    lines = desk.store.reader().audit(before=None, limit=10)  # type: ignore[attr-defined]
+    assert [line.entry.target for line in lines] == ["t2", "t1"]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_clock_that_is_put_forward_makes_nothing_old(restarts: bool) -> None:
+    desk = Desk()
+    desk.submit_ids("t1", "t2")
+    desk.cancel("t1")
+    desk.clock.step(365 * 86400.0)
+    desk.tick(1.0)
+    desk.cancel("t2")
+    if restarts:
+        desk.restart()
+
+    def kept() -> list[str]:
+        desk.tick(PRUNE_PERIOD_S + 1.0)
+        return sorted(desk.store.get(["t1", "t2"]))
+
+    assert kept() == ["t1", "t2"]
+    desk.tick(desk.policy.retention_s - 120.0)
+    assert kept() == ["t1", "t2"]
+    desk.tick(120.0)
+    assert kept() == []
+    lines = desk.store.reader().audit(before=None, limit=10)  # type: ignore[attr-defined]
+    assert len(lines) == 2
+
+
+def test_a_clock_that_is_put_ends_no_wait(desk: Desk) -> None:
+    desk.submit_ids("t1", queue_timeout_s=100.0)
+    desk.tick(30.0)
+    for by_s in (60.0, 3600.0, 86400.0):
+        desk.clock.step(by_s)
+        desk.tick(1.0)
+    desk.submit_ids("t2", queue_timeout_s=100.0)  # That one knows nothing of all this.
+    desk.tick(66.0)
+    assert {desk.task(name).state for name in ("t1", "t2")} == {TaskState.QUEUED}
+
+    desk.clock.step(40.0)
+    desk.tick(0.9)
+    assert {desk.task(name).state for name in ("t1", "t2")} == {TaskState.QUEUED}
+    desk.tick(0.5)
+    assert desk.task("t1").state is TaskState.FAILED  # After 100 s of waiting.
+    desk.tick(31.0)
+    assert desk.task("t2").state is TaskState.QUEUED
+    desk.tick(2.0)
+    assert desk.task("t2").state is TaskState.FAILED
+
+
+def test_a_wait_that_begins_anew_after_a_step_is_whole(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("t1", queue_timeout_s=100.0)
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer))
+    desk.clock.step(3600.0)
+    desk.tick(1.0)
+    w1.gone(0)
+    desk.tick(99.5)
+    assert desk.task("t1").state is TaskState.QUEUED
+    desk.tick(1.0)
+    assert desk.task("t1").state is TaskState.FAILED
+    assert desk.moderator._clocks._since == {}
+
+
+def test_a_task_that_is_replayed_and_ends_in_one_batch_has_ended_anew(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    desk.submit_ids("t1")
+    (offer,) = w1.granted()
+    w1.report(w1.started(offer), w1.ended(offer, ReportKind.FAILED, error=BOOM))
+    reader = desk.store.reader()  # type: ignore[attr-defined]
+    ((first, _),) = reader.ended(ids=["t1"], limit=9)
+    desk.ended.clear()
+
+    desk.apply(Retry(task_id="t1", principal="p"), Cancel(task_id="t1", reason="", principal="p"))
+
+    ((again, task),) = reader.ended(ids=["t1"], after=first, limit=9)
+    assert task.state is TaskState.CANCELLED
+    assert again > first
+    assert desk.ended == ["t1"]
 
 
 def test_nobody_waits_for_a_task_that_only_its_key_remembers(desk: Desk, w1: PaperWorker) -> None:

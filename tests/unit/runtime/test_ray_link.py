@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer, NotFound, StaleWorker
 from hcna_ray.core.models import Token
+from hcna_ray.runtime import wire
 from hcna_ray.runtime.messages import Ack, Exchange, Grant, Report, ReportKind
 from hcna_ray.runtime.ray_link import ActorLink, AgentModeratorLink, SlotModeratorLink, agent_name
 from tests.support.builders import T0
@@ -153,7 +154,8 @@ async def test_a_slots_reports_are_confirmed_by_an_acknowledgement_alone(ray: Pa
     link = SlotModeratorLink("W1", "a", 20.0)
     ray.answer = ("ok", Ack(applied=1))
     assert await link.report((STARTED,)) is True
-    assert ray.calls[-1] == ("report", ("W1", "a", (STARTED,)), {})
+    method, (raw,), _ = ray.calls[-1]
+    assert (method, wire.unpack_reports(raw)) == ("report", ("W1", "a", (STARTED,)))
     for refusal in (("error", StaleWorker("W1", "a", "b")), ActorDiedError(), ("ok", None)):
         ray.answer = refusal
         assert await link.report((STARTED,)) is False
@@ -161,8 +163,10 @@ async def test_a_slots_reports_are_confirmed_by_an_acknowledgement_alone(ray: Pa
 
 async def test_a_slots_exchange_raises_what_ends_it(ray: PaperRay) -> None:
     link = SlotModeratorLink("W1", "a", 20.0)
-    ray.answer = ("ok", Grant(seq=1))
+    ray.answer = ("ok", wire.pack_grant(Grant(seq=1)))
     assert await link.exchange(EXCHANGE) == Grant(seq=1)
+    method, (raw,), _ = ray.calls[-1]
+    assert (method, wire.unpack_exchange(raw)) == ("exchange", EXCHANGE)
     ray.answer = ("error", StaleWorker("W1", "a", "b"))
     with pytest.raises(StaleWorker):
         await link.exchange(EXCHANGE)
@@ -170,7 +174,7 @@ async def test_a_slots_exchange_raises_what_ends_it(ray: PaperRay) -> None:
 
 async def test_an_agents_calls_find_the_moderator(ray: PaperRay) -> None:
     link = AgentModeratorLink(20.0)
-    ray.answer = ("ok", Grant(seq=1, hello=True))
+    ray.answer = ("ok", wire.pack_grant(Grant(seq=1, hello=True)))
     assert (await link.exchange(EXCHANGE)).hello
     assert ray.lookups == ["hcna/moderator"]
     assert agent_name("W1") == "agent:W1"

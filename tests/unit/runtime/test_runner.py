@@ -22,6 +22,7 @@ from hcna_ray.handlers.errors import Reject, TaskCancelled
 from hcna_ray.handlers.registry import AnyPayload, Registry
 from hcna_ray.runtime import runner as runner_module
 from hcna_ray.runtime.journal import (
+    ContactMark,
     JournalWriter,
     RunnerFiles,
     StopOrder,
@@ -171,12 +172,41 @@ def test_a_completed_attempt_is_reported_with_its_result_and_times(bench: Bench)
     begun = bench.clock.now()
     reports = bench.run(bench.offer("t1"))
 
-    assert [one.kind for one in reports] == [ReportKind.STARTED, ReportKind.COMPLETED]
+    # Its end tells of its start.
+    assert [one.kind for one in reports] == [ReportKind.COMPLETED]
     done = the(reports, ReportKind.COMPLETED)
     assert msgspec.json.decode(done.result or b"") == {"worker": "W1", "fence": "1.1"}
     assert (done.started_at, done.at) == (begun, begun + 2.0)
     assert done.duration_ms == pytest.approx(2000.0)
     assert bench.runner.must_end is False
+
+
+@pytest.mark.parametrize("why", ["silence", "restored"])
+def test_what_was_granted_begins_only_while_its_lease_can_be_in_force(
+    bench: Bench, why: str
+) -> None:
+    agent = ContactMark(bench.home)
+    agent.write(bench.clock.elapsed() + 20.0, 1)
+
+    def work(_ctx: TaskContext) -> dict[str, Any]:
+        # The machine sleeps, or what was granted is of a store that is replaced: no order has come
+        # when the next one is to begin.
+        if why == "silence":
+            bench.clock.advance(40.0)
+        else:
+            agent.write(bench.clock.elapsed() + 20.0, 2)
+        return {}
+
+    bench.handle("t1", work)
+    bench.handle("t2", lambda _ctx: {})
+    reports = bench.run(bench.offer("t1"), bench.offer("t2"))
+
+    assert {(one.kind, one.task_id) for one in reports} == {
+        (ReportKind.STARTED, "t1"),
+        (ReportKind.COMPLETED, "t1"),
+        (ReportKind.RETURNED, "t2"),
+    }
+    agent.close()
 
 
 def test_what_a_handler_raises_is_told_with_its_kind(bench: Bench) -> None:
@@ -340,9 +370,11 @@ def test_while_an_exchange_carries_the_reports_nobody_else_sends_them(bench: Ben
         calls = len(bench.link.calls)
         again = bench.runner.take_unconfirmed()  # The exchange is repeated.
 
-        assert [one.kind for one in first] == ["started", "completed"]
+        assert [one.kind for one in first] == ["completed"]
         assert again == first
-        assert read_journal(bench.files) == list(first)
+        # After a crash the agent looks for starts without an end.
+        assert [one.kind for one in read_journal(bench.files)] == ["started", "completed"]
+        assert read_journal(bench.files)[1] == first[0]
         bench.runner.confirm(again)
 
         assert read_journal(bench.files) == []

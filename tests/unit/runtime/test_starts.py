@@ -18,7 +18,13 @@ from hcna_ray.runtime.messages import (
     ReportKind,
     Stop,
 )
-from hcna_ray.runtime.starts import ANSWER_S, HEAVY_PATIENCE, UNSTARTED_MAX, StartWatch
+from hcna_ray.runtime.starts import (
+    ANSWER_S,
+    FENCE_S,
+    HEAVY_PATIENCE,
+    UNSTARTED_MAX,
+    StartWatch,
+)
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
 
 START_S = 15.0
@@ -119,10 +125,54 @@ def test_what_nobody_answers_for_is_taken_back_by_the_fence(desk: Desk, w1: Pape
         tokens += [Token(*one.token) for one in other.news().offers]
     reasons += [stop.reason for stop in agent.orders()]
 
-    assert (reasons, tokens) == ([UNSTARTED, STUCK], [Token(1, 2)])
+    assert (reasons[0], set(reasons[1:]), tokens) == (UNSTARTED, {STUCK}, [Token(1, 2)])
+    assert len(reasons) == 2 + FENCE_S / ANSWER_S
     # The old token opens nothing, should that slot ever wake up.
     assert w1.report(w1.started(offer), w1.ended(offer)).applied == 0
     assert desk.task("t1").lease is not None
+
+
+def test_what_might_still_begin_is_handed_out_when_its_slot_has_ended(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    agent = Asking(w1)
+    desk.submit_ids("t1")
+    w1.granted()
+    for seconds, reason in ((START_S + 2, UNSTARTED), (ANSWER_S + 1, STUCK)):
+        pass_time(w1, seconds)
+        assert [stop.reason for stop in agent.orders()] == [reason]
+    assert desk.task("t1").lease is not None  # Its agent may not have ended the slot yet.
+
+    w1.gone(0)
+    (again,) = w1.granted(1)
+
+    assert Token(*again.token) == Token(1, 2)
+    # It counts as not begun: now there is twice the patience.
+    pass_time(w1, 2 * START_S - 2)
+    assert agent.orders() == []
+    pass_time(w1, 4)
+    assert [stop.reason for stop in agent.orders()] == [UNSTARTED]
+
+
+def test_an_attempt_whose_word_of_its_start_is_lost_is_never_handed_out_again(
+    desk: Desk, w1: PaperWorker
+) -> None:
+    agent = Asking(w1)
+    desk.submit_ids("t1")
+    (offer,) = w1.granted()
+    started = w1.started(offer)
+    for _ in range(60):
+        w1.heartbeat(began=((offer.task_id, offer.token, started.at),))
+        desk.tick(1.0)
+
+    task = desk.task("t1")
+    assert (task.state, task.attempt) == (TaskState.RUNNING, 1)
+    assert task.started_at == started.at
+    assert agent.orders() == []
+    assert w1.report(started, w1.ended(offer)).applied == 1
+    # A heartbeat that was on its way says nothing new.
+    w1.heartbeat(began=((offer.task_id, offer.token, started.at),))
+    assert desk.task("t1").state is TaskState.COMPLETED
 
 
 @pytest.mark.parametrize("taken_back", [False, True])
@@ -132,7 +182,7 @@ def test_an_answer_that_is_repeated_grants_nothing_that_was_asked_back(
     agent = Asking(w1)
     desk.submit_ids("t1")
     w1.granted()  # Which is lost, and the slot asks again only now.
-    pass_time(w1, START_S + (ANSWER_S + 5 if taken_back else 2))
+    pass_time(w1, START_S + (FENCE_S + 5 if taken_back else 2))
     assert UNSTARTED in [stop.reason for stop in agent.orders()]
 
     grant = desk.answer(w1.exchange(seq=1))

@@ -106,6 +106,49 @@ def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
     office.writer.close()
 
 
+def test_workers_do_not_wait_behind_all_that_clients_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "SPECS_MAX", 3)
+    office = Office(SlowModerator())
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    for names in (("a", "b"), ("c", "d"), ("e",), ("f",)):
+        office.ask(SubmitBatch(specs=tuple(a_spec(name) for name in names)))
+    office.ask(Query(name="status"))
+    office.ask(a_heartbeat(1))
+
+    office.moderator.may_go_on.release(3)
+    office.wait_for_answers(7)
+
+    # Two submissions and the heartbeat; what came after the third one keeps its place.
+    assert office.moderator.batches == [1, 3, 3]
+    office.writer.close()
+
+
+def test_the_stand_in_sleeps_until_somebody_has_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_LOOK_S", 0.0)
+    office = Office(SlowModerator())
+    looked = threading.Semaphore(0)
+    look_after = office.writer.look_after
+
+    def look() -> list[tuple[Pending, object]]:
+        looked.release()
+        return look_after()
+
+    monkeypatch.setattr(office.writer, "look_after", look)
+    office.writer.start()
+    office.ask()
+    assert office.moderator.entered.acquire(timeout=WAIT_S)
+    assert not looked.acquire(blocking=False)
+
+    office.ask()
+
+    assert looked.acquire(timeout=WAIT_S)
+    office.moderator.may_go_on.release(2)
+    office.wait_for_answers(2)
+    office.writer.close()
+
+
 def test_closing_commits_what_waits_and_refuses_what_comes_later() -> None:
     office = Office(SlowModerator())
     office.writer.start()

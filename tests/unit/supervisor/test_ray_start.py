@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from hcna_ray.config import Settings
 from hcna_ray.supervisor import ray_start
+from hcna_ray.supervisor.ports import ray_environment
 
 
 class FakeNode:
@@ -45,3 +47,7 @@ def test_the_agents_ports_are_written_down_before_the_raylet_starts(tmp_path: Pa
         "metrics_export_port": 10025,
         "dashboard_agent_listen_port": 10022,
     }
+
+
+def test_a_raylet_has_patience_with_its_agents() -> None:
+    assert int(ray_environment(Settings())["RAY_agent_register_timeout_ms"]) >= 120_000
