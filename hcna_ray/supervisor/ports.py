@@ -89,8 +89,9 @@ _TINY_OBJECT_STORE_BYTES_MAX = 128 * MIB
 
 
 def ray_tuning_hash() -> str:
-    """Return a digest of `RAY_TUNING`: machines that differ in it must not share a cluster."""
-    return sha256(json.dumps(dict(RAY_TUNING), sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest of `RAY_TUNING` and TLS: machines that differ cannot share a cluster."""
+    told = {**RAY_TUNING, "RAY_USE_TLS": "1"}
+    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def marker_of(settings: Settings) -> Marker:
