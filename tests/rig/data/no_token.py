@@ -11,7 +11,7 @@ address, folder, token = sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.
 pem = (folder / "node.pem").read_bytes()
 credentials = grpc.ssl_channel_credentials((folder / "trust.pem").read_bytes(), pem, pem)
 with grpc.secure_channel(address, credentials) as channel:
-    call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+    call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
     metadata = [("authorization", f"Bearer {token}")] if token else []
     try:
         call(b"", timeout=5, metadata=metadata)
