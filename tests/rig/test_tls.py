@@ -15,6 +15,9 @@ from tests.rig.computer import HOME, PYTHON, Computer, eventually, measured
 from tests.support.rig import Host
 from tests.support.rig.testing import rig_for_tests
 
+#: Ray restarts six times.
+pytestmark = pytest.mark.drill
+
 DATA = Path(__file__).parent / "data"
 #: Ports of M1 and of W1 that speak gRPC.
 HEAD = (6379, 10010, 10011, 10013)
@@ -26,25 +29,11 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
     base = tmp_path_factory.mktemp("rigs").resolve()
     with rig_for_tests(base=base) as rig:
         made = Computer(rig)
-        try:
-            made.join("w1", code=made.code_in(made.hcna("m1", "up").out))
-            eventually(lambda: made.state_of("W1") == "online", 60, "W1 online")
-            made.works("W1", 60)
-            yield made
-            made.hcna("m1", "down")
-        finally:
-            import os, shutil
-
-            if os.environ.get("S_DEBUG"):
-                for h in ("m1", "w1"):
-                    shutil.copytree(
-                        rig[h].file(f"{HOME}/logs"),
-                        f"{os.environ['S_DEBUG']}/{h}",
-                        dirs_exist_ok=True,
-                    )
-                    rayl = [d for d in rig[h].file("/tmp").glob("hcna-*/session_2*/logs")]
-                    for d in rayl:
-                        shutil.copytree(d, f"{os.environ['S_DEBUG']}/{h}-ray", dirs_exist_ok=True)
+        made.join("w1", code=made.code_in(made.hcna("m1", "up").out))
+        eventually(lambda: made.state_of("W1") == "online", 60, "W1 online")
+        made.works("W1", 60)
+        yield made
+        made.hcna("m1", "down")
 
 
 @pytest.fixture(scope="module")
