@@ -15,7 +15,8 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-rig faults soak seeded-bugs lint types format docs lock clean tls-cost
+	test-integration test-rig faults soak bench bench-lock seeded-bugs lint types format docs lock clean \
+	tls-cost
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,18 @@ soak: sync ## One hour of load with a fault every two minutes
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.faults --part soak $(ARGS)
 
+# The peers have an environment of their own: what they need must not decide what we install.
+PEERS := build/bench/peers
+bench: sync ## Measure beside Celery, Procrastinate, Dask and the floors; writes docs/PERFORMANCE.md
+	@scripts/system_packages.sh benchmarks
+	@$(FIND_UV) [[ -x $(PEERS)/bin/python ]] || "$$UV" venv --quiet --python 3.11 $(PEERS); \
+		VIRTUAL_ENV=$(PEERS) "$$UV" pip sync --quiet benchmarks/peers/requirements.txt
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-lock: ## Resolve the peers anew into benchmarks/peers/requirements.txt
+	@$(FIND_UV) "$$UV" pip compile --quiet --upgrade --python-version 3.11 --no-header \
+		-o benchmarks/peers/requirements.txt benchmarks/peers/requirements.in
+
 seeded-bugs: sync ## Break the product on purpose, twenty ways, and see which tests notice
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.seeded_bugs $(ARGS)
@@ -81,7 +94,7 @@ lint: sync ## Ruff: rules and format
 	@$(BIN)/ruff format --check .
 
 types: sync ## mypy strict, and the import contracts
-	@$(BIN)/mypy hcna_ray scripts
+	@$(BIN)/mypy hcna_ray scripts benchmarks
 	@$(BIN)/lint-imports
 
 format: sync ## Let Ruff sort imports and format

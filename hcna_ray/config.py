@@ -413,7 +413,7 @@ class SlotSettings(_Section):
         default=16, ge=1, le=1024, description="Attempts that may run at once beside one slot."
     )
     grant_max: int = Field(
-        default=64, ge=1, le=4096, description="Tasks in one grant; one started, the rest granted."
+        default=256, ge=1, le=4096, description="Tasks in one grant; one started, the rest granted."
     )
     grant_target_ms: float = Field(
         default=20.0, gt=0, le=10_000, description="Work that a grant should hold, by past times."

@@ -79,7 +79,7 @@ def parts(everything: bool) -> list[Part]:
     static: dict[str, Sequence[str]] = {
         "ruff check": [tool["ruff"], "check", "."],
         "ruff format --check": [tool["ruff"], "format", "--check", "."],
-        "mypy --strict": [tool["mypy"], "hcna_ray", "scripts"],
+        "mypy --strict": [tool["mypy"], "hcna_ray", "scripts", "benchmarks"],
         "import contracts": [tool["lint-imports"]],
     }
     if uv := os.environ.get("UV"):

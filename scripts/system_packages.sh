@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Installs the system packages that the tests use and that are missing. Debian and Ubuntu, as root.
 # Without root, or elsewhere, it names them and goes on: tests then say what they skipped.
+#
+# benchmarks  also what `make bench` measures beside hcna-ray, and a compiler for its slow disk.
 set -euo pipefail
 
 # command:package. From sshd on: what separate hosts on one machine are made of (tests/support/rig).
@@ -9,6 +11,9 @@ wanted=(
   ps:procps sudo:sudo faketime:faketime initdb:postgresql systemd-analyze:systemd
   strace:strace
 )
+if [[ ${1:-} == benchmarks ]]; then
+  wanted+=(redis-server:redis-server cc:gcc)
+fi
 # Some of them lie where only root's PATH looks, or nobody's.
 PATH=$PATH:/usr/sbin:/sbin
 for folder in /usr/lib/postgresql/*/bin; do
@@ -24,12 +29,12 @@ if ((${#missing[@]} == 0)); then
 fi
 
 if ! command -v apt-get >/dev/null; then
-  printf 'Missing for some tests: %s. Install them with your package manager.\n' "${missing[*]}" >&2
+  printf 'Missing: %s. Install them with your package manager.\n' "${missing[*]}" >&2
 elif ((EUID != 0)); then
-  printf 'Missing for some tests: %s. As root: apt-get install %s\n' "${missing[*]}" \
+  printf 'Missing: %s. As root: apt-get install %s\n' "${missing[*]}" \
     "${missing[*]}" >&2
 else
-  printf 'Installing system packages for the tests: %s\n' "${missing[*]}" >&2
+  printf 'Installing system packages: %s\n' "${missing[*]}" >&2
   export DEBIAN_FRONTEND=noninteractive
   # The tests start a PostgreSQL and an SSH server of their own; installing one must not open this
   # machine, nor set up a database on it.

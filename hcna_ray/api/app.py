@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from starlette.types import Scope
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
 from hcna_ray.api import openapi, problems
 from hcna_ray.api.admission import Admission
@@ -22,7 +23,7 @@ from hcna_ray.api.metrics import RequestStats
 from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
 from hcna_ray.api.reads import Reads
 from hcna_ray.api.routes import admin, artifacts, batches, probes, reference, tasks, workers
-from hcna_ray.api.routing import Route, Routes
+from hcna_ray.api.routing import Endpoint, Route, Routes
 from hcna_ray.api.schemas import ProblemOut
 from hcna_ray.api.services import ClusterCache, Services
 from hcna_ray.api.submission import Submissions
@@ -62,6 +63,42 @@ def declared_routes() -> Iterator[Route]:
     """Yield every route of C1 with its policy."""
     for group in GROUPS:
         yield from group.declared
+
+
+class Composite(FastAPI):
+    """C1's application, with a short way in.
+
+    FastAPI's way from a request to its route costs more than the route itself. It checks nothing
+    of ours: policy, models and errors are the endpoint's (`hcna_ray.api.routing`). So a path
+    without parameters is looked up; everything else (parameters, no such path, another method)
+    goes the long way.
+    """
+
+    def __init__(self, routes: Sequence[Route], bodies: BodyLimits, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._direct: Mapping[tuple[str, str], Endpoint] = {
+            (route.method, route.path): route.endpoint for route in routes if "{" not in route.path
+        }
+        self._limited = RequestLimits(self._to_route, bodies=bodies, on_refusal=self._count_refusal)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request, or the lifespan."""
+        if scope["type"] == "http":
+            await self._limited(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    async def _to_route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._direct.get((scope["method"], scope["path"]))
+        if endpoint is None:
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"] = self
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+    def _count_refusal(self, scope: Scope, status: int) -> None:
+        self.state.services.stats.count("refused before routing", scope["method"][:10], status)
 
 
 def build_app(
@@ -130,7 +167,14 @@ def build_app(
         started_at=clock.now(),
         files=ThreadPoolExecutor(FILE_THREADS, "files"),
     )
-    app = FastAPI(
+    routes = list(declared_routes())
+    app = Composite(
+        routes,
+        BodyLimits(
+            default=limits.body_bytes,
+            batch=limits.batch_bytes,
+            artifact_part=limits.artifact_part_bytes + PART_SLACK_BYTES,
+        ),
         title="hcna C1",
         openapi_url=None,
         docs_url=None,
@@ -139,7 +183,7 @@ def build_app(
         lifespan=_lifespan(services),
     )
     app.state.services = services
-    _install(app, services, list(declared_routes()))
+    _install(app, services, routes)
     return app
 
 
@@ -148,13 +192,8 @@ def _always(reader: TaskReader) -> Callable[[], TaskReader]:
 
 
 def _install(app: FastAPI, services: Services, routes: Sequence[Route]) -> None:
-    limits = services.settings.limits
-
     def allowed(path: str) -> Sequence[str]:
         return sorted({str(route.method) for route in routes if route.pattern.match(path)})
-
-    def refused_early(scope: Scope, status: int) -> None:
-        services.stats.count("refused before routing", scope["method"][:10], status)
 
     problems.install(
         app,
@@ -163,15 +202,6 @@ def _install(app: FastAPI, services: Services, routes: Sequence[Route]) -> None:
     )
     for group in GROUPS:
         app.include_router(group.router)
-    app.add_middleware(
-        RequestLimits,
-        bodies=BodyLimits(
-            default=limits.body_bytes,
-            batch=limits.batch_bytes,
-            artifact_part=limits.artifact_part_bytes + PART_SLACK_BYTES,
-        ),
-        on_refusal=refused_early,
-    )
     models: list[type[BaseModel]] = [ProblemOut]
     models += [model for route in routes for model in route.models]
     document: dict[str, Any] = {}

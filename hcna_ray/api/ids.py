@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import os
+import time
 
 from ulid import ULID
+
+#: Crockford's alphabet, and from that of RFC 4648 to it.
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_TO_CROCKFORD = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", _CROCKFORD.encode())
+#: A ULID is 48 bits of time and 80 random ones, five to a character.
+_TIME_SHIFTS = range(45, -1, -5)
+_RANDOM_BYTES, _RANDOM_CHARS = 10, 16
 
 
 class UlidIds:
     """Ids from ULIDs, in lower case."""
 
-    def task_id(self) -> str:
-        """Return a new task id."""
-        return f"task-{str(ULID()).lower()}"
+    def task_ids(self, count: int) -> list[str]:
+        """Return new task ids, ascending: for a thousand the instant is written once."""
+        now_ms = time.time_ns() // 1_000_000
+        prefix = "task-" + "".join([_CROCKFORD[now_ms >> shift & 31] for shift in _TIME_SHIFTS])
+        drawn = base64.b32encode(os.urandom(_RANDOM_BYTES * count))
+        text = drawn.translate(_TO_CROCKFORD).decode()
+        starts = range(0, _RANDOM_CHARS * count, _RANDOM_CHARS)
+        return sorted([prefix + text[at : at + _RANDOM_CHARS] for at in starts])
 
     def batch_id(self) -> str:
         """Return a new batch id."""

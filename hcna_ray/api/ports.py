@@ -108,8 +108,8 @@ class KeyRing(Protocol):
 class IdSource(Protocol):
     """Where new ids come from."""
 
-    def task_id(self) -> str:
-        """Return a new ``task-...``."""
+    def task_ids(self, count: int) -> list[str]:
+        """Return so many new ``task-...``, ascending."""
         ...
 
     def batch_id(self) -> str:

@@ -15,6 +15,7 @@ from hcna_ray.runtime.messages import (
     SubmitBatch,
     SubmitResult,
     WorkerInfo,
+    in_full,
 )
 
 #: Longest wait for an answer; a commit may stand behind a slow fsync.
@@ -57,10 +58,7 @@ class RayModerator:
     async def submit(self, batch: SubmitBatch) -> Sequence[SubmitResult]:
         """Store tasks durably. A larger batch is given more time."""
         timeout_s = ANSWER_S + len(batch.specs) / 1000
-        results: Sequence[SubmitResult] = await self._link.acall(
-            "submit", batch, timeout_s=timeout_s
-        )
-        return results
+        return in_full(batch, await self._link.acall("submit", batch, timeout_s=timeout_s))
 
     async def cancel(self, task_id: str, *, reason: str, principal: str) -> TaskState:
         """Stop a task."""

@@ -141,6 +141,8 @@ class Call:
 
 
 Handler = Callable[[Call], Awaitable[Response]]
+#: A handler behind its policy.
+Endpoint = Callable[[Request], Awaitable[Response]]
 SortOf = Callable[[Request], Sort]
 
 
@@ -154,6 +156,7 @@ class Route:
     sort: Sort | SortOf
     name: str
     pattern: re.Pattern[str]
+    endpoint: Endpoint
     models: tuple[type[BaseModel], ...]
 
 
@@ -230,6 +233,7 @@ class Routes:
                     sort=sort,
                     name=handler.__name__,
                     pattern=pattern,
+                    endpoint=guarded,
                     models=tuple(models),
                 )
             )
@@ -262,7 +266,7 @@ def _guard(
     access: Access,
     sort: Sort | SortOf,
     query_model: type[Query] | None,
-) -> Callable[[Request], Awaitable[Response]]:
+) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         services: Services = request.app.state.services
         since = services.clock.elapsed()
@@ -313,7 +317,7 @@ async def _note_refusal(services: Services, caller: ApiKey, target: str) -> None
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:
-    pairs = request.query_params.multi_items()
+    pairs = request.query_params.multi_items() if request.scope.get("query_string") else []
     values = dict(pairs)
     if len(values) != len(pairs):
         raise refuse_field("query", "a parameter is given twice")

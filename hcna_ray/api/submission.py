@@ -20,6 +20,7 @@ from hcna_ray.handlers import Registry, TaskDefaults, TaskType
 REF = "ref:"
 #: Items named of a circle.
 PATH_MAX = 12
+_ON_DISCONNECT = {choice.value: choice for choice in OnDisconnect}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,15 @@ class Sender:
     #: Header ``Idempotency-Key``; item *i* of a batch has ``key/i``.
     idempotency_key: str | None = None
     traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """What a task of a type gets where its submitter says nothing."""
+
+    timeout_s: float
+    retry: RetryPolicy
+    needs: Needs
 
 
 class Submissions:
@@ -53,6 +63,7 @@ class Submissions:
         self._timeout_s = scheduling.task_timeout_seconds
         self._max_losses = scheduling.max_losses
         self._wait_max_s = scheduling.wait_max_s
+        self._policies: dict[str, _Policy] = {}
 
     def task(self, body: object, sender: Sender, *, task_id: str, now: float) -> TaskSpec:
         """Check one task.
@@ -70,7 +81,7 @@ class Submissions:
         for name in model.depends_on:
             if name.startswith(REF):
                 raise refuse_field("depends_on", f"{name!r} has a meaning in a batch only")
-        return self._spec(model, sender, sender.idempotency_key, task_id, now)
+        return self._spec(model, sender, sender.idempotency_key, task_id, None, now)
 
     def batch_item(
         self, body: object, sender: Sender, *, index: int, task_id: str, batch_id: str, now: float
@@ -82,11 +93,16 @@ class Submissions:
         """
         model = _validate(BatchTaskIn, body)
         key = None if sender.idempotency_key is None else f"{sender.idempotency_key}/{index}"
-        spec = self._spec(model, sender, key, task_id, now)
-        return model.ref, replace(spec, batch_id=batch_id)
+        return model.ref, self._spec(model, sender, key, task_id, batch_id, now)
 
     def _spec(
-        self, model: TaskIn, sender: Sender, key: str | None, task_id: str, now: float
+        self,
+        model: TaskIn,
+        sender: Sender,
+        key: str | None,
+        task_id: str,
+        batch_id: str | None,
+        now: float,
     ) -> TaskSpec:
         task_type = self._registry.get(model.task_type)
         payload = task_type.validate_payload(model.payload)
@@ -111,7 +127,7 @@ class Submissions:
         if model.expires_at is not None and model.expires_at <= now:
             raise refuse_field("expires_at", "lies in the past")
         key = model.idempotency_key or key
-        defaults = task_type.defaults
+        policy = self._policies.get(task_type.name) or self._policy_of(task_type)
         return TaskSpec(
             id=task_id,
             task_type=task_type.name,
@@ -121,22 +137,32 @@ class Submissions:
             accepted_at=now,
             run_at=model.run_at,
             expires_at=model.expires_at,
-            timeout_s=model.timeout_s or defaults.timeout_s or self._timeout_s,
+            timeout_s=model.timeout_s or policy.timeout_s,
             queue_timeout_s=model.queue_timeout_s,
-            retry=_retry(model.retry, defaults.retry(self._retry)),
+            retry=policy.retry if model.retry is None else _retry(model.retry, policy.retry),
             max_losses=self._max_losses,
-            needs=_needs(model.requires, task_type),
+            needs=policy.needs if model.requires is None else _needs(model.requires, task_type),
             depends_on=tuple(dict.fromkeys(model.depends_on)),
             ordering_key=model.ordering_key,
             concurrency_key=model.concurrency_key,
-            on_disconnect=OnDisconnect(model.on_disconnect),
+            on_disconnect=_ON_DISCONNECT[model.on_disconnect],
             wait_max_s=self._wait_max_s,
             principal=sender.principal,
             idempotency_key=key,
             fingerprint="" if key is None else fingerprint(model, payload),
+            batch_id=batch_id,
             traceparent=sender.traceparent,
             metadata=metadata,
         )
+
+    def _policy_of(self, task_type: TaskType) -> _Policy:
+        defaults = task_type.defaults
+        policy = self._policies[task_type.name] = _Policy(
+            timeout_s=defaults.timeout_s or self._timeout_s,
+            retry=defaults.retry(self._retry),
+            needs=_needs(None, task_type),
+        )
+        return policy
 
 
 def fingerprint(model: TaskIn, payload: BaseModel) -> str:
@@ -171,15 +197,17 @@ def resolve(
     """
     results: list[TaskSpec | HcnaError] = []
     by_ref: dict[str, int] = {}
+    linked = False
     for index, item in enumerate(items):
         if isinstance(item, HcnaError):
             results.append(item)
             continue
         ref, spec = item
         results.append(spec)
+        linked = linked or bool(spec.depends_on)
         if ref is not None and by_ref.setdefault(ref, index) != index:
             results[index] = refuse_field("ref", f"{ref!r} is the ref of item {by_ref[ref]} too")
-    parents = _parents(items, by_ref, results)
+    parents = _parents(items, by_ref, results) if linked else []
     if not any(parents):
         return results
     for index, circle in _circles(parents).items():
@@ -320,9 +348,7 @@ def _validate(kind: type[Any], body: object) -> Any:
         raise invalid(error) from None
 
 
-def _retry(wanted: RetryIn | None, base: RetryPolicy) -> RetryPolicy:
-    if wanted is None:
-        return base
+def _retry(wanted: RetryIn, base: RetryPolicy) -> RetryPolicy:
     retry_on = None if wanted.retry_on is None else tuple(wanted.retry_on)
     policy = TaskDefaults(
         max_attempts=wanted.max_attempts,
@@ -364,6 +390,8 @@ def parents_first(specs: Sequence[TaskSpec]) -> list[int]:
 
     Otherwise the order stays as it is. The specs hold no circle (see `resolve`).
     """
+    if not any(spec.depends_on for spec in specs):
+        return list(range(len(specs)))
     index_of = {spec.id: index for index, spec in enumerate(specs)}
     parents = [[index_of[name] for name in spec.depends_on if name in index_of] for spec in specs]
     order: list[int] = []

@@ -46,6 +46,7 @@ from hcna_ray.client.plans import (
     Planner,
     Request,
     Send,
+    Sink,
     Snapshot,
     Source,
     Step,
@@ -54,9 +55,17 @@ from hcna_ray.client.plans import (
     advance,
 )
 from hcna_ray.client.sync import GLANCE_TIMEOUT_S, ProgressCallback, UploadSource
-from hcna_ray.client.transport import answer_of, base_headers, no_answer, send_options
+from hcna_ray.client.transport import (
+    answer_of,
+    base_headers,
+    no_answer,
+    send_options,
+    streams,
+)
 
 T = TypeVar("T")
+#: Bytes of a download that one hop to a thread takes along.
+POUR_BYTES = 1024 * 1024
 Payloads = Iterable[JsonObject] | AsyncIterable[JsonObject]
 
 
@@ -375,10 +384,41 @@ class AsyncClient:
     async def _send(self, request: Request) -> Answer | NoAnswer:
         try:
             url = self.url + request.path
-            response = await self._http.request(request.method, url, **send_options(request))
-            return answer_of(response)
+            if request.sink is None:
+                response = await self._http.request(request.method, url, **send_options(request))
+                return answer_of(response)
+            options = send_options(request)
+            async with self._http.stream(request.method, url, **options) as response:
+                if not streams(request, response):
+                    await response.aread()
+                    return answer_of(response)
+                await _pour(response, request.sink)
+                return Answer(response.status_code, dict(response.headers), b"")
         except (httpx.TransportError, httpx.InvalidURL) as error:
             return no_answer(error)
+
+
+async def _pour(response: httpx.Response, sink: Sink) -> None:
+    """Hand a body to a sink, on threads; also what came before it broke off."""
+    pieces: list[bytes] = []
+
+    def take() -> None:
+        for piece in pieces:
+            sink.take(piece)
+
+    held = 0
+    try:
+        async for piece in response.aiter_bytes():
+            pieces.append(piece)
+            held += len(piece)
+            if held >= POUR_BYTES:
+                await asyncio.to_thread(take)
+                pieces.clear()
+                held = 0
+    except httpx.TransportError:
+        await asyncio.to_thread(take)
+        raise
+    await asyncio.to_thread(take)
 
 
 async def _take(items: Iterator[Any] | AsyncIterator[Any], count: int) -> list[Any]:

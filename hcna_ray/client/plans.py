@@ -21,9 +21,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 from hcna_ray.client.errors import (
@@ -53,6 +54,8 @@ from hcna_ray.client.models import (
 
 #: Largest piece of an artifact C1 takes in one request, bytes.
 PART_BYTES = 8 * 1024 * 1024
+#: What one request of a download asks for, bytes: C1 sends it piece by piece.
+SPAN_BYTES = 32 * 1024 * 1024
 #: Longest ``?wait=`` this client asks for, seconds; C1 allows 60.
 LONGEST_WAIT_S = 30.0
 #: Most tasks of one batch, and most bytes of its NDJSON that we send at once.
@@ -67,9 +70,24 @@ T = TypeVar("T")
 # -- steps ---------------------------------------------------------------------------------------
 
 
+class Sink(Protocol):
+    """Takes a body as it comes, so that it need not fit in memory."""
+
+    def begin(self, answer: Answer) -> None:
+        """Look at the answer's head, before its body; may refuse it by an exception."""
+        ...
+
+    def take(self, piece: bytes) -> None:
+        """Take the next bytes. May block."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request. ``read_timeout_s`` bounds the silence before the answer."""
+    """One HTTP request. ``read_timeout_s`` bounds the silence before the answer.
+
+    The body of an answer 200 or 206 goes to ``sink``, if there is one; the `Answer` is empty then.
+    """
 
     method: str
     path: str
@@ -77,6 +95,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     read_timeout_s: float | None = None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +264,73 @@ class Source:
             self._file.close()
 
 
+class Landing:
+    """A `Sink`: a file beside the target of a download, hashed on the way.
+
+    Invariant: ``offset`` and ``digest`` describe exactly what was written.
+    """
+
+    def __init__(self, target: Path, url: str) -> None:
+        """Name the files; nothing is opened yet.
+
+        Args:
+            target: Where the whole file will be.
+            url: C1's address, for messages only.
+        """
+        self._target, self._url = target, url
+        self._partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+        self._file: IO[bytes] | None = None
+        self.digest = hashlib.sha256()
+        self.offset = 0
+        #: Bytes of the whole; below zero while C1 has not told.
+        self.size = -1
+
+    def open(self) -> None:
+        """Create the file."""
+        self._file = self._partial.open("wb", buffering=0)
+
+    def begin(self, answer: Answer) -> None:
+        """Learn the size from an answer's head. Raises `UnexpectedAnswer`."""
+        if answer.status != 206:
+            if self.offset:
+                raise UnexpectedAnswer(self._url, "it stopped honouring Range")
+            self.size = int(answer.headers.get("content-length", len(answer.body)))
+            return
+        told = answer.headers.get("content-range", "")
+        span, _, total = told.removeprefix("bytes ").partition("/")
+        if not total.isdigit() or span.partition("-")[0] != str(self.offset):
+            raise UnexpectedAnswer(self._url, f"its Content-Range is {told!r}")
+        self.size = int(total)
+
+    def take(self, piece: bytes) -> None:
+        """Write the next bytes."""
+        assert self._file is not None, "it was opened"
+        view = memoryview(piece)
+        while view:
+            view = view[self._file.write(view) :]
+        self.digest.update(piece)
+        self.offset += len(piece)
+
+    def take_whole(self, answer: Answer) -> None:
+        """Write the body of an answer that was collected."""
+        self.begin(answer)
+        self.take(answer.body)
+
+    def publish(self) -> None:
+        """Give the file its name."""
+        self._close()
+        self._partial.replace(self._target)
+
+    def discard(self) -> None:
+        """Remove what has no name yet. Harmless afterwards."""
+        self._close()
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def _knows_no_route_yet(answer: Answer) -> bool:
     """Whether Serve's entrance answered, without having found C1 behind it."""
     return (
@@ -285,7 +371,7 @@ class Planner:
 
     def exchange(
         self,
-        request: Request,
+        request: Request | Callable[[], Request],
         *,
         patience: Patience | None = None,
         lost: list[str] | None = None,
@@ -298,13 +384,13 @@ class Planner:
         between its own restart and its finding C1 again. That is safe for everything sent here:
         posts carry an Idempotency-Key, parts of uploads an offset. Any other answer of 400 or more
         raises at once. ``lost`` collects what was tried again: such a try may have taken effect all
-        the same. ``is_answer`` says which answers are wanted.
+        the same. ``is_answer`` says which answers are wanted. A callable makes each try's request.
         """
         patience = patience or self._patience
         started, tries = self._clock(), 0
         while True:
             tries += 1
-            got = yield Send(request)
+            got = yield Send(request() if callable(request) else request)
             if isinstance(got, NoAnswer):
                 problem: HcnaClientError = ConnectionFailed(self._url, got.reason)
                 again, at_least_s = not got.hopeless, 0.0
@@ -724,52 +810,48 @@ class Planner:
     def download(
         self, sha256: str, path: Path, progress: Callable[[int, int], object] | None
     ) -> Plan[Path]:
-        """Fetch in parts of 8 MiB into a file beside ``path``; check; put it in place at once.
+        """Fetch into a file beside ``path``, in spans of 32 MiB; check; put it in place at once.
 
-        A lost part is asked for again alone. ``path`` never holds half a file or a wrong one.
+        The bytes go to the file as they come. A span that breaks off is asked for again from where
+        it stopped. ``path`` never holds half a file or a wrong one.
         """
         report = progress or (lambda done, total: None)
         target = path / sha256 if path.is_dir() else path
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-        digest = hashlib.sha256()
-        offset, size = 0, -1
+        landing = Landing(target, self._url)
+        route = f"/artifacts/{quote(sha256, safe='')}"
+
+        def rest() -> Request:
+            end = landing.offset + SPAN_BYTES - 1
+            headers = {"Range": f"bytes={landing.offset}-{end}", "Accept-Encoding": "identity"}
+            return Request("GET", route, {}, headers, None, 4 * self._timeout_s, landing)
+
         try:
-            yield Work(lambda: partial.write_bytes(b""))
-            while size < 0 or offset < size:
-                end = offset + PART_BYTES - 1
-                headers = {"Range": f"bytes={offset}-{end}", "Accept-Encoding": "identity"}
-                route = f"/artifacts/{quote(sha256, safe='')}"
-                request = Request("GET", route, {}, headers, None, 4 * self._timeout_s)
+            yield Work(landing.open)
+            while landing.size < 0 or landing.offset < landing.size:
+                before = landing.offset
                 try:
-                    answer = yield from self.exchange(request)
+                    answer = yield from self.exchange(rest)
                 except ApiError as error:
-                    if error.status == 416 and offset == 0:
-                        size = 0  # No range of nothing can be satisfied.
+                    if error.status == 416 and before == 0:
+                        landing.size = 0  # No range of nothing can be satisfied.
                         continue
                     raise
-                size = self._size_told(answer, offset)
-                yield Work(_appender(partial, answer.body, digest))
-                offset += len(answer.body)
-                report(offset, size)
-                if not answer.body:
-                    raise UnexpectedAnswer(self._url, f"the artifact ends at byte {offset}")
-            if digest.hexdigest() != sha256.lower():
-                raise DigestMismatch(sha256, digest.hexdigest())
-            yield Work(lambda: partial.replace(target))
+                except ConnectionFailed:
+                    if landing.offset == before:
+                        raise
+                    continue  # Much of it arrived: patience begins anew.
+                if answer.body:
+                    yield Work(partial(landing.take_whole, answer))
+                report(landing.offset, landing.size)
+                if landing.offset == before and landing.size:
+                    raise UnexpectedAnswer(self._url, f"the artifact ends at byte {before}")
+            digest = landing.digest.hexdigest()
+            if digest != sha256.lower():
+                raise DigestMismatch(sha256, digest)
+            yield Work(landing.publish)
         finally:
-            partial.unlink(missing_ok=True)
+            landing.discard()
         return target
-
-    def _size_told(self, answer: Answer, offset: int) -> int:
-        if answer.status != 206:
-            if offset:
-                raise UnexpectedAnswer(self._url, "it stopped honouring Range")
-            return len(answer.body)
-        told = answer.headers.get("content-range", "")
-        span, _, total = told.removeprefix("bytes ").partition("/")
-        if not total.isdigit() or span.partition("-")[0] != str(offset):
-            raise UnexpectedAnswer(self._url, f"its Content-Range is {told!r}")
-        return int(total)
 
 
 # -- helpers -------------------------------------------------------------------------------------
@@ -777,15 +859,6 @@ class Planner:
 
 def _reader(source: Source, offset: int) -> Callable[[], bytes]:
     return lambda: source.read(offset, PART_BYTES)
-
-
-def _appender(partial: Path, body: bytes, digest: hashlib._Hash) -> Callable[[], None]:
-    def append() -> None:
-        with partial.open("ab") as out:
-            out.write(body)
-        digest.update(body)
-
-    return append
 
 
 def _groups(lines: Sequence[bytes]) -> Iterable[list[bytes]]:

@@ -46,7 +46,13 @@ from hcna_ray.client.plans import (
     Work,
     advance,
 )
-from hcna_ray.client.transport import answer_of, base_headers, no_answer, send_options
+from hcna_ray.client.transport import (
+    answer_of,
+    base_headers,
+    no_answer,
+    send_options,
+    streams,
+)
 
 T = TypeVar("T")
 ProgressCallback = Callable[[int, int], object]
@@ -423,7 +429,15 @@ class Client:
     def _send(self, request: Request) -> Answer | NoAnswer:
         try:
             url = self.url + request.path
-            return answer_of(self._http.request(request.method, url, **send_options(request)))
+            if request.sink is None:
+                return answer_of(self._http.request(request.method, url, **send_options(request)))
+            with self._http.stream(request.method, url, **send_options(request)) as response:
+                if not streams(request, response):
+                    response.read()
+                    return answer_of(response)
+                for piece in response.iter_bytes():
+                    request.sink.take(piece)
+                return Answer(response.status_code, dict(response.headers), b"")
         except (httpx.TransportError, httpx.InvalidURL) as error:
             return no_answer(error)
 

@@ -36,6 +36,14 @@ def send_options(request: Request) -> SendOptions:
     )
 
 
+def streams(request: Request, response: httpx.Response) -> bool:
+    """Whether an answer's body goes to the request's sink; its head is handed over then."""
+    if request.sink is None or response.status_code not in (200, 206):
+        return False
+    request.sink.begin(Answer(response.status_code, dict(response.headers), b""))
+    return True
+
+
 def base_headers(api_key: str | None) -> dict[str, str]:
     """Headers of every request of one client."""
     headers = {"Accept": "application/json", "User-Agent": "hcna-ray-client"}

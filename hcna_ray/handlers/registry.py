@@ -161,7 +161,9 @@ class TaskType:
             parsed = encoding.decode(raw) if isinstance(raw, bytes) else raw
         except ValueError as error:
             raise InvalidPayload(self.name, [("payload", str(error))]) from None
-        if not isinstance(parsed, Mapping):
+        if not isinstance(
+            parsed, (dict, Mapping)
+        ):  # To be a dict is quickly seen, to be another not.
             raise InvalidPayload(self.name, [("payload", "must be a JSON object")])
         try:
             return self.payload.model_validate(parsed)
@@ -184,11 +186,9 @@ class TaskType:
             InvalidPayload: A field marked as `WorkerPath` leads out of ``disk_path``.
         """
         problems: list[tuple[str, str]] = []
-        for name, info in type(payload).model_fields.items():
+        for name, path in _worker_paths(type(payload)):
             value = getattr(payload, name)
-            marked = any(isinstance(mark, WorkerPathMark) for mark in info.metadata)
-            if marked and isinstance(value, str):
-                path = f"payload.{info.alias or name}"
+            if isinstance(value, str):
                 try:
                     check_worker_path(value, disk_path, field=path)
                 except PathOutsideDisk as error:
@@ -203,6 +203,16 @@ class TaskType:
     def result_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema of the result, if it has a model."""
         return None if self.result is None else self.result.model_json_schema()
+
+
+@functools.cache
+def _worker_paths(model: type[BaseModel]) -> tuple[tuple[str, str], ...]:
+    """Return the fields of a payload model that are paths on a worker, each with its name."""
+    return tuple(
+        (name, f"payload.{info.alias or name}")
+        for name, info in model.model_fields.items()
+        if any(isinstance(mark, WorkerPathMark) for mark in info.metadata)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

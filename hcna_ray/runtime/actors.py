@@ -47,6 +47,7 @@ from hcna_ray.runtime.messages import (
     Report,
     SlotGone,
     SubmitBatch,
+    in_brief,
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.output import OutputSettings, prune_outputs
@@ -207,8 +208,8 @@ class ModeratorActor(_Face):
     # -- C1 --------------------------------------------------------------------------------------
 
     async def do_submit(self, batch: SubmitBatch) -> Any:
-        """Accept tasks."""
-        return await self._ask(batch)
+        """Accept tasks; answer with `in_brief`."""
+        return in_brief(batch, await self._ask(batch))
 
     async def do_cancel(self, task_id: str, *, reason: str, principal: str) -> Any:
         """Stop a task."""

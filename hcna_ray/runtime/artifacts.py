@@ -126,7 +126,7 @@ class ArtifactServer:
         An empty part asks how much is there.
         """
         if part:
-            found = self._store.append(sha256, offset=offset, size=total, data=part)
+            found = self._store.append(sha256, offset=offset, size=total, pieces=(part,))
         else:
             found = self._store.progress(sha256, total)
         return found.received if isinstance(found, Upload) else found.size

@@ -34,6 +34,8 @@ Place = tuple[str, int]
 HEAVY_GRANT_MAX = 16
 #: Weight of the newest observation in the moving average of a type's running time.
 ESTIMATE_WEIGHT = 0.2
+#: Shorter than this nothing is taken for.
+DURATION_MS_MIN = 0.001
 #: Concurrency keys looked at by one sweep.
 SWEEP_KEYS_MAX = 1000
 
@@ -208,6 +210,8 @@ class Dispatcher:
         self._store, self._policy, self._live = store, policy, live
         self._ready: Tally[LaneKey] = Tally()
         self._estimates: dict[str, float] = {}
+        #: The concurrency key at which the next sweep goes on.
+        self._swept = ""
         #: Whether the last `dispatch` left something that another one would place.
         self.unfinished = False
 
@@ -232,12 +236,15 @@ class Dispatcher:
         return bool(self._ready) or any(task.ready for task in ledger.changed())
 
     def observe(self, task_type: str, duration_ms: float) -> None:
-        """Learn how long a type takes."""
-        known = self._estimates.get(task_type)
-        if known is None:
-            self._estimates[task_type] = duration_ms
-        else:
-            self._estimates[task_type] = known + ESTIMATE_WEIGHT * (duration_ms - known)
+        """Learn how long a type takes: a moving geometric mean.
+
+        One that stood still in the middle, on a machine with other things to do, must not have the
+        next hundred quick ones handed out singly. One that really is long gives back what waits
+        behind it.
+        """
+        took = max(duration_ms, DURATION_MS_MIN)
+        known = self._estimates.get(task_type, took)
+        self._estimates[task_type] = known * (took / known) ** ESTIMATE_WEIGHT
 
     def offer(self, task: Task, now: float) -> Offer:
         """Return what the runner of a leased task needs to know, as it is at an instant."""
@@ -451,6 +458,11 @@ class Dispatcher:
                 free -= 1
 
     def sweep(self, ledger: Ledger, now: float) -> None:
-        """Let go what a release may have missed, e.g. behind a task that fits on no worker."""
-        for key in self._store.concurrency_keys_held(SWEEP_KEYS_MAX):
+        """Let go what a release may have missed, e.g. behind a task that fits on no worker.
+
+        Of very many keys each sweep looks at some, and the next one at those that follow.
+        """
+        keys = self._store.concurrency_keys_held(SWEEP_KEYS_MAX, after=self._swept)
+        self._swept = keys[-1] if len(keys) == SWEEP_KEYS_MAX else ""
+        for key in keys:
             self.release_concurrency(ledger, key, now)

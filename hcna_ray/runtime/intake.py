@@ -55,13 +55,13 @@ class Intake:
         #: Ids minted for items that turned out to be earlier tasks, and whose they are.
         renamed: dict[str, str] = {}
         for sent in batch.specs:
-            spec = _with_parents(sent, renamed)
+            spec = _with_parents(sent, renamed) if renamed else sent
             known = turn.ledger.get(spec.id)
             if known is not None:
                 results.append(Accepted(spec.id, known.state))
                 continue
             try:
-                duplicate = self._same_key(turn, held, spec)
+                duplicate = self._same_key(turn, held, spec) if spec.idempotency_key else None
                 if duplicate is not None:
                     results.append(duplicate)
                     renamed[spec.id] = duplicate.task_id
@@ -70,7 +70,7 @@ class Intake:
                         states[duplicate.task_id] = duplicate.state
                     continue
                 self._check_room(tasks, stored + spec.bytes_stored)
-                unmet, failed = _unmet(spec, states)
+                unmet, failed = _unmet(spec, states) if spec.depends_on else ([], None)
             except HcnaError as error:
                 if batch.atomic:
                     raise
@@ -87,10 +87,15 @@ class Intake:
                 claims[spec.principal, spec.idempotency_key] = claim
             results.append(Accepted(spec.id, TaskState.QUEUED))
         turn.ledger.claims.update(claims)
-        final = {}
+        #: States of those that are not simply queued.
+        final: dict[str, TaskState] = {}
         for spec, unmet, failed in accepted:
-            final[spec.id] = self._accept(turn, spec, unmet, failed)
+            state = self._accept(turn, spec, unmet, failed)
+            if state is not TaskState.QUEUED:
+                final[spec.id] = state
         turn.added_tasks, turn.added_bytes = tasks - size.tasks, stored - size.bytes
+        if not final:
+            return results
         return [
             one._replace(state=final.get(one.task_id, one.state))
             if isinstance(one, Accepted)
@@ -208,7 +213,7 @@ class Intake:
 
 def _with_parents(spec: TaskSpec, renamed: dict[str, str]) -> TaskSpec:
     """Return the spec with its parents' true ids: a repeated batch mints new ones in vain."""
-    if not renamed or not any(parent in renamed for parent in spec.depends_on):
+    if not any(parent in renamed for parent in spec.depends_on):
         return spec
     parents = tuple(renamed.get(parent, parent) for parent in spec.depends_on)
     return dataclasses.replace(spec, depends_on=parents)

@@ -7,6 +7,7 @@ leave the moderator before `flush` has been committed.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
 
@@ -56,13 +57,20 @@ class Ledger:
         """
         self._store, self._live, self._node_ids = store, live, node_ids
         self._tasks: dict[str, Task] = {}
+        #: Ids that were looked for and are not stored.
+        self._absent: set[str] = set()
         #: Task as committed, for each changed one; ``None`` for a new one.
         self.before: dict[str, Task | None] = {}
+        #: Of these, how many have been looked at for their ordering key, and what was found.
+        self._lined = 0
+        self._lines: dict[str, list[str]] = {}
         self.facts: list[Fact] = []
         self._attempts: dict[tuple[str, Token], Attempt] = {}
         self.claims: dict[tuple[str, str], KeyClaim] = {}
         self.audit: list[AuditEntry] = []
         self.counts: Tally[Counter] = Tally()
+        #: New tasks by type and queue: counters to be.
+        self.accepted: Tally[tuple[str, str]] = Tally()
         self.dependencies: list[tuple[str, tuple[str, ...]]] = []
         self.dropped_dependents: list[tuple[str, list[str]]] = []
         self.pushed_settlements: list[tuple[str, bool]] = []
@@ -77,7 +85,7 @@ class Ledger:
         """Read tasks that the batch will need, in one go."""
         missing = []
         for task_id in ids:
-            if task_id in self._tasks:
+            if task_id in self._tasks or task_id in self._absent:
                 continue
             live = self._live.get(task_id)
             if live is not None:
@@ -85,15 +93,18 @@ class Ledger:
             else:
                 missing.append(task_id)
         if missing:
-            self._tasks.update(self._store.get(missing))
+            found = self._store.get(missing)
+            self._tasks.update(found)
+            self._absent.update(missing)
+            self._absent.difference_update(found)
 
     def get(self, task_id: str) -> Task | None:
         """Return a task as this batch has it, or ``None`` if it does not exist."""
-        found = self._tasks.get(task_id)
-        if found is None:
+        task = self._tasks.get(task_id)
+        if task is None and task_id not in self._absent:
             self.load((task_id,))
-            found = self._tasks.get(task_id)
-        return found
+            task = self._tasks.get(task_id)
+        return task
 
     def adopt(self, tasks: Iterable[Task]) -> None:
         """Take in tasks that were just read from the store by another query."""
@@ -107,6 +118,16 @@ class Ledger:
     def is_changed(self, task_id: str) -> bool:
         """Return whether this batch has added or changed the task."""
         return task_id in self.before
+
+    def changed_in_line(self, key: str) -> list[Task]:
+        """Return the tasks with an ordering key that this batch has added or changed."""
+        fresh = len(self.before) - self._lined
+        for task_id in itertools.islice(reversed(self.before), fresh):
+            line = self._tasks[task_id].spec.ordering_key
+            if line is not None:
+                self._lines.setdefault(line, []).append(task_id)
+        self._lined += fresh
+        return [self._tasks[task_id] for task_id in self._lines.get(key, ())]
 
     def lane_changes(self) -> dict[LaneKey, int]:
         """Return how many tasks each lane of the dispatch index has gained or lost."""
@@ -128,10 +149,11 @@ class Ledger:
     def add(self, step: Step) -> None:
         """Take in a newly accepted task."""
         task = step.task
-        self.before[task.id] = None
-        self._tasks[task.id] = task
+        spec = task.spec
+        self.before[spec.id] = None
+        self._tasks[spec.id] = task
         self._record(step)
-        self.counts[Counter("accepted", task.spec.task_type, task.spec.queue)] += 1
+        self.accepted[spec.task_type, spec.queue] += 1
 
     def step(self, task: Task, event: Event) -> Step:
         """Advance a task that was got from this ledger, and note what follows."""
@@ -221,6 +243,8 @@ class Ledger:
             store.drop_settlement(number)
         if self._attempts:
             store.save_attempts(self.attempts)
+        for (task_type, queue), count in self.accepted.items():
+            self.counts[Counter("accepted", task_type, queue)] += count
         if self.counts:
             store.bump(self.counts)
         if self.audit:

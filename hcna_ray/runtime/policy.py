@@ -25,7 +25,7 @@ class Policy:
     start_s: float = 15.0
     queue_tasks_max: int = 2_000_000
     queue_bytes_max: int = 4 << 30
-    grant_max: int = 64
+    grant_max: int = 256
     grant_target_ms: float = 20.0
     exchange_wait_s: float = 20.0
     retention_s: float = 7 * 86400.0

@@ -484,8 +484,8 @@ class Runner:
                     continue
                 # Reports that follow within a moment travel together.
                 self._shared.lock.wait_for(lambda: self._shared.exchanging, self._settings.report_s)
-                if self._shared.exchanging:
-                    continue
+                if self._shared.exchanging or not self._shared.unconfirmed:
+                    continue  # They went with an exchange.
                 batch = tuple(self._shared.unconfirmed)
                 self._shared.sending = True
             failpoints.hit("runner.report.before")

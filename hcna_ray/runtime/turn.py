@@ -53,11 +53,7 @@ class Turn:
         Held tasks stand behind one another in the store, so a look at the line's front is enough;
         only when all of the front ended in this batch the look goes further back.
         """
-        found = {
-            task.id: task
-            for task in self.ledger.changed()
-            if task.spec.ordering_key == key and not task.terminal
-        }
+        found = {task.id: task for task in self.ledger.changed_in_line(key) if not task.terminal}
         limit = 2
         while True:
             line = store.ordering_line(key, limit)

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,14 +247,17 @@ class ArtifactStore:
         return Upload(sha256=name, size=size, received=min(received, max(0, size - 1)))
 
     @_disk_errors()
-    def append(self, sha256: str, *, offset: int, size: int, data: bytes) -> Artifact | Upload:
+    def append(
+        self, sha256: str, *, offset: int, size: int, pieces: Sequence[bytes]
+    ) -> Artifact | Upload:
         """Add one part to an upload; the last one makes it an artifact.
 
         Args:
             sha256: Digest of the whole.
             offset: Where the part begins: what has been received so far.
             size: Bytes of the whole.
-            data: At least one byte, at most ``part_bytes_max``.
+            pieces: The part, in as many pieces as it came in: together at least one byte, and at
+                most ``part_bytes_max``.
 
         Raises:
             OffsetMismatch: the upload stands elsewhere.
@@ -265,9 +268,10 @@ class ArtifactStore:
             StoreUnavailable: the disk fails.
         """
         name = self._check_upload(sha256, size)
-        if len(data) > self._part_bytes_max:
-            raise ArtifactTooLarge("the part", len(data), self._part_bytes_max)
-        if not data or offset < 0 or offset + len(data) > size:
+        length = sum(map(len, pieces))
+        if length > self._part_bytes_max:
+            raise ArtifactTooLarge("the part", length, self._part_bytes_max)
+        if not length or offset < 0 or offset + length > size:
             raise Invalid("invalid_request", "the part is empty or does not lie inside the whole")
         target = self._target(name)
         if target.is_file():
@@ -278,23 +282,23 @@ class ArtifactStore:
             if offset:
                 raise OffsetMismatch(name, offset, 0)
             self._make_room()
-        self._check_space(len(data))
+        self._check_space(length)
         with _opened_for_append(part, target) as (descriptor, received):
             if target.is_file():  # Somebody else completed it while we waited for the lock.
                 part.unlink(missing_ok=True)
                 self._settle(target)
                 return Artifact(sha256=name, size=size)
-            if received == size and offset == size - len(data):
+            if received == size and offset == size - length:
                 received = offset  # All there but never checked: take the last part again.
                 os.ftruncate(descriptor, received)
             if offset != received:
                 raise OffsetMismatch(name, offset, min(received, size - 1))
-            _write_at(descriptor, part, data, offset)
+            _write_at(descriptor, part, pieces, offset)
             failpoints.hit("artifact.part.flushed")
-            self._update(name, offset, data)
-            if offset + len(data) < size:
+            self._update(name, offset, pieces)
+            if offset + length < size:
                 sync_dir(self._parts)  # The upload has a name since its first part.
-                return Upload(sha256=name, size=size, received=offset + len(data))
+                return Upload(sha256=name, size=size, received=offset + length)
             return self._commit(name, size, part, target)
 
     def uploads(self) -> int:
@@ -380,13 +384,16 @@ class ArtifactStore:
         sync_dir(self._root)
         sync_dir(target.parent)
 
-    def _update(self, name: str, offset: int, data: bytes) -> None:
+    def _update(self, name: str, offset: int, pieces: Sequence[bytes]) -> None:
         with self._lock:
             at, digest = self._digests.pop(name, (0, hashlib.sha256()))
-            if at != offset:
-                return
-            digest.update(data)
-            self._digests[name] = (offset + len(data), digest)
+        if at != offset:
+            return
+        for piece in pieces:  # Uploads of others are not kept waiting by this.
+            digest.update(piece)
+            at += len(piece)
+        with self._lock:
+            self._digests[name] = (at, digest)
             while len(self._digests) > self._uploads_max:
                 self._digests.popitem(last=False)
 
@@ -439,13 +446,15 @@ def _opened_for_append(part: Path, target: Path) -> Iterator[tuple[int, int]]:
             os.close(descriptor)
 
 
-def _write_at(descriptor: int, part: Path, data: bytes, offset: int) -> None:
+def _write_at(descriptor: int, part: Path, pieces: Sequence[bytes], offset: int) -> None:
     """Write a part and flush it; on failure the upload stands where it stood."""
     try:
-        view, at = memoryview(data), offset
-        while view:
-            written = os.pwrite(descriptor, view, at)
-            view, at = view[written:], at + written
+        at = offset
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                written = os.pwrite(descriptor, view, at)
+                view, at = view[written:], at + written
         os.fsync(descriptor)
     except OSError:
         # What a failed fsync was about is nowhere, though it can be read: it must not count as

@@ -198,8 +198,13 @@ class TaskStore(Protocol):
         """Return tasks held for this concurrency key by ``(dispatch_key, seq)``."""
         ...
 
-    def concurrency_keys_held(self, limit: int) -> list[str]:
-        """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
+    def concurrency_keys_held(self, limit: int, *, after: str = "") -> list[str]:
+        """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted.
+
+        Args:
+            limit: How many at most.
+            after: Only those that sort behind this one (a keyset page).
+        """
         ...
 
     def add_dependencies(self, child_id: str, parent_ids: Sequence[str]) -> None:

@@ -26,6 +26,13 @@ from hcna_ray.store.rows import Row
 #: now is granted soon, and what is granted ends soon.
 KNOWN_MAX = 8192
 _SMALL = 4096
+#: Old idempotency keys that one prune looks at, for each that it may delete.
+_KEYS_LOOKED = 10
+
+#: Where an idempotency key stands among all of them by age: ``(at, principal, key)``.
+KeyPlace = tuple[float, str, str]
+#: Before the oldest.
+OLDEST_KEY: KeyPlace = (-math.inf, "", "")
 #: Numbers that a store has once the clock was put forward: seconds, and the instant after it.
 HELD = ("clock_held_s", "clock_held_since")
 
@@ -69,6 +76,8 @@ class Bookkeeper(ABC):
 
     def __init__(self) -> None:
         self._writing = False
+        #: Where the next `_prune_keys` goes on.
+        self._keys_seen = OLDEST_KEY
         self._take_in((), ())
 
     # -- what each database does in its own way ---------------------------------------------------
@@ -104,6 +113,17 @@ class Bookkeeper(ABC):
     @abstractmethod
     def _rows_by_seq(self, seqs: Sequence[int]) -> Sequence[Row]:
         """Return rows of `rows.COLUMNS`."""
+
+    @abstractmethod
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> Sequence[Row]:
+        """Return idempotency keys by age: the columns of `KeyPlace`, and whether its task is gone.
+
+        Only those behind ``after`` that were bound before an instant.
+        """
+
+    @abstractmethod
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        """Delete idempotency keys by ``(principal, key)``."""
 
     def _refresh(self) -> None:
         """Read what is kept in memory again if it is not known to be true."""
@@ -169,8 +189,9 @@ class Bookkeeper(ABC):
         return first
 
     def _add(self, number: str, delta: int) -> None:
-        self._numbers[number] += delta
-        self._changed_numbers.add(number)
+        if delta:
+            self._numbers[number] += delta
+            self._changed_numbers.add(number)
 
     # -- identity, sizes, counters ----------------------------------------------------------------
 
@@ -228,31 +249,36 @@ class Bookkeeper(ABC):
             ValueError: an accept sequence belongs to another task.
         """
         self._must_write()
-        indexed = [
+        placed = [
             rows.indexed_values(task, lane_id=self._lane_of(task), last_worker=None, end_no=None)
             for task in tasks
         ]
-        values = [
-            (*rows.spec_values(task), *rows.plain_values(task), *placed)
-            for task, placed in zip(tasks, indexed, strict=True)
-        ]
-        fresh = self._insert_tasks(values)
+        fresh = self._insert_tasks(
+            [
+                (*rows.spec_values(task), *rows.plain_values(task), *indexed)
+                for task, indexed in zip(tasks, placed, strict=True)
+            ]
+        )
         added: set[str] = set()
         ended: list[int] = []
         specs: list[tuple[int, bytes]] = []
-        for task, placed in zip(tasks, indexed, strict=True):
-            if task.seq not in fresh or task.id in added:
+        open_tasks = open_bytes = 0
+        for task, indexed in zip(tasks, placed, strict=True):
+            spec = task.spec
+            if task.seq not in fresh or spec.id in added:
                 continue
-            added.add(task.id)
-            specs.append((task.seq, codec.pack_spec(task.spec)))
-            self._depth[task.spec.queue, task.state.value] += 1
-            self._add_ready(placed[rows.READY_LANE], 1)
+            added.add(spec.id)
+            specs.append((task.seq, codec.pack_spec(spec)))
+            self._depth[spec.queue, indexed[rows.STATE]] += 1
+            self._add_ready(indexed[rows.READY_LANE], 1)
             if task.terminal:
                 ended.append(task.seq)
             else:
-                self._add("open_tasks", 1)
-                self._add("open_bytes", task.spec.bytes_stored)
-                self._remember(task, placed)
+                open_tasks += 1
+                open_bytes += spec.bytes_stored
+                self._remember(task, indexed)
+        self._add("open_tasks", open_tasks)
+        self._add("open_bytes", open_bytes)
         self._insert_specs(specs)
         self._number_ends([(self._next("last_end"), seq) for seq in sorted(ended)])
         if fresh and max(fresh) > self._numbers["last_seq"]:
@@ -310,7 +336,7 @@ class Bookkeeper(ABC):
         """Count a task out of where it stood and into where it stands; return its index values."""
         was = old.indexed
         end_no: int | None = was[rows.END_NO]
-        if task.finished_at is None:
+        if not task.terminal:
             end_no = None
         elif end_no is None or ended_anew(old.task, task):
             end_no = self._next("last_end")
@@ -340,6 +366,26 @@ class Bookkeeper(ABC):
         if lane_id is not None:
             self._lane_by_id[lane_id].ready += delta
             self._changed_lanes.add(lane_id)
+
+    def _prune_keys(self, before: float, limit: int) -> None:
+        """Delete up to ``limit`` old idempotency keys whose tasks are gone.
+
+        However many belong to tasks that still live, one call passes over few of them; the next one
+        goes on behind those, and after the youngest of the old ones it begins again.
+        """
+        looked = limit * _KEYS_LOOKED
+        found = self._old_keys(self._keys_seen, before, looked)
+        gone: list[tuple[str, str]] = []
+        for *place, orphan in found:
+            if len(gone) == limit:
+                break
+            self._keys_seen = (place[0], place[1], place[2])
+            if orphan:
+                gone.append((place[1], place[2]))
+        else:
+            if len(found) < looked:
+                self._keys_seen = OLDEST_KEY
+        self._delete_keys(gone)
 
     def _drop_empty_lanes(self) -> list[int]:
         """Forget lanes without a ready task: no row names them, and needs are of many kinds.

@@ -381,9 +381,9 @@ class MemoryTaskStore:
         """Return the not yet ended tasks with this ordering key, in accept order."""
         return self._named(self._ordering.first(key, limit))
 
-    def concurrency_keys_held(self, limit: int) -> list[str]:
+    def concurrency_keys_held(self, limit: int, *, after: str = "") -> list[str]:
         """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
-        return sorted(self._held.lists)[:limit]
+        return sorted(key for key in self._held.lists if key > after)[:limit]
 
     def held_by_concurrency(self, key: str, limit: int) -> list[Task]:
         """Return tasks held for this concurrency key by ``(dispatch_key, seq)``."""

@@ -36,7 +36,7 @@ from hcna_ray.core.models import (
 )
 from hcna_ray.store import codec, origin, rows
 from hcna_ray.store.base import Counter, KeyClaim, Settlement, StoredAudit, StoredFact
-from hcna_ray.store.bookkeeping import Bookkeeper, Change
+from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.generations import generation_above, numbers_to_skip
 from hcna_ray.store.migrations import known_migrations, missing_migrations
 from hcna_ray.store.postgres_session import (
@@ -678,9 +678,9 @@ class PostgresTaskStore(Bookkeeper):
         """Return the not yet ended tasks with this ordering key, in accept order."""
         return self._found(_ORDERING_LINE, (key, key, limit))
 
-    def concurrency_keys_held(self, limit: int) -> list[str]:
+    def concurrency_keys_held(self, limit: int, *, after: str = "") -> list[str]:
         """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
-        return [key for (key,) in self._run(_KEYS_WITH_HELD, (limit,))]
+        return [key for (key,) in self._run(_KEYS_WITH_HELD, (after, limit))]
 
     def held_by_concurrency(self, key: str, limit: int) -> list[Task]:
         """Return tasks held for this concurrency key by ``(dispatch_key, seq)``."""
@@ -791,6 +791,14 @@ class PostgresTaskStore(Bookkeeper):
         values = [rows.audit_values(self._next("last_audit"), entry) for entry in entries]
         self._queue_rows(_INSERT_AUDIT, _AUDIT_KINDS, values)
 
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> Sequence[Row]:
+        return self._run(_OLD_KEYS, (after[0], *after, float(before), limit))
+
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        if names:
+            principals, keys = zip(*names, strict=True)
+            self._queue(_DELETE_KEYS, (texts(principals), texts(keys)))
+
     def prune(self, ended_before: float, keys_before: float, limit: int) -> int:
         """Delete up to ``limit`` old tasks, and up to ``limit`` keys; see `TaskStore.prune`."""
         self._must_write()
@@ -809,8 +817,7 @@ class PostgresTaskStore(Bookkeeper):
         for seq, _id, queue, state in gone:
             self._forget(seq)
             self._depth[queue, state] -= 1
-        # Passes over old keys of tasks that still live: few, as keys outlive ended tasks by days.
-        self._queue(_PRUNE_KEYS, (float(keys_before), limit))
+        self._prune_keys(keys_before, limit)
         if empty := self._drop_empty_lanes():
             self._queue("DELETE FROM lane WHERE id = ANY(%s)", (integers(empty),))
         return len(gone)
@@ -1154,7 +1161,7 @@ _HELD = "SELECT seq FROM task WHERE held_key = %s ORDER BY dispatch_key, seq LIM
 # Leaps from key to key along the index: flat cost per key.
 _KEYS_WITH_HELD = """
 WITH RECURSIVE found (held_key) AS (
-    (SELECT held_key FROM task WHERE held_key IS NOT NULL ORDER BY held_key LIMIT 1)
+    (SELECT held_key FROM task WHERE held_key > %s ORDER BY held_key LIMIT 1)
     UNION ALL
     SELECT (SELECT t.held_key FROM task AS t WHERE t.held_key > f.held_key
             ORDER BY t.held_key LIMIT 1)
@@ -1177,10 +1184,14 @@ _PRUNABLE = (
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "
     "ORDER BY finished_at, seq LIMIT %s"
 )
-_PRUNE_KEYS = (
-    "DELETE FROM idempotency_key WHERE (principal, key) IN ("
-    "SELECT principal, key FROM idempotency_key AS k WHERE at < %s "
-    "AND NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) ORDER BY at LIMIT %s)"
+_OLD_KEYS = (
+    "SELECT at, principal, key, NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) "
+    "FROM idempotency_key AS k WHERE at >= %s AND (at, principal, key) > (%s, %s, %s) AND at < %s "
+    "ORDER BY at, principal, key LIMIT %s"
+)
+_DELETE_KEYS = (
+    "DELETE FROM idempotency_key WHERE (principal, key) IN "
+    "(SELECT n.principal, n.key FROM unnest(%s, %s) AS n (principal, key))"
 )
 _WORKERS = "SELECT body FROM worker ORDER BY name"
 _PAUSED = "SELECT queue FROM paused_queue"

@@ -83,7 +83,7 @@ STATE, READY_LANE, WORKER, END_NO = (
 INSERT_TASK = (
     f"INSERT INTO task ({', '.join(SPEC + PLAIN + INDEXED)}) "
     f"VALUES ({', '.join('?' * len(SPEC + PLAIN + INDEXED))}) "
-    "ON CONFLICT (id) DO NOTHING RETURNING seq"
+    "ON CONFLICT (id) DO NOTHING"
 )
 ATTEMPT = (
     "task_id",
@@ -200,7 +200,7 @@ def indexed_values(
 
 def held(task: Task) -> bool:
     """Return whether a task waits for its concurrency key."""
-    return bool(task.hold & Hold.CONCURRENCY) and not task.terminal
+    return bool(task.hold) and bool(task.hold & Hold.CONCURRENCY) and not task.terminal
 
 
 def indexed_of_row(row: Row) -> Row:

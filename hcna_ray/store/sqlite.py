@@ -48,7 +48,7 @@ from hcna_ray.store.base import (
     StoredAudit,
     StoredFact,
 )
-from hcna_ray.store.bookkeeping import Bookkeeper, Change
+from hcna_ray.store.bookkeeping import Bookkeeper, Change, KeyPlace
 from hcna_ray.store.migrations import check_schema, migrate
 from hcna_ray.store.rows import Row
 from hcna_ray.store.sqlite_locks import left_behind
@@ -367,7 +367,19 @@ class SqliteTaskStore(_Connection, Bookkeeper):
     # -- tasks ----------------------------------------------------------------------------------
 
     def _insert_tasks(self, values: Sequence[Row]) -> set[int]:
-        return {seq for (seq,) in self._many(rows.INSERT_TASK, values)}
+        fresh: set[int] = set()
+
+        def watched() -> Iterator[Row]:
+            """Yield the rows; whoever asks for the next one has dealt with the one before."""
+            count = self._db.total_changes()
+            for row in values:
+                yield row
+                if count != (count := self._db.total_changes()):
+                    fresh.add(row[0])
+
+        # RETURNING would say the same for nearly as much time again.
+        self._many(rows.INSERT_TASK, watched())
+        return fresh
 
     def _insert_specs(self, values: Sequence[tuple[int, bytes]]) -> None:
         self._many("INSERT INTO task_spec VALUES (?, ?)", values)
@@ -408,6 +420,12 @@ class SqliteTaskStore(_Connection, Bookkeeper):
 
     def _rows_by_seq(self, seqs: Sequence[int]) -> list[Row]:
         return self._run(_BY_SEQ, (codec.to_json(seqs),))
+
+    def _old_keys(self, after: KeyPlace, before: float, limit: int) -> list[Row]:
+        return self._run(_OLD_KEYS, (*after, before, limit))
+
+    def _delete_keys(self, names: Sequence[tuple[str, str]]) -> None:
+        self._many("DELETE FROM idempotency_key WHERE principal = ? AND key = ?", names)
 
     def _found(self, sql: str, values: Sequence[Any] = ()) -> list[Task]:
         """Return the tasks whose accept sequences a statement finds, in its order."""
@@ -482,10 +500,10 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         """Return the not yet ended tasks with this ordering key, in accept order."""
         return self._found(_ORDERING_LINE, (key, limit))
 
-    def concurrency_keys_held(self, limit: int) -> list[str]:
+    def concurrency_keys_held(self, limit: int, *, after: str = "") -> list[str]:
         """Return up to ``limit`` distinct concurrency keys for which tasks are held, sorted."""
         found: list[str] = []
-        last = ""
+        last = after
         while len(found) < limit:  # Leaps from key to key along the index: flat cost per key.
             row = self._run(
                 "SELECT held_key FROM task WHERE held_key > ? ORDER BY held_key LIMIT 1", (last,)
@@ -604,13 +622,7 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         for seq, _id, queue, state in gone:
             self._forget(seq)
             self._depth[queue, state] -= 1
-        # Passes over old keys of tasks that still live: few, as keys outlive ended tasks by days.
-        self._run(
-            "DELETE FROM idempotency_key WHERE (principal, key) IN ("
-            "SELECT principal, key FROM idempotency_key AS k WHERE at < ? "
-            "AND NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) ORDER BY at LIMIT ?)",
-            (keys_before, limit),
-        )
+        self._prune_keys(keys_before, limit)
         self._many("DELETE FROM lane WHERE id = ?", [(id_,) for id_ in self._drop_empty_lanes()])
         return len(gone)
 
@@ -789,6 +801,11 @@ _PRUNABLE = (
     "SELECT seq, id, queue, state FROM task AS t WHERE end_no IS NOT NULL AND finished_at < ? "
     "AND NOT EXISTS (SELECT 1 FROM dependency WHERE parent_id = t.id) "
     "ORDER BY finished_at, seq LIMIT ?"
+)
+_OLD_KEYS = (
+    "SELECT at, principal, key, NOT EXISTS (SELECT 1 FROM task WHERE id = k.task_id) "
+    "FROM idempotency_key AS k WHERE (at, principal, key) > (?, ?, ?) AND at < ? "
+    "ORDER BY at, principal, key LIMIT ?"
 )
 # The rows are picked by number first: a sort must not carry payloads around.
 _ENDED = (

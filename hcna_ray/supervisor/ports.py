@@ -49,6 +49,8 @@ RAY_TUNING: Mapping[str, str] = {
     "RAY_ROTATION_BACKUP_COUNT": "2",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # HAProxy would write a line about each request, for an actor to parse: C1 counts its own.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Our drain is the moderator's; Ray's would hold up every stop by its full length.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "10",

@@ -12,9 +12,11 @@ ends with the node.
 Without a dashboard Ray starts the dashboard's process all the same, for statistics of use, which
 are switched off here. It is left out.
 
-A raylet that cannot read within 15 s at which ports its two agents listen ends itself. On a slow or
-busy machine, where four Python programs start at once, that is again and again too short. Here all
-ports are given, so they are written down before the raylet starts, and it waits for nobody.
+A raylet that does not know the port of its dashboard agent's HTTP server waits 15 s for the file in
+which the agent says it, and then ends (``NodeManager::WaitForDashboardAgentPorts``, Ray 2.60; no
+setting changes the 15 s). On a busy machine the agent takes longer than that to import what it
+needs. The port is known here, and the raylet has an option for it, but ``services.start_raylet``
+tells it to the agent alone. Here the raylet is told as well, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -36,11 +38,30 @@ def main() -> None:
     scripts.get_ray_client_dependency_error = lambda: "closed by hcna-ray"
     node: Any = import_module("ray._private.node").Node
     _hand_over_to_keeper(node)
-    _write_ports_down(node, import_module("ray._raylet"))
+    tell_raylet_agent_port(import_module("ray._private.services"), sys.argv)
     if "--include-dashboard=false" in sys.argv:
         _leave_out_dashboard(node)
     sys.argv[:] = ["ray", "start", *sys.argv[1:]]
     scripts.main()
+
+
+def tell_raylet_agent_port(services: Any, arguments: list[str]) -> None:
+    """Have the raylet know the port of its dashboard agent from the start.
+
+    Args:
+        services: Ray's module of that name.
+        arguments: Those of ``ray start``.
+    """
+    option = "--dashboard-agent-listen-port="
+    ports = [one.removeprefix(option) for one in arguments if one.startswith(option)]
+    start = services.start_ray_process
+
+    def start_ray_process(command: list[str], process_type: str, *rest: Any, **named: Any) -> Any:
+        if process_type == "raylet" and ports:
+            command = [*command, f"--dashboard_agent_listen_port={ports[-1]}"]
+        return start(command, process_type, *rest, **named)
+
+    services.start_ray_process = start_ray_process
 
 
 def _hand_over_to_keeper(node: Any) -> None:
@@ -65,26 +86,6 @@ def _hand_over_to_keeper(node: Any) -> None:
         os.execv(sys.executable, [sys.executable, "-I", "-S", keeper.__file__, role, *words])
 
     node.dead_processes = dead_processes
-
-
-def _write_ports_down(node: Any, raylet: Any) -> None:
-    """Write the agents' ports where the raylet looks for them; the agents write the same later."""
-    start_raylet = node.start_raylet
-
-    def with_ports(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self._ray_params
-        ports = {
-            raylet.METRICS_AGENT_PORT_NAME: given.metrics_agent_port,
-            raylet.METRICS_EXPORT_PORT_NAME: given.metrics_export_port,
-            raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME: given.dashboard_agent_listen_port,
-            raylet.RUNTIME_ENV_AGENT_PORT_NAME: given.runtime_env_agent_port,
-        }
-        for name, port in ports.items():
-            if port:
-                raylet.persist_port(self._session_dir, self._node_id, name, port)
-        return start_raylet(self, *args, **kwargs)
-
-    node.start_raylet = with_ports
 
 
 def _leave_out_dashboard(node: Any) -> None:

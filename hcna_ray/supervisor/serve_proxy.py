@@ -1,9 +1,14 @@
-"""What Serve's own HAProxy says while it knows no application: 503, and never 404.
+"""What is put right in the configuration of Serve's own HAProxy.
+
+While it knows no application it says 503, and never 404, as follows.
 
 Ray Serve starts an HAProxy in front of C1. Started anew, that answers for some tenths of a second
 before it is told of C1, and then with 404, as if no task and no route had ever been. A client would
 believe it. So Ray is given a program to start instead (``RAY_SERVE_HAPROXY_BINARY_PATH``) that
-puts one line of the configuration right and becomes HAProxy.
+puts this line of the configuration right and becomes HAProxy.
+
+And it marks what submits tasks as in no need of being ended when its client goes: Serve would watch
+each such request with two tasks of asyncio's, and the submission is stored in any case.
 """
 
 from __future__ import annotations
@@ -31,6 +36,12 @@ _FROM = r"^\( *\)http-request return status 404 .*"
 _TO = (
     r"\1http-request return status 503 content-type application/problem+json "
     f"string '{json.dumps(_ANSWER)}' hdr retry-after 1"
+)
+#: Where requests come in, and what is added there.
+_ENTRANCE = "/^frontend http_frontend$/a\\"
+_UNWATCHED = (
+    "    http-request set-header x-request-disconnect-disabled ?1 "
+    "if METH_POST { path /tasks /tasks/batch }"
 )
 
 
@@ -67,7 +78,8 @@ def serve_proxy_script() -> str:
 previous=
 for word in "$@"; do
   if [ "$previous" = -f ]; then
-    sed -e {shlex.quote(f"s|{_FROM}|{_TO}|")} "$word" >"$word.hcna" && mv "$word.hcna" "$word"
+    sed -e {shlex.quote(f"s|{_FROM}|{_TO}|")} -e {shlex.quote(_ENTRANCE)} \\
+      -e {shlex.quote(_UNWATCHED)} "$word" >"$word.hcna" && mv "$word.hcna" "$word"
   fi
   previous=$word
 done

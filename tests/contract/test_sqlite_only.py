@@ -622,6 +622,7 @@ QUERIES: dict[str, tuple[str, Any]] = {
     "ordering_line": (sqlite._ORDERING_LINE, ["o1", 2]),
     "ordering_out": (sqlite._ORDERING_OUT, ["o1"]),
     "held": (sqlite._HELD, ["c", 9]),
+    "old keys": (sqlite._OLD_KEYS, [0.0, "", "", T0, 9]),
     "leased": (sqlite._LEASED, []),
     "dependents": (sqlite._DEPENDENTS, ["t2", 9]),
     "waited_for": (sqlite._WAITED_FOR, ['["t1"]']),

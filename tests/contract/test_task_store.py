@@ -732,6 +732,8 @@ class TestKeysAndDependencies:
         )
         assert store.concurrency_keys_held(9) == ["a", "b"]
         assert store.concurrency_keys_held(1) == ["a"]
+        assert store.concurrency_keys_held(9, after="a") == ["b"]
+        assert store.concurrency_keys_held(9, after="b") == []
 
     def test_holders_of_keys_are_told_without_claiming(self, store: TaskStore) -> None:
         put(store, a_task("t1"))

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults import samples
 from tests.faults.parts import soak
 from tests.faults.parts.soak import Collector
+
+
+def test_threads_of_a_pool_that_breathes_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> int:
+        found = samples.sample(os.getpid())
+        assert found is not None
+        return found["threads"]
+
+    before, done = threads(), threading.Event()
+    one = threading.Thread(target=done.wait)
+    one.start()
+    try:
+        with_one = threads()
+        monkeypatch.setattr(samples, "_POOL", one_name(one))
+        without = threads()
+    finally:
+        done.set()
+        one.join()
+    assert with_one == before + 1
+    assert without < with_one
+
+
+def one_name(thread: threading.Thread) -> str:
+    return Path(f"/proc/self/task/{thread.native_id}/comm").read_text().strip()
 
 
 def test_pruned_tasks_stay_in_the_dump_and_in_its_depths(

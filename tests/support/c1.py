@@ -54,9 +54,10 @@ class CountedIds:
     def __init__(self) -> None:
         self.tasks = self.batches = 0
 
-    def task_id(self) -> str:
-        self.tasks += 1
-        return f"task-{self.tasks}"
+    def task_ids(self, count: int) -> list[str]:
+        first = self.tasks + 1
+        self.tasks += count
+        return [f"task-{number}" for number in range(first, first + count)]
 
     def batch_id(self) -> str:
         self.batches += 1

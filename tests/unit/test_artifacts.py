@@ -72,43 +72,43 @@ def test_a_wrong_digest_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_upload_goes_on_where_it_stood_after_a_restart(tmp_path: Path) -> None:
     store = a_store(tmp_path)
     assert store.progress(SHA, len(DATA)) == Upload(sha256=SHA, size=len(DATA), received=0)
-    store.append(SHA, offset=0, size=len(DATA), data=DATA[:4000])
+    store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:4000]])
 
     store = a_store(tmp_path)
     assert store.progress(SHA, len(DATA)) == Upload(sha256=SHA, size=len(DATA), received=4000)
-    done = store.append(SHA, offset=4000, size=len(DATA), data=DATA[4000:])
+    done = store.append(SHA, offset=4000, size=len(DATA), pieces=[DATA[4000:]])
 
     assert done == Artifact(sha256=SHA, size=len(DATA))
     assert store.path(SHA).read_bytes() == DATA
     assert store.uploads() == 0
     assert store.progress(SHA, len(DATA)) == done
-    assert store.append(SHA, offset=0, size=len(DATA), data=DATA[:10]) == done
+    assert store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:10]]) == done
 
 
 def test_a_part_from_elsewhere_is_refused_with_where_to_go_on(tmp_path: Path) -> None:
     store = a_store(tmp_path)
     with pytest.raises(OffsetMismatch) as caught:
-        store.append(SHA, offset=10, size=len(DATA), data=b"x")
+        store.append(SHA, offset=10, size=len(DATA), pieces=[b"x"])
     assert caught.value.received == 0
-    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+    store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:100]])
     for offset in (0, 99, 101):
         with pytest.raises(OffsetMismatch) as caught:
-            store.append(SHA, offset=offset, size=len(DATA), data=b"x")
+            store.append(SHA, offset=offset, size=len(DATA), pieces=[b"x"])
         assert caught.value.received == 100
 
 
 def test_an_upload_of_other_bytes_starts_anew(tmp_path: Path) -> None:
     store = a_store(tmp_path)
-    store.append(SHA, offset=0, size=8, data=b"some")
+    store.append(SHA, offset=0, size=8, pieces=[b"some"])
     with pytest.raises(Invalid, match="SHA-256"):
-        store.append(SHA, offset=4, size=8, data=b"else")
+        store.append(SHA, offset=4, size=8, pieces=[b"else"])
     assert store.progress(SHA, 8) == Upload(sha256=SHA, size=8, received=0)
     assert files(tmp_path) == []
 
 
 def test_all_there_but_never_checked_is_finished_by_the_last_part(tmp_path: Path) -> None:
     store = a_store(tmp_path)
-    store.append(SHA, offset=0, size=len(DATA), data=DATA[:-10])
+    store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:-10]])
     (part,) = (tmp_path / "artifacts" / "parts").iterdir()
     part.write_bytes(DATA)  # As after a crash between the last write and its check.
 
@@ -116,34 +116,34 @@ def test_all_there_but_never_checked_is_finished_by_the_last_part(tmp_path: Path
     found = store.progress(SHA, len(DATA))
     assert isinstance(found, Upload)
     assert found.received == len(DATA) - 1
-    done = store.append(SHA, offset=len(DATA) - 1, size=len(DATA), data=DATA[-1:])
+    done = store.append(SHA, offset=len(DATA) - 1, size=len(DATA), pieces=[DATA[-1:]])
     assert done == Artifact(sha256=SHA, size=len(DATA))
 
 
 def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
     store = a_store(tmp_path)
     with pytest.raises(ArtifactTooLarge):
-        store.append(SHA, offset=0, size=100_001, data=b"x")
+        store.append(SHA, offset=0, size=100_001, pieces=[b"x"])
     with pytest.raises(ArtifactTooLarge):
         store.progress(SHA, 100_001)
     with pytest.raises(ArtifactTooLarge):
         store.put(b"x" * 20_001)
     with pytest.raises(ArtifactTooLarge):
-        store.append(SHA, offset=0, size=50_000, data=b"x" * 20_001)
+        store.append(SHA, offset=0, size=50_000, pieces=[b"x" * 20_001])
 
 
 def test_open_uploads_are_bounded_and_stale_ones_make_room(tmp_path: Path) -> None:
     now = Now()
     store = a_store(tmp_path, now=now)
     for digit in "12":
-        store.append(digit * 64, offset=0, size=10, data=b"x")
+        store.append(digit * 64, offset=0, size=10, pieces=[b"x"])
         (part,) = (tmp_path / "artifacts" / "parts").glob(f"{digit}*")
         os.utime(part, (now.at, now.at))
     with pytest.raises(Overloaded):
-        store.append("3" * 64, offset=0, size=10, data=b"x")
+        store.append("3" * 64, offset=0, size=10, pieces=[b"x"])
 
     now.at += 3601
-    store.append("3" * 64, offset=0, size=10, data=b"x")
+    store.append("3" * 64, offset=0, size=10, pieces=[b"x"])
     assert store.uploads() == 1
 
 
@@ -154,14 +154,14 @@ def test_the_reserve_of_the_disk_is_kept(tmp_path: Path) -> None:
         store.put(b"x" * 501)
     assert caught.value.retry_after_s > 0
     with pytest.raises(DiskFull):
-        store.append(SHA, offset=0, size=9000, data=b"x" * 501)
+        store.append(SHA, offset=0, size=9000, pieces=[b"x" * 501])
 
 
 def test_a_disk_that_fills_up_leaves_the_upload_where_it_stood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = a_store(tmp_path)
-    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+    store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:100]])
     real, calls = os.pwrite, 0
 
     def fails_halfway(descriptor: int, data: Any, offset: int) -> int:
@@ -173,13 +173,13 @@ def test_a_disk_that_fills_up_leaves_the_upload_where_it_stood(
 
     monkeypatch.setattr(os, "pwrite", fails_halfway)
     with pytest.raises(DiskFull):
-        store.append(SHA, offset=100, size=len(DATA), data=DATA[100:300])
+        store.append(SHA, offset=100, size=len(DATA), pieces=[DATA[100:300]])
     monkeypatch.undo()
 
     found = store.progress(SHA, len(DATA))
     assert isinstance(found, Upload)
     assert found.received == 100
-    store.append(SHA, offset=100, size=len(DATA), data=DATA[100:])
+    store.append(SHA, offset=100, size=len(DATA), pieces=[DATA[100:]])
     assert store.path(SHA).read_bytes() == DATA
 
 
@@ -187,14 +187,14 @@ def test_what_a_failed_fsync_was_about_does_not_count_as_received(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = a_store(tmp_path)
-    store.append(SHA, offset=0, size=len(DATA), data=DATA[:100])
+    store.append(SHA, offset=0, size=len(DATA), pieces=[DATA[:100]])
 
     def fails(_descriptor: int) -> None:
         raise OSError(errno.EIO, "no disk")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(StoreUnavailable):
-        store.append(SHA, offset=100, size=len(DATA), data=DATA[100:300])
+        store.append(SHA, offset=100, size=len(DATA), pieces=[DATA[100:300]])
     with pytest.raises(StoreUnavailable):
         store.put(b"other")
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_the_same_parts_from_many_threads_make_one_artifact(tmp_path: Path) -> N
         while True:
             try:
                 found = own.append(
-                    SHA, offset=offset, size=len(DATA), data=DATA[offset : offset + 100]
+                    SHA, offset=offset, size=len(DATA), pieces=[DATA[offset : offset + 100]]
                 )
             except OffsetMismatch as error:
                 offset = error.received

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import os
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO, TypeVar
@@ -19,7 +19,9 @@ from hcna_ray.store.artifacts import Artifact, Upload
 routes = Routes("artifacts")
 
 OCTETS = "application/octet-stream"
-CHUNK = 512 * 1024
+CHUNK = 1024 * 1024
+#: Smaller pieces of a body are put together: each costs an object.
+CRUMB_BYTES = 64 * 1024
 
 _PART = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\Z")
 _ASK = re.compile(r"bytes \*/([0-9]{1,18})\Z")
@@ -52,13 +54,15 @@ async def put_artifact(call: Call) -> Response:
     store = call.services.artifacts
     sha256 = call.query(ArtifactQuery).sha256
     said = call.request.headers.getlist("content-range")
-    data = await call.request.body()
     if not said:
+        data = await call.request.body()
         return _uploaded(await _on_file_thread(call, lambda: store.put(data, sha256)))
+    pieces = await _pieces(call)
+    received = sum(map(len, pieces))
     if sha256 is None:
         raise refuse_field("sha256", "a part needs ?sha256=<digest of the whole>")
     if len(said) == 1 and (asked := _ASK.match(said[0])):
-        if data:
+        if pieces:
             raise refuse_field("Content-Range", "'bytes */total' asks, and comes without a body")
         size = int(asked[1])
         return _uploaded(await _on_file_thread(call, lambda: store.progress(sha256, size)))
@@ -66,14 +70,34 @@ async def put_artifact(call: Call) -> Response:
     if part is None:
         raise refuse_field("Content-Range", "must be 'bytes a-b/total' or 'bytes */total'")
     first, last, size = int(part[1]), int(part[2]), int(part[3])
-    if last < first or last >= size or last - first + 1 != len(data):
+    if last < first or last >= size or last - first + 1 != received:
         raise refuse_field(
-            "Content-Range", f"says {said[0]!r}, which does not fit a body of {len(data)} bytes"
+            "Content-Range", f"says {said[0]!r}, which does not fit a body of {received} bytes"
         )
     result = await _on_file_thread(
-        call, lambda: store.append(sha256, offset=first, size=size, data=data)
+        call, lambda: store.append(sha256, offset=first, size=size, pieces=pieces)
     )
     return _uploaded(result)
+
+
+async def _pieces(call: Call) -> list[bytes]:
+    """Return a body as it came: joining all of it would copy it once more. Crumbs are joined."""
+    pieces: list[bytes] = []
+    crumbs = bytearray()
+    async for piece in call.request.stream():
+        if len(piece) >= CRUMB_BYTES:
+            if crumbs:
+                pieces.append(bytes(crumbs))
+                crumbs.clear()
+            pieces.append(piece)
+            continue
+        crumbs += piece
+        if len(crumbs) >= CRUMB_BYTES:
+            pieces.append(bytes(crumbs))
+            crumbs.clear()
+    if crumbs:
+        pieces.append(bytes(crumbs))
+    return pieces
 
 
 def _uploaded(result: Artifact | Upload) -> Response:
@@ -164,14 +188,23 @@ def _span(call: Call, size: int, etag: str) -> tuple[int, int] | None:
 
 
 async def _chunks(call: Call, stream: BinaryIO, first: int, length: int) -> AsyncIterator[bytes]:
+    """Yield a span of a file. The next piece is read while the last one is on its way."""
+    loop, descriptor = asyncio.get_running_loop(), stream.fileno()
+
+    def read(offset: int) -> asyncio.Future[bytes]:
+        size = min(CHUNK, first + length - offset)
+        return loop.run_in_executor(call.services.files, os.pread, descriptor, size, offset)
+
+    offset, ahead = first, read(first)
     try:
-        await _on_file_thread(call, lambda: stream.seek(first))
-        left = length
-        while left:
-            chunk = await _on_file_thread(call, functools.partial(stream.read, min(CHUNK, left)))
+        while offset < first + length:
+            chunk = await ahead
             if not chunk:
                 raise OSError("the artifact is shorter than its size")
-            left -= len(chunk)
+            offset += len(chunk)
+            if offset < first + length:
+                ahead = read(offset)
             yield chunk
     finally:
-        stream.close()
+        # A thread may still be reading: closed now, the number could be another file's by then.
+        ahead.add_done_callback(lambda _: stream.close())

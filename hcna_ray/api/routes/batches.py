@@ -135,6 +135,7 @@ async def _check(
     services = call.services
     now = services.clock.now()
     checked: list[tuple[str | None, TaskSpec] | HcnaError] = []
+    task_ids = services.ids.task_ids(len(bodies))
     for index, body in enumerate(bodies):
         if isinstance(body, HcnaError):
             checked.append(body)
@@ -144,7 +145,7 @@ async def _check(
                     body,
                     sender,
                     index=index,
-                    task_id=services.ids.task_id(),
+                    task_id=task_ids[index],
                     batch_id=batch_id,
                     now=now,
                 )
@@ -174,7 +175,7 @@ def _refuse_all(refused: Sequence[tuple[int, HcnaError]], count: int) -> Respons
 
 def _outcome(index: int, one: SubmitResult | HcnaError | None) -> dict[str, Any]:
     if isinstance(one, Accepted):
-        view = {"index": index, "task_id": one.task_id, "status": one.state.value}
+        view = {"index": index, "task_id": one.task_id, "status": one.state}
         return view | {"duplicate": True} if one.duplicate else view
     error = one.error if isinstance(one, Refused) else one
     assert error is not None

@@ -62,9 +62,8 @@ async def submit_task(call: Call) -> Response:
         idempotency_key=call.idempotency_key,
         traceparent=call.traceparent,
     )
-    spec = services.submissions.task(
-        body, sender, task_id=services.ids.task_id(), now=services.clock.now()
-    )
+    (task_id,) = services.ids.task_ids(1)
+    spec = services.submissions.task(body, sender, task_id=task_id, now=services.clock.now())
     (result,) = await services.gatherer.submit((spec,))
     if isinstance(result, Refused):
         raise result.error

@@ -96,7 +96,7 @@ def _requeued(run: Run, out: Outcome, fault: Fault, bound: float) -> None:
         other.target in ("moderator", "all", "head")
         and fault.at - bound <= other.at <= fault.at + bound
         for other in run.faults
-        if other.at != fault.at
+        if other is not fault
     ):
         # A new moderator gives every session one full lease time.
         out.note(1, f"{fault.kind} of {fault.target} near one of the moderator: not timed")

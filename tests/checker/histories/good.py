@@ -486,6 +486,21 @@ def a_moderator_is_killed_and_comes_back(w: World) -> None:
 
 
 @good
+def all_hosts_lose_power_at_once(w: World) -> None:
+    """No lease can end while there is no moderator, and its workers lost power the same moment."""
+    w.submit("a")
+    w.grant("a")
+    w.start("a")
+    at = w.fault("reboot", "all")["at"]
+    w.fault("reboot", "W1")["at"] = at
+    w.wait(80)
+    w.submit("b")
+    w.lose("a")
+    w.run("a", "W2")
+    w.run("b")
+
+
+@good
 def a_restore_forgets_what_came_after_the_backup(w: World) -> None:
     w.submit("a")
     backup_at = w.now

@@ -39,6 +39,7 @@ class Machines:
     budget_s = 720.0
     needs_root = True
     only_when_named = False
+    side_by_side = False
 
     def cases(self, seed: int, size: Size) -> Sequence[Case]:
         """Return a case for each point."""

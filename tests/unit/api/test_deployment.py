@@ -10,7 +10,7 @@ from hcna_ray.api import deployment
 from hcna_ray.api.ray_moderator import RayModerator
 from hcna_ray.core.errors import ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskFilter, TaskState
-from hcna_ray.runtime.messages import ReplayQuery, SubmitBatch
+from hcna_ray.runtime.messages import Accepted, ReplayQuery, SubmitBatch, in_brief
 from tests.support.builders import T0, a_spec
 from tests.support.fake_moderator import FakeModerator
 
@@ -40,7 +40,8 @@ class FakeLink:
 
     async def acall(self, method: str, *args: Any, timeout_s: float = 15.0, **kwargs: Any) -> Any:
         self.timeouts[method] = timeout_s
-        return await getattr(self.moderator, method)(*args, **kwargs)
+        reply = await getattr(self.moderator, method)(*args, **kwargs)
+        return in_brief(args[0], reply) if method == "submit" else reply
 
 
 async def test_every_call_reaches_the_actor_under_its_name() -> None:
@@ -49,7 +50,8 @@ async def test_every_call_reaches_the_actor_under_its_name() -> None:
     link = FakeLink(fake)
     moderator = RayModerator(link)
 
-    assert len(await moderator.submit(SubmitBatch(specs=(a_spec("t1"), a_spec("t2"))))) == 2
+    answers = await moderator.submit(SubmitBatch(specs=(a_spec("t1"), a_spec("t2"))))
+    assert answers == [Accepted("t1", TaskState.QUEUED), Accepted("t2", TaskState.QUEUED)]
     assert await moderator.cancel("t1", reason="", principal="p") is TaskState.CANCELLED
     assert (await moderator.changes(0, 0.0)).last > 0
     assert [worker.name for worker in await moderator.workers()] == ["W1"]

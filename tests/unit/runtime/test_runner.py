@@ -202,7 +202,6 @@ def test_what_was_granted_begins_only_while_its_lease_can_be_in_force(
     reports = bench.run(bench.offer("t1"), bench.offer("t2"))
 
     assert {(one.kind, one.task_id) for one in reports} == {
-        (ReportKind.STARTED, "t1"),
         (ReportKind.COMPLETED, "t1"),
         (ReportKind.RETURNED, "t2"),
     }
@@ -381,6 +380,19 @@ def test_while_an_exchange_carries_the_reports_nobody_else_sends_them(bench: Ben
         assert bench.runner.flush(PATIENCE_S)
         assert len(bench.link.calls) == calls
     assert bench.runner.take_unconfirmed() == ()
+
+
+def test_reports_that_went_with_an_exchange_are_followed_by_no_empty_call(bench: Bench) -> None:
+    bench.handle("t1", lambda _ctx: {})
+    bench.handle("late", lambda _ctx: bench.link.wait_for(("started", "late")))
+    with bench.runner.serving():
+        for number in range(20):
+            bench.runner.run((bench.offer(f"t{number}", "t1"),))
+            bench.runner.confirm(bench.runner.take_unconfirmed())
+        bench.runner.run((bench.offer("late"),))
+        assert bench.runner.flush(PATIENCE_S)
+
+    assert () not in bench.link.calls
 
 
 def test_an_exchange_that_was_given_up_does_not_keep_the_runner_from_ending(bench: Bench) -> None:

@@ -1,52 +1,46 @@
-"""What ``ray start`` is made to do otherwise; the whole of it is tried on machines."""
+"""What our start of Ray mends."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hcna_ray.config import Settings
-from hcna_ray.supervisor import ray_start
-from hcna_ray.supervisor.ports import ray_environment
+import pytest
+
+from hcna_ray.config import LOOPBACK, Settings
+from hcna_ray.supervisor.ports import head_command, ray_environment, worker_command
+from hcna_ray.supervisor.ray_start import tell_raylet_agent_port
 
 
-class FakeNode:
-    """As much of Ray's node as starts a raylet."""
-
-    def __init__(self, session: Path, **ports: int | None) -> None:
-        self._session_dir, self._node_id = str(session), "5a" * 28
-        self._ray_params = SimpleNamespace(**ports)
-        self.found: dict[str, int] = {}
-
-    def start_raylet(self, plasma_directory: str, *, object_store_memory: int) -> str:
-        self.found = {
-            path.name.removesuffix(f"_{self._node_id}"): int(path.read_text())
-            for path in Path(self._session_dir).iterdir()
-        }
-        return f"{plasma_directory} {object_store_memory}"
-
-
-def test_the_agents_ports_are_written_down_before_the_raylet_starts(tmp_path: Path) -> None:
-    """Ray's own names for them, which its raylet waits for at most 15 s."""
-    kind: Any = type("Node", (FakeNode,), {})
-    ray_start._write_ports_down(kind, import_module("ray._raylet"))
-    node = kind(
-        tmp_path,
-        metrics_agent_port=10023,
-        metrics_export_port=10025,
-        dashboard_agent_listen_port=10022,
-        runtime_env_agent_port=None,
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_a_raylet_waits_for_none_of_its_agents_ports(role: str) -> None:
+    settings = Settings()
+    machine: dict[str, Any] = {"address": LOOPBACK, "memory": 8 << 30, "shared": 4 << 30}
+    arguments = (
+        head_command(settings, **machine)
+        if role == "head"
+        else worker_command(settings, head=f"{LOOPBACK}:6379", cpus=2, **machine)
     )
+    told: dict[str, list[str]] = {}
 
-    assert node.start_raylet("/dev/shm", object_store_memory=7) == "/dev/shm 7"
+    def start_ray_process(command: list[str], process_type: str, **_: Any) -> str:
+        told[process_type] = command
+        return process_type
 
-    assert node.found == {
-        "metrics_agent_port": 10023,
-        "metrics_export_port": 10025,
-        "dashboard_agent_listen_port": 10022,
+    services = SimpleNamespace(start_ray_process=start_ray_process)
+    tell_raylet_agent_port(services, arguments)
+
+    assert services.start_ray_process(["raylet"], "raylet", fate_share=True) == "raylet"
+    services.start_ray_process(["gcs"], process_type="gcs_server")
+    port = settings.port(f"{role}_agent_http")
+    assert told == {
+        "raylet": ["raylet", f"--dashboard_agent_listen_port={port}"],
+        "gcs_server": ["gcs"],
     }
+    # The raylet hears of these three from Ray itself; a port that is 0 it would wait for.
+    for option in ("dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"):
+        (given,) = [one for one in arguments if one.startswith(f"--{option}=")]
+        assert int(given.partition("=")[2]) > 0
 
 
 def test_a_raylet_has_patience_with_its_agents() -> None:

@@ -78,5 +78,7 @@ def test_an_unknown_path_is_not_said_to_be_missing(tmp_path: Path) -> None:
     assert "return status 404" not in written
     assert "return status 503 content-type application/problem+json" in written
     assert "hdr retry-after 1" in written
-    assert written.count("\n") == CONFIG.count("\n")
+    entrance = written[written.index("frontend http_frontend") :].splitlines()
+    assert entrance[1].startswith("    http-request set-header x-request-disconnect-disabled ?1 if")
+    assert written.count("\n") == CONFIG.count("\n") + 1
     assert 'string "ok"' in written
