@@ -78,6 +78,13 @@ bench: sync ## Measure beside Celery, Procrastinate, Dask and the floors; writes
 		VIRTUAL_ENV=$(PEERS) "$$UV" pip sync --quiet benchmarks/peers/requirements.txt
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: long-queue simulate
+long-queue: sync ## A million tasks in the plain moderator and store, beside an empty one (ARGS="--store postgres")
+	@$(BIN)/python -m benchmarks.long_queue $(ARGS)
+
+simulate: sync ## A thousand workers in virtual time around the real moderator (ARGS="--measure")
+	@$(BIN)/python -m benchmarks.simulation $(ARGS)
+
 bench-lock: ## Resolve the peers anew into benchmarks/peers/requirements.txt
 	@$(FIND_UV) "$$UV" pip compile --quiet --upgrade --python-version 3.11 --no-header \
 		-o benchmarks/peers/requirements.txt benchmarks/peers/requirements.in

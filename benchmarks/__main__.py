@@ -14,9 +14,10 @@ from benchmarks.machine import described
 from benchmarks.parts import PARTS, Stop, stops
 from benchmarks.plot import svg
 from benchmarks.report import COLUMNS, PLOT, Results, console_table, measured_part, write_page
-from benchmarks.results import Ledger, Result, commit, sources_digest
+from benchmarks.results import Ledger, Result, sources_digest
 from benchmarks.systems import SYSTEMS, chosen, see_peers
 from benchmarks.visits import FULL, QUICK, Size
+from tests.support.sources import commit
 
 PAGE = ROOT / "docs" / "PERFORMANCE.md"
 

@@ -14,9 +14,9 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 RECEIVE_BYTES = 1 << 16
 #: Longest silence of a server before the run is given up, seconds.
@@ -206,112 +206,112 @@ def task_id(body: bytes) -> str:
     return body[first : body.find(b'"', first)].decode()
 
 
+class _Traffic:
+    """The connections of one run, and what came of its requests."""
+
+    def __init__(self, job: Job) -> None:
+        """Connect; the clock begins to run."""
+        self._job, self._request = job, post(job)
+        self._done, self._kept = Done(), _Kept()
+        self._before = completed(job) if job.count_path else 0
+        self.opened = [Connection(job.port) for _ in range(job.connections)]
+        self._by_number = {one.socket.fileno(): one for one in self.opened}
+        self._poll = select.epoll()
+        for number in self._by_number:
+            self._poll.register(number, select.EPOLLIN)
+        self.sent = 0
+        self._cpu = time.process_time()
+        #: When the run began, and when the last answer came.
+        self.start = self.last = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._poll.close()
+        for one in self.opened:
+            one.close()
+
+    def send(self, one: Connection) -> None:
+        """Send the request on a connection that is free."""
+        one.wall_at = time.time()
+        one.send(self._request)
+        self.sent += 1
+
+    def answered(self, pause_s: float = SILENCE_S) -> Iterator[Connection]:
+        """Wait for answers, but no longer than a pause; yield the connections that are free again.
+
+        Raises:
+            Refused: An answer was none, or none came for too long.
+        """
+        ready = self._poll.poll(pause_s)
+        if not ready and pause_s >= SILENCE_S:
+            raise Refused(f"no answer for {SILENCE_S:.0f} s")
+        for number, _ in ready:
+            one = self._by_number[number]
+            answer = one.receive()
+            if answer is None:
+                continue
+            self.last = time.perf_counter()
+            self._done.latencies_s.append(self.last - one.sent_at)
+            status, body = answer
+            _require_accepted(self._job, status, body)
+            self._done.accepted += self._job.tasks
+            self._kept.offer(body, one.wall_at)
+            yield one
+
+    def finish(self) -> Done:
+        """Wait until all has completed; return what came of the run."""
+        done = self._done
+        done.accept_s = self.last - self.start
+        done.cpu_s = time.process_time() - self._cpu
+        done.requests = self.sent
+        await_completed(self._job, done, self._before, self.start)
+        done.sent = self._kept.ids()
+        return done
+
+
+def _require_accepted(job: Job, status: int, body: bytes) -> None:
+    if status not in (200, 202):
+        raise Refused(f"{job.path} answered {status}: {body[:200]!r}")
+
+
 def burst(job: Job) -> Done:
     """Submit as fast as the answers come."""
-    done, request = Done(), post(job)
-    before = completed(job) if job.count_path else 0
-    opened = [Connection(job.port) for _ in range(job.connections)]
-    poll = select.epoll()
-    by_number: dict[int, Connection] = {}
-    for one in opened:
-        by_number[one.socket.fileno()] = one
-        poll.register(one.socket.fileno(), select.EPOLLIN)
-    latencies, kept = done.latencies_s, _Kept()
-    cpu, start = time.process_time(), time.perf_counter()
-    end = start + job.seconds
-    try:
-        for one in opened:
-            one.wall_at = time.time()
-            one.send(request)
-        sent, out, last = len(opened), len(opened), start
+    with _Traffic(job) as traffic:
+        end = traffic.start + job.seconds
+        for one in traffic.opened:
+            traffic.send(one)
+        out = len(traffic.opened)
         while out:
-            ready = poll.poll(SILENCE_S)
-            if not ready:
-                raise Refused(f"no answer for {SILENCE_S:.0f} s")
-            for number, _ in ready:
-                one = by_number[number]
-                answer = one.receive()
-                if answer is None:
-                    continue
-                last = time.perf_counter()
-                latencies.append(last - one.sent_at)
-                status, body = answer
-                if status not in (200, 202):
-                    raise Refused(f"{job.path} answered {status}: {body[:200]!r}")
-                done.accepted += job.tasks
-                kept.offer(body, one.wall_at)
-                if last < end and sent < job.requests:
-                    sent += 1
-                    one.wall_at = time.time()
-                    one.send(request)
+            for one in traffic.answered():
+                if traffic.last < end and traffic.sent < job.requests:
+                    traffic.send(one)
                 else:
                     out -= 1
-        done.accept_s = last - start
-        done.cpu_s = time.process_time() - cpu
-        done.requests = sent
-        await_completed(job, done, before, start)
-    finally:
-        poll.close()
-        for one in opened:
-            one.close()
-    done.sent = kept.ids()
-    return done
+        return traffic.finish()
 
 
 def paced(job: Job) -> Done:
     """Submit at a steady rate whatever the answers do; a request that finds no connection waits."""
-    done, request = Done(), post(job)
-    before = completed(job) if job.count_path else 0
-    idle = [Connection(job.port) for _ in range(job.connections)]
-    opened = list(idle)
-    poll = select.epoll()
-    by_number = {one.socket.fileno(): one for one in opened}
-    for number in by_number:
-        poll.register(number, select.EPOLLIN)
-    latencies, kept = done.latencies_s, _Kept()
     step = 1 / job.rate
     total = min(job.requests, int(job.seconds * job.rate))
-    cpu, start = time.process_time(), time.perf_counter()
-    sent, answered, last = 0, 0, start
-    try:
-        while answered < total:
+    with _Traffic(job) as traffic:
+        idle, answers = list(traffic.opened), 0
+        while answers < total:
             now = time.perf_counter()
-            while sent < total and idle and start + sent * step <= now:
+            while traffic.sent < total and idle and traffic.start + traffic.sent * step <= now:
                 one = idle.pop()
-                one.wall_at = time.time()
-                one.send(request)
-                one.sent_at = start + sent * step
-                sent += 1
+                due = traffic.start + traffic.sent * step
+                traffic.send(one)
+                one.sent_at = due
             pause = SILENCE_S
-            if sent < total and idle:
-                pause = max(0.0, start + sent * step - time.perf_counter())
-            ready = poll.poll(pause)
-            if not ready and pause >= SILENCE_S:
-                raise Refused(f"no answer for {SILENCE_S:.0f} s")
-            for number, _ in ready:
-                one = by_number[number]
-                answer = one.receive()
-                if answer is None:
-                    continue
-                last = time.perf_counter()
-                latencies.append(last - one.sent_at)
-                status, body = answer
-                if status not in (200, 202):
-                    raise Refused(f"{job.path} answered {status}: {body[:200]!r}")
-                answered += 1
-                done.accepted += job.tasks
-                kept.offer(body, one.wall_at)
+            if traffic.sent < total and idle:
+                pause = max(0.0, traffic.start + traffic.sent * step - time.perf_counter())
+            for one in traffic.answered(pause):
+                answers += 1
                 idle.append(one)
-        done.accept_s = last - start
-        done.cpu_s = time.process_time() - cpu
-        done.requests = sent
-        await_completed(job, done, before, start)
-    finally:
-        poll.close()
-        for one in opened:
-            one.close()
-    done.sent = kept.ids()
-    return done
+        return traffic.finish()
 
 
 def lone(job: Job) -> Done:
@@ -324,8 +324,7 @@ def lone(job: Job) -> Done:
             wall_at = time.time()
             begun = time.perf_counter()
             status, body = connection.ask(request)
-            if status not in (200, 202):
-                raise Refused(f"{job.path} answered {status}: {body[:200]!r}")
+            _require_accepted(job, status, body)
             known = task_id(body)
             done.accepts_s.append(time.perf_counter() - begun)
             status, body = connection.ask(get(job, job.wait_path.format(known)))

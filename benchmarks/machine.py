@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +13,6 @@ from pathlib import Path
 MARK = "HCNA_RAY_BENCHMARK"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _KTHREADD = 2
-
-
-def fsync_ms(folder: Path, *, times: int = 200) -> list[float]:
-    """Return milliseconds of ``fdatasync`` after 4 KiB were appended to a file in a folder."""
-    took: list[float] = []
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for _ in range(times):
-            file.write(b"x" * 4096)
-            file.flush()
-            begun = time.perf_counter()
-            os.fdatasync(file.fileno())
-            took.append((time.perf_counter() - begun) * 1000)
-    return took
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from benchmarks.statistics import Summary, median, summarise
 BEGIN = "<!-- measured: written by `make bench`, do not edit below -->"
 END = "<!-- measured: end -->"
 PLOT = "performance.svg"
+#: What a whole run has.
+ROUNDS = 5
 
 #: What a row of the console's table shows: figure, heading, digits.
 COLUMNS = (
@@ -250,6 +252,14 @@ def measured_part(found: Results, systems: Sequence[Named], machine: str) -> lis
         "highest round.",
         "",
     ]
+    rounds = max(one.round for one in found.all)
+    if rounds < ROUNDS or any(one.disturbed for one in found.all):
+        disturbed = sum(one.disturbed for one in found.all)
+        lines += [
+            f"**To be measured again**: {rounds} of {ROUNDS} rounds, and in {disturbed} of "
+            f"{len(found.all)} visits other programs used more than {FOREIGN_CORES_MAX:g} cores.",
+            "",
+        ]
     judged = goals(found)
     if judged:
         lines += ["## Goals", ""]
@@ -275,6 +285,8 @@ def measured_part(found: Results, systems: Sequence[Named], machine: str) -> lis
     )
     for part, title, write in sections:
         if not any(one.part == part for one in found.all):
+            continue
+        if write is _floors and not found.of(part, "floors"):
             continue
         lines += [f"## {title}", "", *write(found, systems), "", found.conditions(part), ""]
     return lines

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.children import FOLDER, ROOT
+from benchmarks.children import FOLDER
+from tests.support import json_lines
+from tests.support.sources import PRODUCT, digest
 
 #: Foreign use of the cores beyond which a round is marked.
 FOREIGN_CORES_MAX = 0.5
@@ -55,13 +55,7 @@ class Ledger:
     def __init__(self, folder: Path = FOLDER) -> None:
         """Open or begin the results in a folder."""
         self._file = folder / "results.jsonl"
-        self.results: list[Result] = []
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    self.results.append(Result(**json.loads(line)))
-                except (TypeError, ValueError):
-                    continue
+        self.results = json_lines.read(self._file, Result)
 
     def add(self, result: Result) -> None:
         """Append a result."""
@@ -82,21 +76,4 @@ _TELLING = ("report.py", "plot.py", "results.py", "statistics.py", "__main__.py"
 
 def sources_digest() -> str:
     """Return a short hash of the product and of what measures it."""
-    digest = hashlib.sha256()
-    for folder in (ROOT / "hcna_ray", ROOT / "benchmarks"):
-        for path in sorted(folder.rglob("*")):
-            if path.name not in _TELLING and path.suffix in (".py", ".sql", ".yaml", ".txt", ".c"):
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def commit() -> str:
-    """Return the commit that is checked out, with ``+`` if something was changed since."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    return digest("hcna_ray", "benchmarks", suffixes={*PRODUCT, ".txt", ".c"}, without=_TELLING)

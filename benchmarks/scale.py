@@ -13,7 +13,9 @@ from benchmarks.machine import family, processes
 from benchmarks.statistics import quantile
 from benchmarks.visits import BATCH_CONNECTIONS, BATCH_TASKS, CONNECTIONS, Size, Visit
 
-#: For how long the peers' queues are filled.
+#: How long the peers' queues become at most, and for how long they are filled: some of them take
+#: minutes for what takes us seconds.
+PEERS_TASKS = 50_000
 PEERS_S = 25.0
 #: The empty queue's rate of dispatch is that of so many batches that waited.
 EMPTY_BATCHES = 10
@@ -49,8 +51,8 @@ def _waiting(seen: Visit, **changes: object) -> Any:
 
 def _fill(seen: Visit, size: Size) -> None:
     ours = seen.target.moderator is not None
-    requests = size.queued // BATCH_TASKS if ours else 1_000_000
-    done = do(_waiting(seen, requests=requests, seconds=600 if ours else PEERS_S))
+    tasks, seconds = (size.queued, 600.0) if ours else (PEERS_TASKS, PEERS_S)
+    done = do(_waiting(seen, requests=tasks // BATCH_TASKS, seconds=seconds))
     seen.figures["queued"] = done.accepted
     seen.figures["fill_s"] = done.accept_s
 

@@ -232,10 +232,10 @@ class Simulation:
         heapq.heappush(self._events, event)
 
     def _note_half(self) -> None:
-        self.seen.backlog_half = len(self._open)
+        self.seen.backlog_half = len(self._posted_at)
 
     def _note_end(self) -> None:
-        self.seen.backlog = len(self._open)
+        self.seen.backlog = len(self._posted_at)
         self.seen.in_time = self.seen.completed
         self.seen.spent_in_time = self.seen.spent.copy()
 
@@ -502,7 +502,8 @@ def tell(world: World, seen: Seen) -> Told:
         "slots": seen.working / (seen.ended_at - 0.5) / (world.workers * world.slots_each),
     }
     narrowest = max(shares, key=lambda name: shares[name])
-    grows = seen.backlog > 2 * seen.backlog_half + world.rate * 0.1
+    # One that keeps up has as many open at the end as half way.
+    grows = seen.backlog > 1.5 * seen.backlog_half + 0.1 * world.rate
     return Told(
         rate=world.rate,
         workers=world.workers,

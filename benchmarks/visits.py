@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from benchmarks.children import Trouble, do
 from benchmarks.load import Connection, Done, get
-from benchmarks.machine import Meter, Usage, fsync_ms
+from benchmarks.machine import Meter, Usage
 from benchmarks.statistics import median, quantile
 from benchmarks.systems import STAMPED, Target
+from hcna_ray.cli.measure import time_fdatasync
 
 CONNECTIONS = 32
 BATCH_CONNECTIONS = 4
 BATCH_TASKS = 1000
+#: How long it may take to complete all that batches submitted, about, seconds.
+BATCH_DONE_S = 5.0
 #: The share of its own peak at which the time to dispatch is looked at.
 PACED_SHARE = 0.6
 #: Tasks whose results are compared with what was sent, after each run.
 CHECKED = 20
+#: Tasks of a paced run that are asked when they began.
+LOOKED_AT = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Size:
     warm_s: float
     posts_s: float
     batch_s: float
-    #: Requests of a thousand at most; a slow system gets fewer, so that it is done in time.
+    #: Requests of a thousand, at most and at least; a slow system gets fewer, to be done in time.
     batches: int
     batches_slow: int
     paced_s: float
@@ -78,7 +82,7 @@ class Visit:
         self.figures: dict[str, float] = {}
         self.usages: list[Usage] = []
         self.notes: list[str] = []
-        self.fsync_ms = median(fsync_ms(target.folder))
+        self.fsync_ms = median(time_fdatasync(target.folder))
 
     @contextmanager
     def metered(self) -> Iterator[Meter]:
@@ -116,15 +120,17 @@ class Visit:
 
     def batch(self, size: Size) -> None:
         """A thousand tasks a request on 4 connections."""
-        slow = self.figures.get("posts_complete_s", math.inf) < 2000
         job = self.target.batched(
             BATCH_TASKS,
             connections=BATCH_CONNECTIONS,
             seconds=size.batch_s,
-            requests=size.batches_slow if slow else size.batches,
+            requests=size.batches_slow,
         )
+        # A first one says how many are done in some seconds, and wakes what is used for this alone.
+        done = do(job)
+        in_time = int(BATCH_DONE_S * done.completed / done.complete_s / BATCH_TASKS)
         with self.metered():
-            done = do(job)
+            done = do(replace(job, requests=max(size.batches_slow, min(size.batches, in_time))))
         self._rates("batch", done)
 
     def paced(self, size: Size) -> None:
@@ -139,8 +145,11 @@ class Visit:
         )
         with self.metered():
             done = do(job)
+        step = max(1, len(done.sent) // LOOKED_AT)
         waited = [
-            began - sent for known, sent in done.sent if (began := self._began(known)) is not None
+            began - sent
+            for known, sent in done.sent[::step]
+            if (began := self._began(known)) is not None
         ]
         self.figures["paced_rate"] = rate
         self.figures["dispatch_p50_ms"] = 1000 * quantile(waited, 0.5)

@@ -1,7 +1,7 @@
 """FastAPI + Celery + Redis, as their documentation recommends.
 
 * Submitting blocks, so its routes are plain ``def``, which FastAPI runs in threads
-  (fastapi.tiangolo.com/async), and web workers are as many as was faster
+  (fastapi.tiangolo.com/async), with a web process a core
   (fastapi.tiangolo.com/deployment/server-workers).
 * Many short tasks: a large prefetch multiplier (docs.celeryq.dev, userguide/optimizing, "Prefetch
   Limits"). Everything else has Celery's defaults: prefork, one process a core, JSON, results kept.

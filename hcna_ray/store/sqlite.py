@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -179,7 +179,8 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         require_library(library_version)
         self.path = Path(path)
         # Before SQLite does, so that there is no moment at which others can read it.
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         failpoints.hit("store.file.created")
         before = read_index(self.path)
         try:
@@ -211,8 +212,11 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         Pages have no checksums: a bit that flipped inside a value is not noticed here.
         """
         self._run("SELECT count(*) FROM sqlite_schema")  # SQLite looks at the log.
-        after = read_index(self.path)
-        why = lost_commits(self.path, before, 0 if after is None else after.frames)
+        # Not from ``-shm``: whoever closes any descriptor of a file gives up all the POSIX locks
+        # that his process has on it. The next one to open the store would take himself for the
+        # only one, and empty the index under this one's feet (SIGBUS, or worse).
+        recovered, _ = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        why = lost_commits(self.path, before, max(0, recovered))
         if why is not None:
             raise StoreDamaged(f"{self.path}: {why}")
         ((pages,),) = self._run("PRAGMA page_count")

@@ -42,7 +42,10 @@ class Index:
 
 
 def read_index(database: Path) -> Index | None:
-    """Return what ``-shm`` says, or ``None`` if it is not there, or not whole."""
+    """Return what ``-shm`` says, or ``None`` if it is not there, or not whole.
+
+    Only for a process that has not opened the store: it would lose its locks on the file.
+    """
     try:
         with Path(f"{database}-shm").open("rb") as file:
             raw = file.read(2 * _INDEX.size + 4)

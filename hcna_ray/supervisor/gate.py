@@ -384,6 +384,7 @@ class Gate:
             self._refuse_misfit(body)
             _pem(body, "csr")
             name = self._name_for(invite, body, peer)
+            is_new = all(each.name != name for each in read_members(directory))
             self.prepare(name)
             redeem(directory, token, now=self.now(), machine_id=machine_id)
             failpoints.hit("gate.join.redeemed")
@@ -399,6 +400,10 @@ class Gate:
             )
             add_member(directory, member)
             failpoints.hit("gate.join.stored")
+        if is_new:
+            # Who left before may still be on the moderator's record, drained: M1 may have ended
+            # before it was struck off. A machine that joins begins anew.
+            self.forget(name)
         self.members_changed()
         self.log.info(
             "%s joined as %s",

@@ -65,6 +65,9 @@ class Database(Protocol):
 def export(store: Path, target: Path, *, taken_at: float | None = None) -> None:
     """Write a store, as one read transaction sees it, to a file of JSON lines.
 
+    Not in a process that has it open with another SQLite library: the locks of a process on a file
+    are one set, and what closes the file here gives up those of the other.
+
     Args:
         store: The database; opened read-only, also beside a living writer.
         target: Where the dump goes.
@@ -73,13 +76,18 @@ def export(store: Path, target: Path, *, taken_at: float | None = None) -> None:
     db = sqlite3.connect(f"file:{quote(str(store))}?mode=ro", uri=True, isolation_level=None)
     try:
         db.row_factory = sqlite3.Row
-        db.execute("BEGIN")
-        now = time.time() if taken_at is None else taken_at
-        with target.open("w") as out:
-            for record in records(db, now, source="sqlite"):
-                out.write(json.dumps(record, separators=(",", ":")) + "\n")
+        write(db, target, taken_at=taken_at)
     finally:
         db.close()
+
+
+def write(db: Database, target: Path, *, taken_at: float | None) -> None:
+    """Write what a connection, whose rows know their columns' names, sees in one transaction."""
+    db.execute("BEGIN")
+    now = time.time() if taken_at is None else taken_at
+    with target.open("w") as out:
+        for record in records(db, now, source="sqlite"):
+            out.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def canonical_hash(value: Any) -> str:

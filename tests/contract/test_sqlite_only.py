@@ -26,6 +26,7 @@ from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskSta
 from hcna_ray.store import bookkeeping, codec, rows, sqlite
 from hcna_ray.store.migrations import SchemaChanged, known_migrations
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore, page_query, require_library
+from hcna_ray.store.sqlite_locks import left_behind
 from tests.support.builders import (
     T0,
     a_fact,
@@ -168,6 +169,22 @@ class TestMigrations:
         assert codec.unpack_worker(codec.FORM + msgspec.msgpack.encode(newer)) == record
 
 
+def _refused_to_others(path: str, *, first: int, count: int) -> bool:
+    """Return whether another process cannot have these bytes of a file for itself."""
+    code = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1], 'r+b')\n"
+        "try:\n"
+        "    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, int(sys.argv[3]), int(sys.argv[2]))\n"
+        "except BlockingIOError:\n"
+        "    sys.exit(7)\n"
+    )
+    command = [sys.executable, "-c", code, path, str(first), str(count)]
+    status = subprocess.run(command, check=False).returncode
+    assert status in (0, 7)
+    return status == 7
+
+
 @contextmanager
 def refused_unlocks(*, of_byte: int) -> Iterator[list[int]]:
     """Let the system refuse SQLite to give locks of one byte back; yields how often it did."""
@@ -238,6 +255,23 @@ class TestSeveralConnections:
             thread.join(timeout=30)
         assert troubles == []
         assert all(turns)
+
+    @pytest.mark.parametrize("opened_before", [0, 1])
+    def test_others_see_that_the_store_is_open(self, sqlite_path: Path, opened_before: int) -> None:
+        for _ in range(opened_before):
+            SqliteTaskStore(sqlite_path).close()
+        store = SqliteTaskStore(sqlite_path)
+        put(store, *(a_task(f"t{i}", seq=i) for i in range(1, 40)))
+        reader = store.reader()
+        assert reader.get(["t1"])
+        reader.close()
+        store._carry_over(apsw.SQLITE_CHECKPOINT_RESTART)
+        left_behind(sqlite_path)
+        # Whoever gets the one takes himself for the first, and empties the log's index; whoever
+        # gets the other takes himself for the last, and deletes the log.
+        assert _refused_to_others(f"{sqlite_path}-shm", first=128, count=1)
+        assert _refused_to_others(str(sqlite_path), first=0x40000002, count=510)
+        store.close()
 
     def test_a_lock_that_cannot_be_given_back_ends_the_process(
         self, sqlite_store: SqliteTaskStore

@@ -22,6 +22,7 @@ from tests.faults.programme import (
     all_parts,
     part_names,
     product_digest,
+    stated,
 )
 from tests.faults.report import PAGE, parts_table, table, times_table, write_page
 
@@ -90,7 +91,7 @@ def run(programme: Programme, parts: Sequence[Part], only: Sequence[str]) -> int
             left += 1
             continue
         found = programme.run(part, only)
-        if programme.fail_fast and any(one.violations for one in found):
+        if programme.fail_fast and any(stated(one.violations) for one in found):
             break
     last = programme.ledger.last(product_digest())
     results = [

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.faults.programme import ROOT, Outcome, commit
+from tests.faults.programme import Outcome
 from tests.support.checked_tasks import TASK_TYPES
+from tests.support.sources import ROOT, commit
 
 #: Two clocks of one kernel, one of them steady.
 CLOCK_ERROR_S = 0.25

@@ -179,6 +179,11 @@ class Recorder:
         return sorted(found, key=lambda call: call.begun)
 
 
+def last_tick(calls: Sequence[Call]) -> int:
+    """Return the tick of the last thing that happened: the call begun last may not end last."""
+    return max(call.begun if call.ended is None else call.ended for call in calls)
+
+
 class Recorded:
     """A process that is being recorded."""
 

@@ -28,12 +28,12 @@ from hcna_ray.store.sqlite import SqliteTaskReader
 from tests.checker.__main__ import check
 from tests.checker.findings import violations
 from tests.checker.recorder import Caller, History
-from tests.checker.sqlite_dump import export
 from tests.faults.disk_traffic import TASK_TYPE, PaperWorker
-from tests.faults.programme import ROOT, commit
 from tests.support.c1 import ADMIN_KEY
 from tests.support.checked_run import CLOCK_ERROR_S, composite
 from tests.support.moderator_process import SocketLink
+from tests.support.read_store import export
+from tests.support.sources import ROOT, commit
 
 POLICY: dict[str, Any] = {
     "heartbeat_s": 0.5,

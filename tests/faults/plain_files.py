@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import os
 import random
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,12 +28,12 @@ from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor.backup import check as check_archive
 from hcna_ray.supervisor.rounds import read_round
 from hcna_ray.supervisor.state import restore_mark
-from tests.checker.sqlite_dump import export
 from tests.faults.plain_roles import settings_of
 from tests.faults.programme import Case, Outcome
 from tests.faults.spawner import SpawnerLink
 from tests.support.builders import a_fact, a_task
 from tests.support.postgres import PostgresServer
+from tests.support.read_store import export, query
 
 #: How often one step is killed in a row.
 TIMES = 3
@@ -145,11 +144,7 @@ def _dump(store: Path, target: Path) -> bytes:
 
 
 def _is_whole(store: Path) -> bool:
-    db = sqlite3.connect(store)
-    try:
-        return db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    finally:
-        db.close()
+    return query(store, "PRAGMA integrity_check") == [("ok",)]
 
 
 # -- migration -------------------------------------------------------------------------------------
@@ -188,10 +183,8 @@ async def _migration(work: _Work) -> None:
         await work.succeeds("store", arguments, "each of its steps")
         work.expect(_is_whole(store), "the store is damaged")
         work.expect(_dump(store, work.folder / "after.jsonl") == before, "tasks have changed")
-        db = sqlite3.connect(store)
-        steps = db.execute("SELECT number FROM schema_migration ORDER BY number").fetchall()
-        more = db.execute("SELECT a, b FROM more").fetchall()
-        db.close()
+        steps = query(store, "SELECT number FROM schema_migration ORDER BY number")
+        more = query(store, "SELECT a, b FROM more")
         work.expect(steps == [(1,), (2,), (3,), (4,)], f"the ledger has {steps}")
         work.expect(more == [(1, "x")], f"a migration was run in part, or twice: {more}")
 

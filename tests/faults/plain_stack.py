@@ -26,12 +26,12 @@ import httpx
 
 from hcna_ray.core.errors import StoreUnavailable
 from tests.checker.recorder import Caller, History, steady_now
-from tests.checker.sqlite_dump import export
-from tests.faults.programme import commit
 from tests.faults.spawner import SpawnerLink
 from tests.support.c1 import ADMIN_KEY
 from tests.support.checked_run import moving
 from tests.support.checked_tasks import TASK_TYPES
+from tests.support.read_store import export
+from tests.support.sources import commit
 
 POLICY: dict[str, Any] = {
     "heartbeat_s": 0.5,

@@ -7,7 +7,6 @@ that can be repeated by its name and seed; its *outcome* counts what was tried a
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -16,7 +15,6 @@ import pkgutil
 import queue
 import shutil
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +26,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.faults import parts
+from tests.support import json_lines
+from tests.support.sources import ROOT, commit, digest
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build" / "faults"
 #: All randomness follows from it; another one makes another programme of the same kind.
 DEFAULT_SEED = 20260
+
+#: How a violation begins that is none by itself, and nothing that may pass for a clean case.
+FELL_OVER = "the case itself failed"
 
 #: What the programme counts, in the order of its table.
 LINES = (
@@ -161,23 +163,12 @@ class Result:
 
 def product_digest() -> str:
     """Return a short hash of the product's sources: results of other sources are not these."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "hcna_ray").rglob("*")):
-        if path.suffix in (".py", ".sql", ".yaml"):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest("hcna_ray")
 
 
-def commit() -> str:
-    """Return the commit that is checked out, with ``+`` if something was changed since."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+def stated(violations: Sequence[str]) -> str | None:
+    """Return the first violation that a case stated; a case that fell over states none."""
+    return next((one for one in violations if not one.startswith(FELL_OVER)), None)
 
 
 class Ledger:
@@ -187,13 +178,7 @@ class Ledger:
         """Open or begin the results in a folder."""
         self.folder = folder
         self._file = folder / "results.jsonl"
-        self.results: list[Result] = []
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                try:
-                    self.results.append(Result(**json.loads(line)))
-                except (TypeError, ValueError):
-                    continue
+        self.results = json_lines.read(self._file, Result)
 
     def add(self, result: Result) -> None:
         """Append a result, durably enough for a programme that is killed."""
@@ -226,7 +211,7 @@ class Programme:
     end_at: float = float("inf")
     #: Run also what has a result of these sources.
     again: bool = False
-    #: Go no further after the first violation.
+    #: Go no further after the first violation that a case stated.
     fail_fast: bool = False
 
     def run(self, part: Part, only: Sequence[str] = ()) -> list[Result]:
@@ -255,7 +240,7 @@ class Programme:
                 )
                 for violation in result.violations:
                     self.say(f"  BROKEN {violation}")
-                if result.violations and self.fail_fast:
+                if self.fail_fast and stated(result.violations) is not None:
                     return found
         if len(found) < len(left):
             self.say(f"{part.name}: out of time; {len(left) - len(found)} cases are left")
@@ -282,8 +267,7 @@ class Programme:
         try:
             outcome = run_case(case, _emptied(folder))
         except Exception:
-            # Not a broken promise by itself, but nothing that may pass for a clean case.
-            outcome = Outcome(violations=[f"the case itself failed:\n{traceback.format_exc()}"])
+            outcome = Outcome(violations=[f"{FELL_OVER}:\n{traceback.format_exc()}"])
         if not outcome.violations:
             shutil.rmtree(folder, ignore_errors=True)
         strange = set(outcome.counts) - set(LINES)

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.programme import LINES, ROOT, Result, times
+from tests.faults.programme import LINES, Result, times
+from tests.support.sources import ROOT
 
 PAGE = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,15 +24,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import apsw
+
 from tests.checker.checks.leases import tenures
 from tests.checker.inputs import Run, read_run
 from tests.checker.recorder import steady_now
-from tests.checker.sqlite_dump import export
 from tests.faults.clients import Clients
-from tests.faults.programme import Outcome, commit
+from tests.faults.programme import Outcome
 from tests.rig.computer import HCNA, Computer
 from tests.support.checked_tasks import TASK_TYPES
+from tests.support.read_store import export, query
 from tests.support.rig import Rig, RigError
+from tests.support.sources import commit
 
 T = TypeVar("T")
 
@@ -249,12 +251,7 @@ class Stack:
 
     def query(self, sql: str) -> list[tuple[Any, ...]]:
         """Read from the store, beside its owner."""
-        path = self.rig["m1"].file("/root/.hcna/queue.db")
-        store = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
-        try:
-            return store.execute(sql).fetchall()
-        finally:
-            store.close()
+        return query(self.rig["m1"].file("/root/.hcna/queue.db"), sql)
 
     def suspected(self) -> list[tuple[str, float]]:
         """Return each worker that M1's health check missed, with the instant."""
@@ -271,7 +268,7 @@ class Stack:
         """Return how many tasks have not ended."""
         try:
             return int(self.query(f"SELECT count(*) FROM task WHERE state IN {_OPEN}")[0][0])
-        except sqlite3.Error:
+        except apsw.Error:
             return -1
 
     def took(self, what: str, seconds: float) -> None:

@@ -72,6 +72,13 @@ def test_a_case_that_crashes_is_no_clean_case(programme: Programme, said: list[s
     assert any("BROKEN a promise" in line for line in said)
 
 
+def test_fail_fast_goes_past_a_case_that_crashed(programme: Programme) -> None:
+    programme.fail_fast = True
+    toy = Toy()
+    assert len(programme.run(toy, ["good", "crashed"])) == 2
+    assert [one.case for one in programme.run(toy)] == ["broken"]
+
+
 def test_evidence_is_kept_of_what_broke(programme: Programme) -> None:
     programme.run(Toy())
     kept = programme.ledger.folder / "evidence" / "toy"

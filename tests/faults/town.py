@@ -56,9 +56,10 @@ from hcna_ray.runtime.requests import Cancel, PauseQueue, Pending, Reports, Requ
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from tests.checker.__main__ import check
 from tests.checker.findings import violations
-from tests.checker.sqlite_dump import canonical_hash, export
+from tests.checker.sqlite_dump import canonical_hash
 from tests.faults.paper_disk import PaperDisk, Snapshot, powered_off, restarted
 from tests.support.builders import T0
+from tests.support.read_store import export
 
 TASK_TYPES = ("check.other", "check.work")
 PRINCIPALS = ("north", "south")

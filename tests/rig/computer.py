@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.support.read_store import query
 from tests.support.rig import Done, Host, Rig
 
 HCNA = "/root/hcna-ray/.venv/bin/hcna"
@@ -189,17 +189,13 @@ class Computer:
 
     def ends(self) -> dict[str, int]:
         """Return how often each task has ended, from the store's own record."""
-        store = sqlite3.connect(f"file:{self.m1.file(self.home)}/queue.db?mode=ro", uri=True)
-        try:
-            rows = store.execute(
-                "SELECT task.id, count(fact.number) FROM task LEFT JOIN fact"
-                " ON fact.task_id = task.id"
-                " AND fact.state IN ('completed', 'failed', 'cancelled', 'expired')"
-                " GROUP BY task.id"
-            ).fetchall()
-        finally:
-            store.close()
-        return dict(rows)
+        sql = (
+            "SELECT task.id, count(fact.number) FROM task LEFT JOIN fact"
+            " ON fact.task_id = task.id"
+            " AND fact.state IN ('completed', 'failed', 'cancelled', 'expired')"
+            " GROUP BY task.id"
+        )
+        return dict(query(self.m1.file(self.home) / "queue.db", sql))
 
     def leftovers(self, host: Host) -> list[str]:
         """Return what of ours is still there on a host: processes, ports, sockets."""

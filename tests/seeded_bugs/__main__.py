@@ -28,7 +28,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.programme import DEFAULT_SEED, Size, all_parts, product_digest
+from tests.faults.programme import (
+    DEFAULT_SEED,
+    Size,
+    all_parts,
+    part_names,
+    product_digest,
+    stated,
+)
 from tests.faults.report import PAGE
 from tests.seeded_bugs import ROOT, Bug, all_bugs, apply
 
@@ -163,14 +170,6 @@ def look(
     return [json.loads(line) for line in lines], why
 
 
-def stated(result: dict[str, Any]) -> str | None:
-    """Return the first violation that a case stated; a case that fell over states none."""
-    for sentence in result["violations"]:
-        if not str(sentence).startswith("the case itself failed"):
-            return str(sentence).splitlines()[0][:300]
-    return None
-
-
 class Control:
     """The unbroken copy: what it says of a case is asked once."""
 
@@ -199,7 +198,6 @@ class Hunt:
     def __init__(self, verdict: Verdict, broken: Path, control: Control) -> None:
         self._verdict, self._broken, self._control = verdict, broken, control
         self._prepared = False
-        self._parts = all_parts()
 
     def hunt(
         self, parts: Iterable[str], size: Size, within_s: float, first: Sight | None = None
@@ -225,14 +223,14 @@ class Hunt:
         return None
 
     def _has(self, part: str, case: str, size: Size) -> bool:
-        return any(one.name == case for one in self._parts[part].cases(DEFAULT_SEED, size))
+        known = all_parts([part])[part]
+        return any(one.name == case for one in known.cases(DEFAULT_SEED, size))
 
     def _look(self, name: str, size: Size, within_s: float, case: str | None) -> Sight | None:
-        part = self._parts.get(name)
-        if part is None:
+        if name not in part_names():
             self._verdict.notes.append(f"there is no part {name}")
             return None
-        if part.needs_root:
+        if all_parts([name])[name].needs_root:
             if os.geteuid() != 0:
                 self._verdict.notes.append(f"{name} needs root")
                 return None
@@ -241,7 +239,7 @@ class Hunt:
         if why is not None:
             self._verdict.notes.append(f"{name} ({size}) fell over: {why}")
         for result in found:
-            said = stated(result)
+            said = stated(result["violations"])
             if said is None:
                 if result["violations"]:
                     text = str(result["violations"][0]).strip().splitlines()[-1]
@@ -250,7 +248,13 @@ class Hunt:
             seen_in, seed = str(result["case"]), int(result["seed"])
             accused = self._control.accuses(name, seen_in, size)
             if accused is None:
-                return Sight(part=name, case=seen_in, seed=seed, size=str(size), said=said)
+                return Sight(
+                    part=name,
+                    case=seen_in,
+                    seed=seed,
+                    size=str(size),
+                    said=said.splitlines()[0][:300],
+                )
             self._verdict.false_alarms.append(f"{name}/{seen_in} without the bug: {accused}")
         return None
 

@@ -28,6 +28,7 @@ from fastapi import FastAPI
 from ulid import ULID
 
 from hcna_ray.api.app import build_app
+from hcna_ray.api.ids import UlidIds
 from hcna_ray.config import LimitSettings, Settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError
@@ -50,10 +51,10 @@ from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.checker.recorder import Caller, History
-from tests.checker.sqlite_dump import export
 from tests.support.c1 import ADMIN_KEY, URL, FixedKeys
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.moderator_process import SocketLink, SocketModerator, Where, open_reader
+from tests.support.read_store import export
 from tests.support.workshop import NoArtifacts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -252,14 +253,6 @@ class Worker:
             await host.end()
 
 
-class _Ids:
-    def task_id(self) -> str:
-        return f"task-{ULID()}"
-
-    def batch_id(self) -> str:
-        return f"batch-{ULID()}"
-
-
 def application(
     home: Path, store: Where, link: SocketLink, *, resend_s: float = RESEND_S
 ) -> FastAPI:
@@ -283,7 +276,7 @@ def application(
         ),
         settings=settings,
         clock=SystemClock(),
-        ids=_Ids(),
+        ids=UlidIds(),
     )
 
 

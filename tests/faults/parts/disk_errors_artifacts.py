@@ -14,7 +14,8 @@ from pathlib import Path
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.faults.disk_artifacts import Uploader, client_of, wrong_files
 from tests.faults.disk_stack import Fault, Injection, until
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.support.sources import ROOT
 
 CALLS = {
     "openat": ("ENOSPC", "EIO"),

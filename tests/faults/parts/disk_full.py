@@ -15,7 +15,8 @@ from hcna_ray.runtime.writer import EXIT_FSYNC
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.faults.disk_artifacts import Uploader, client_of, wrong_files
 from tests.faults.disk_stack import POLICY, Stack, until
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.support.sources import ROOT
 
 LINE = "disk errors (ENOSPC, EIO)"
 BYTES = 6 * 1024 * 1024

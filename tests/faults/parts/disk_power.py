@@ -22,10 +22,11 @@ from hcna_ray.store.backup import snapshot
 from hcna_ray.store.sqlite import WAL_BYTES_MAX
 from tests.faults.disk_model import PAGE
 from tests.faults.disk_promises import Found, Promise, promises, recover
-from tests.faults.disk_recording import Player, Recorded, Recorder
+from tests.faults.disk_recording import Player, Recorded, Recorder, last_tick
 from tests.faults.disk_traffic import PaperWorker, Submitter
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.support.moderator_process import SocketLink
+from tests.support.sources import ROOT
 
 FULL_LINE = "power-loss images, FULL"
 NORMAL_LINE = "power-loss images, NORMAL"
@@ -71,7 +72,7 @@ class Recording:
         asyncio.run(self._make())
         self.calls = self.recorder.calls()
         self.promises = promises(self.calls)
-        self.ticks = max(call.begun for call in self.calls) + 2
+        self.ticks = last_tick(self.calls) + 1
 
     async def _make(self) -> None:
         draw = random.Random(self.plan.seed)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.faults.disk_artifacts import Stored, Uploader, client_of, reopen, stored, wrong_files
-from tests.faults.disk_recording import Player, Recorder
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.disk_recording import Player, Recorder, last_tick
+from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.support.sources import ROOT
 
 START_S = 30.0
 TOLD_MAX = 5
@@ -36,7 +37,7 @@ class Recording:
             asyncio.run(self._live(life, draw, uploads))
         self.calls = self._recorder.calls()
         self.told = stored(self.calls)
-        self.ticks = max(call.begun for call in self.calls) + 2
+        self.ticks = last_tick(self.calls) + 1
 
     async def _live(self, life: int, draw: random.Random, uploads: int) -> None:
         socket = self.folder / f"c{life}"

@@ -84,8 +84,9 @@ def _leave_and_join(on: Stack, point: str) -> list[str]:
             troubles.append(f"hcna {what}, {_TIMES} times: {told}")
         if fired is None:
             continue
+        at = fired()
         on.disarm()
-        if at := fired():
+        if at:
             on.note("kill", "m1/m1-supervisor" if POINTS[point] == "m1" else "w2/hcna", at)
         else:
             troubles.append(f"nobody came by {point}")
@@ -130,8 +131,8 @@ def _fetch(on: Stack, point: str) -> list[str]:
         lambda: on.clients.submit_one(0.0, "W2", artifact=stored["sha256"]), 60.0, 1.0
     )
     ended = bool(task and _completes(on, task))
-    on.disarm()
     at = fired()
+    on.disarm()
     if at is None:
         return [f"nobody came by {point}"]
     on.note("kill", "W2/executor", at)

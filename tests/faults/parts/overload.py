@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,12 @@ from typing import Any
 import httpx
 
 from tests.checker.recorder import Caller, History
-from tests.checker.sqlite_dump import export
 from tests.faults import samples
 from tests.faults.checking import check, own_environment, write_schedule
 from tests.faults.offers import Plan, Told
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
+from tests.support.read_store import export, query
+from tests.support.sources import ROOT
 
 LINE = "offers under overload"
 
@@ -231,7 +231,7 @@ def drained(store: Path, count: int) -> float:
     """Wait until the queue is empty; return how many of the last tasks ended in a second."""
     while open_tasks(store):
         time.sleep(0.1)
-    rows = _query(store, "SELECT at FROM fact WHERE kind = 'completed' ORDER BY number")
+    rows = query(store, "SELECT at FROM fact WHERE kind = 'completed' ORDER BY number")
     ends = [float(at) for (at,) in rows][-count:]
     # While all were accepted, and what is left at the end, is not the rate of a full queue.
     middle = ends[len(ends) // 4 : len(ends) * 9 // 10]
@@ -241,15 +241,7 @@ def drained(store: Path, count: int) -> float:
 def open_tasks(store: Path) -> int:
     """Return how many tasks have not ended."""
     sql = "SELECT count(*) FROM task WHERE state IN ('scheduled', 'queued', 'running')"
-    return int(_query(store, sql)[0][0])
-
-
-def _query(store: Path, sql: str) -> list[tuple[Any, ...]]:
-    opened = sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)
-    try:
-        return opened.execute(sql).fetchall()
-    finally:
-        opened.close()
+    return int(query(store, sql)[0][0])
 
 
 async def back_to_normal(

@@ -27,9 +27,10 @@ from tests.checker.report import CLEAN, as_table, verdict
 from tests.faults import plain_files
 from tests.faults.checking import own_environment
 from tests.faults.plain_stack import WORKERS, PlainClients, PlainStack, eventually
-from tests.faults.programme import ROOT, Case, Outcome, RunCase, Size
+from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.faults.spawner import SpawnerProcess
 from tests.support.checked_run import install_tasks
+from tests.support.sources import ROOT
 
 LINE = "kill points, moderator and store alone"
 ACCEPTING = "moderator killed: accepting again (alone)"

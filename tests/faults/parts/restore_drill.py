@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.checker.sqlite_dump import export
 from tests.faults.parts.restores import LINE, RTO_S, WORDS, judge_restored
 from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.faults.stack import Stack, eventually, stack
 from tests.rig.computer import HCNA, HOME
+from tests.support.read_store import export
 
 _LOAD_S = 25.0
 #: Between the backup and the fire.

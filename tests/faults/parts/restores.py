@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from hcna_ray.supervisor.backup import backup, restore
 from hcna_ray.supervisor.backup import check as read_archive
 from tests.checker.inputs import Dump, Fact, Reader
 from tests.checker.recorder import Caller, History
-from tests.checker.sqlite_dump import export
 from tests.faults.checking import check, own_environment, write_schedule
 from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.support import checked_run
+from tests.support.read_store import export, query
 
 LINE = "backups restored"
 WORDS = "correct horse battery staple"
@@ -200,11 +199,7 @@ async def busy(load: checked_run.Load, caller: Caller) -> None:
 
 def stored(store: Path) -> set[str]:
     """Return the ids of all tasks in a store."""
-    opened = sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)
-    try:
-        return {str(one) for (one,) in opened.execute("SELECT id FROM task")}
-    finally:
-        opened.close()
+    return {str(one) for (one,) in query(store, "SELECT id FROM task")}
 
 
 def judge_restored(

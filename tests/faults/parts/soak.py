@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +17,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import apsw
+
 from tests.checker.inputs import read_run
-from tests.checker.sqlite_dump import export
 from tests.faults import samples
 from tests.faults.checking import check, write_schedule
 from tests.faults.programme import Case, Outcome, RunCase, Size
 from tests.faults.stack import EFFECTS, SETTINGS, Stack, allowed, eventually, measure, stack
 from tests.faults.still import stand_still
+from tests.support.read_store import export, query
 
 LINE = "minutes of soak"
 MINUTES = float(os.environ.get("HCNA_SOAK_MINUTES", "60"))
@@ -288,7 +289,7 @@ class Collector:
             target = Path(f"/tmp/soak-{os.getpid()}-{id(self)}.jsonl")
             try:
                 export(self._store, target)
-            except (sqlite3.Error, OSError):
+            except (apsw.Error, OSError):
                 return  # Its host is down.
             try:
                 rest, last = [], set()
@@ -332,11 +333,7 @@ class Collector:
 
     def pruned(self, store: Path) -> int:
         """Return how many tasks are no longer stored."""
-        opened = sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)
-        try:
-            stored = {str(one) for (one,) in opened.execute("SELECT id FROM task")}
-        finally:
-            opened.close()
+        stored = {str(one) for (one,) in query(store, "SELECT id FROM task")}
         return sum(name[0] == "task" and name[1] not in stored for name in self._kept)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from hcna_ray.core.models import Needs, TaskSpec, Token
+from hcna_ray.core.models import Needs, TaskSpec, TaskState, Token
 from tests.unit.core.builders import a_queued_task, a_running_task, a_spec, a_worker
 
 
@@ -61,6 +61,7 @@ def test_the_earliest_of_all_timers_wakes_a_task() -> None:
     assert task.wake_at == 1100.0
     assert task.evolve(pinned_to="W1", pinned_until=1050.0).wake_at == 1050.0
     assert task.evolve(queued_at=None).wake_at == 1500.0
+    assert task.evolve(state=TaskState.CANCELLED).wake_at is None
 
 
 def test_a_running_task_wakes_for_its_run_timeout_alone() -> None:

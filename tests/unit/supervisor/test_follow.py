@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from hcna_ray.cli import service
 from hcna_ray.cli.main import main
 from hcna_ray.config import load_settings
+from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.processes import identify
 from hcna_ray.supervisor.state import write_supervisor
 
@@ -33,13 +33,21 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         signal.signal(signum, handler)
 
 
-def test_it_ends_when_m1_was_stopped_in_good_order(run_dir: Path) -> None:
-    timer = threading.Timer(0.2, (run_dir / "supervisor.pid").unlink)
-    timer.start()
-    try:
-        assert main(["supervise", "c1"]) == 0
-    finally:
-        timer.join()
+def test_it_ends_when_m1_was_stopped_in_good_order(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def ask(host: str, port: int) -> bool:
+        """Have M1 go when it has been seen and C1 was asked for."""
+        asked.append((host, port))
+        (run_dir / "supervisor.pid").unlink()
+        return False
+
+    monkeypatch.setattr(probe, "is_ready", ask)
+
+    assert main(["supervise", "c1"]) == 0
+    assert len(asked) == 1
 
 
 def test_it_gives_up_when_m1_stays_away(

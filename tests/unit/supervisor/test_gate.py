@@ -65,7 +65,7 @@ def test_a_machine_joins_and_gets_all_it_needs(rig: GateRig) -> None:
     assert answer["ray_token"] == (rig.settings.keys_dir / "ray.token").read_text().strip()
     assert answer["ca_pem"] == rig.ca_pem
     assert answer["shared"]["ports"]["gcs"] == 6379
-    assert rig.told == ["prepare W1", "changed"]
+    assert rig.told == ["prepare W1", "forget W1", "changed"]
     (kept,) = read_members(rig.settings.cluster_dir)
     assert (kept.name, kept.hostname, kept.address) == ("W1", "host-m-1", "127.0.0.1")
     assert answer["member_token"] not in (rig.settings.cluster_dir / "members.json").read_text()
@@ -443,6 +443,20 @@ def test_nobody_to_tell(rig: GateRig) -> None:
 
 
 # -- leaving ---------------------------------------------------------------------------------------
+
+
+def test_a_leave_that_was_cut_off_leaves_no_drained_worker_behind(rig: GateRig) -> None:
+    """M1 ended between its own list and the moderator's: who joins then begins anew."""
+    rig.join()
+    remove_member(rig.settings.cluster_dir, "W1")
+    rig.told.clear()
+
+    rig.join()
+    assert rig.told == ["prepare W1", "forget W1", "changed"]
+
+    rig.told.clear()
+    rig.join()  # Again, after an answer that was lost: what was ordered since stays.
+    assert "forget W1" not in rig.told
 
 
 def test_a_member_leaves_in_two_steps(rig: GateRig) -> None:
