@@ -15,7 +15,8 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-rig faults soak bench bench-lock seeded-bugs lint types format docs lock clean
+	test-integration test-rig faults soak bench bench-lock seeded-bugs lint types format docs lock clean \
+	tls-cost
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +92,9 @@ bench-lock: ## Resolve the peers anew into benchmarks/peers/requirements.txt
 seeded-bugs: sync ## Break the product on purpose, twenty ways, and see which tests notice
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.seeded_bugs $(ARGS)
+
+tls-cost: sync ## What TLS between Ray's processes costs here (some minutes)
+	@$(BIN)/python scripts/tls_cost.py
 
 lint: sync ## Ruff: rules and format
 	@$(BIN)/ruff check .

@@ -139,10 +139,15 @@ class NodeSecuritySettings(_Section):
     """How a node proves who it is and how messages between M1 and the workers are wrapped."""
 
     enable_mtls: bool = Field(
-        default=False, description="Demand certificates on both sides between machines."
+        default=False,
+        description=(
+            "Show a certificate of your own to the other machines, the one that the three paths "
+            "name. Without it the cluster's own authority gives one: both sides always show one."
+        ),
     )
     cert_path: Path | None = Field(
-        default=None, description="Certificate of this node (PEM, with a SAN)."
+        default=None,
+        description="Certificate of this node (PEM, with a SAN), for both ends of a connection.",
     )
     key_path: Path | None = Field(
         default=None, description="Private key of this node (PEM, mode 0600)."
@@ -890,43 +895,29 @@ class Settings(_Section):
     def warnings(self) -> tuple[str, ...]:
         """Return what differs from what was asked for, each with what to do about it."""
         found = []
-        for section, asked, used, option, encrypted, port in (
-            (
-                "moderator",
-                self.moderator.listen_address,
-                self.control_host,
-                "enable_mtls",
-                self.moderator.security.enable_mtls,
-                self.control_port,
-            ),
-            (
-                "worker",
-                self.worker.listen_address,
-                self.worker_host,
-                "enable_mtls",
-                self.worker.security.enable_mtls,
-                self.worker_port,
-            ),
-            (
-                "composite",
-                self.composite.listen_address,
-                self.api_host,
-                "enable_tls",
-                self.composite.security.enable_tls,
-                self.api_port,
-            ),
-        ):
-            forward = f"ssh -L {port}:{used}:{port} <this machine>"
-            if encrypted:
+        nodes = (
+            ("moderator", self.moderator.listen_address, self.control_host, self.control_port),
+            ("worker", self.worker.listen_address, self.worker_host, self.worker_port),
+        )
+        for section, asked, used, port in nodes:
+            if asked not in (used, "localhost"):
                 found.append(
-                    f"{section}.security.{option} is true, but this version encrypts nothing yet: "
-                    f"only {used}:{port} is bound; from another machine use: {forward}"
+                    f"{section}.listen_address is {asked}, but this version answers in clear "
+                    f"there, so only {used}:{port} is bound; from another machine use: "
+                    f"ssh -L {port}:{used}:{port} <this machine>"
                 )
-            elif asked not in (used, "localhost"):
-                found.append(
-                    f"{section}.listen_address is {asked} without {section}.security.{option}, "
-                    f"so only {used}:{port} is bound; from another machine use: {forward}"
-                )
+        asked, used, port = self.composite.listen_address, self.api_host, self.api_port
+        forward = f"ssh -L {port}:{used}:{port} <this machine>"
+        if self.composite.security.enable_tls:
+            found.append(
+                "composite.security.enable_tls is true, but this version encrypts nothing there "
+                f"yet: only {used}:{port} is bound; from another machine use: {forward}"
+            )
+        elif asked not in (used, "localhost"):
+            found.append(
+                f"composite.listen_address is {asked} without composite.security.enable_tls, "
+                f"so only {used}:{port} is bound; from another machine use: {forward}"
+            )
         if self._store_in_clear():
             found.append(
                 f"store.url reaches {self.store_name} without sslmode=require, verify-ca or "

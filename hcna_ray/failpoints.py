@@ -152,6 +152,9 @@ POINTS: Mapping[str, str] = {
     "certificate.rollover.kept": "m15: the old authority was kept, and still signs",
     "certificate.rollover.signing": "m15: the new authority signs, nobody was told",
     "certificate.rollover.ended": "m15: the old authority is gone, its key and trust are not",
+    "credentials.round.announced": "m15: a new token is there for the members, M1 runs on the old",
+    "credentials.token.taken": "m15: M1 has its new token, the restart is not noted as done",
+    "credentials.round.ended": "m15: a restart with new credentials is noted as done",
     "private.file.flushed": "a private file is complete under another name",
     "private.file.named": "a private file has its name, the directory is not flushed",
 }

@@ -194,8 +194,12 @@ def configuration() -> list[str]:
 #: Settings that are read, but do less than their description says.
 NOT_YET = {
     "enable_tls": "**Encrypts nothing yet**: loopback is bound, with a warning.",
-    "enable_mtls": "**Encrypts nothing yet**: loopback is bound, with a warning.",
-    "ca_path": "**No effect yet.**",
+    "composite.security.enable_mtls": (
+        "**Encrypts nothing yet**: loopback is bound, with a warning."
+    ),
+    "composite.security.cert_path": "**No effect yet.**",
+    "composite.security.key_path": "**No effect yet.**",
+    "composite.security.ca_path": "**No effect yet.**",
     "listen_address": "**Only loopback is bound yet.**",
 }
 
@@ -214,8 +218,9 @@ def _attributes_read() -> frozenset[str]:
 def _meaning(section: str, name: str, info: FieldInfo) -> str:
     """Return what a setting does, and whether it does it already."""
     text = info.description or ""
-    if name in NOT_YET:
-        return f"{text} {NOT_YET[name]}"
+    note = NOT_YET.get(f"{section}.{name}") or NOT_YET.get(name)
+    if note is not None:
+        return f"{text} {note}"
     # Ports are read by name (`Settings.port`); of all others somebody must use the field.
     if section != "ports" and name not in _attributes_read():
         return f"{text} **No effect yet.**"
@@ -284,10 +289,10 @@ def ports() -> list[str]:
         `ports.offset` is added to every port of an instance, so a second one beside the first needs
         another offset and another `HCNA_HOME`. *Listens on* is what `ss -ltn` showed beside a
         running cluster with Ray 2.60: Ray opens most of its ports on every address of the machine,
-        and no setting of Ray changes that. Ray's gRPC ports demand the cluster's token; its
-        Prometheus pages, and what is marked "no key", demand nothing. **Close everything but what
-        you mean to offer in the machine's firewall.** But for the gate nothing between
-        the machines is encrypted yet.
+        and no setting of Ray changes that. Ray's gRPC ports speak TLS and demand a certificate of
+        the cluster's authority and its token; object transfer too, which is gRPC as well. Its
+        Prometheus pages, and what is marked "no key", demand nothing and are not encrypted. **Close
+        everything but what you mean to offer in the machine's firewall.**
         """)
     settings = Settings()
     public = [

@@ -165,25 +165,61 @@ def list_certs(as_json: AsJson = False) -> None:
 
 
 @certs_app.command()
-def rotate(as_json: AsJson = False) -> None:
-    """Make M1's own certificate anew now, with a new key. It is renewed by itself, too."""
-    from hcna_ray.security.authority import list_issued
-    from hcna_ray.supervisor.node_certs import ensure_m1_node
+def rotate(
+    name: Annotated[
+        str | None, typer.Argument(help="The one machine that is meant, e.g. W2.")
+    ] = None,
+    token: Annotated[
+        bool, typer.Option("--token", help="Another token for Ray. Restarts Ray on all machines.")
+    ] = False,
+    ca: Annotated[
+        bool, typer.Option("--ca", help="Another authority. Restarts Ray on all machines, twice.")
+    ] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="After --ca: believe the old authority no more.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --finish: even if a member knows no other.")
+    ] = False,
+    wait: Annotated[float, typer.Option(min=1, help="Longest wait for each step, seconds.")] = 180,
+    as_json: AsJson = False,
+) -> None:
+    """Make certificates anew now, with new keys: those of all machines, or of one.
 
+    Without options the workers get theirs one after the other, M1 comes last. A worker hands back
+    what it runs first, so no task is lost; nor is one by a restart of Ray on all machines, which
+    takes some twenty seconds and changes Ray's token too. Certificates are renewed by themselves
+    before they end.
+    """
+    from hcna_ray.supervisor.rotation import Rotation, RotationFailed
+
+    if sum((name is not None, token, ca, finish)) > 1:
+        raise UsageProblem("one at a time", "hcna certs rotate --help")
     settings = _m1_settings()
-    if settings.moderator.security.enable_mtls:
-        raise CommandFailed(
-            f"M1 shows your own certificate, {settings.moderator.security.cert_path}",
-            "replace that file; it is read again within the hour",
-            ExitCode.REFUSED,
-        )
+    console = talk()
+
+    def step(text: str) -> None:
+        console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+    rotation = Rotation(settings, on_step=step, wait_s=wait)
     with _trouble():
-        node = ensure_m1_node(settings, now=_now(), anew=True)
-        made = list_issued(settings.cluster_dir)[-1]
+        try:
+            if name is not None:
+                rotation.one(name)
+            elif token:
+                rotation.all("token")
+            elif ca:
+                rotation.authority()
+            elif finish:
+                rotation.all("finish", force=force)
+            else:
+                rotation.each()
+        except RotationFailed as error:
+            raise CommandFailed(str(error), error.fix, ExitCode.REFUSED) from None
     if as_json:
-        print_json({"node": str(node.pem), **_as_json(made)})
-        return
-    typer.echo(made.serial)
+        print_json({"round": rotation.round, "restarts": rotation.restarts})
+    else:
+        console.print("done. Next: hcna certs list")
 
 
 @certs_app.command()
@@ -192,23 +228,44 @@ def revoke(
         str, typer.Argument(metavar="SERIAL|NAME", help="As hcna certs list shows it.")
     ],
     reason: Annotated[str, typer.Option(help="For the list.")] = "",
+    keep_token: Annotated[
+        bool, typer.Option("--keep-token", help="Do not restart Ray with another token.")
+    ] = False,
+    wait: Annotated[float, typer.Option(min=1, help="Longest wait for that, seconds.")] = 180,
     as_json: AsJson = False,
 ) -> None:
     """Take back a certificate, or all that a name has, and sign the list of those taken back.
 
-    Ray does not read that list. A machine that is to be shut out: hcna leave NAME.
+    A machine that has joined is removed as well, and as Ray reads no such list all others get
+    another token, with one restart of Ray: what the machine knows opens nothing any more. It comes
+    back only with a new join code.
     """
     from hcna_ray.security import authority
+    from hcna_ray.supervisor.membership import read_members
+    from hcna_ray.supervisor.rotation import Rotation, RotationFailed
 
     settings = _m1_settings()
     with _trouble():
         found = authority.revoke(settings.cluster_dir, which, now=_now(), reason=reason)
+    nodes = {each.name for each in found if each.kind == "node"} - {settings.moderator.name}
+    members = [one.name for one in read_members(settings.cluster_dir) if one.name in nodes]
+    console = talk()
+    rotation = Rotation(
+        settings, on_step=lambda text: console.print(f"[dim]{escape(text)}[/dim]"), wait_s=wait
+    )
+    try:
+        for name in members:
+            rotation.remove(name)
+        if nodes and not keep_token:
+            rotation.all("token")
+    except RotationFailed as error:
+        raise CommandFailed(f"it is revoked, but {error}", error.fix) from None
     if as_json:
         print_json([_as_json(each) for each in found])
         return
     for each in found:
         typer.echo(f"{each.serial}  {each.name}  revoked")
-    talk().print(
+    console.print(
         f"the list is in {escape(str(settings.cluster_dir / 'crl.pem'))}. Next: hcna certs list",
         soft_wrap=True,
     )
@@ -249,13 +306,13 @@ def _request_in(path: Path) -> str:
 @contextmanager
 def _trouble() -> Iterator[None]:
     """Turn what the authority says into one sentence, what to type, and an exit code."""
-    from hcna_ray.security.authority import CertificateRefused
+    from hcna_ray.security.authority import CertificateRefused, RolloverRefused
     from hcna_ray.security.certs import CertificateBroken
     from hcna_ray.security.own_certs import OwnCertificateRefused
 
     try:
         yield
-    except CertificateRefused as error:
+    except (CertificateRefused, RolloverRefused) as error:
         raise CommandFailed(str(error), "hcna certs list", ExitCode.REFUSED) from None
     except CertificateBroken as error:
         raise CommandFailed(

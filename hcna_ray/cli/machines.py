@@ -6,7 +6,6 @@ The supervisor is imported inside the commands: nobody who only submits a task p
 from __future__ import annotations
 
 import re
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -204,21 +203,24 @@ def _ask_to_join(
 ) -> Membership:
     """Ask M1 and write down what it answers. From here on this machine is a member."""
     from hcna_ray.durable import write_private
+    from hcna_ray.security.authority import install_node
     from hcna_ray.supervisor.gate_protocol import own_versions
     from hcna_ray.supervisor.membership import Membership, machine_id, write_membership
+    from hcna_ray.supervisor.node_certs import certificate_request
     from hcna_ray.supervisor.ports import ray_tuning_hash
+    from hcna_ray.supervisor.rounds import Round, write_round
 
     with _local_trouble():
         who = machine_id(settings.cluster_dir)
+        request = certificate_request(settings.cluster_dir, name or "worker", address)
     answer = found.channel.request(
         "POST",
         "/v1/join",
         authorization=f"Invite {told.token}",
         body={
+            **request,
             "machine_id": who,
-            "hostname": socket.gethostname()[:128],
             "name": name,
-            "address": address,
             "time": time.time(),
             "versions": asdict(own_versions()),
             "ray_tuning_hash": ray_tuning_hash(),
@@ -226,6 +228,8 @@ def _ask_to_join(
         timeout_s=60.0,
     )
     ray_token = str(answer.pop("ray_token"))
+    cert_pem, trust_pem = str(answer.pop("cert_pem")), str(answer.pop("trust_pem"))
+    number = int(answer.pop("round"))
     first = found.channel.address
     others = [*answer["m1_addresses"], *told.addresses]
     membership = Membership(
@@ -239,6 +243,8 @@ def _ask_to_join(
     with _local_trouble():
         failpoints.hit("join.answer.received")
         write_private(settings.keys_dir / "ray.token", ray_token)
+        install_node(settings.cluster_dir, cert_pem, trust_pem)
+        write_round(settings.cluster_dir, Round(number=number))
         write_membership(settings.cluster_dir, membership)
         failpoints.hit("join.membership.written")
     return membership
@@ -315,6 +321,7 @@ def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: boo
     """Drain, stop, be forgotten by M1, forget M1."""
     from hcna_ray import supervisor
     from hcna_ray.runtime.journal import forget_generations
+    from hcna_ray.security.authority import remove_node
     from hcna_ray.supervisor.gate_client import GateUnreachable, reach_gate
     from hcna_ray.supervisor.gate_protocol import GateRefused
     from hcna_ray.supervisor.membership import remove_membership
@@ -372,6 +379,8 @@ def _leave(settings: Settings, joined: Membership, drain_s: float, *, force: boo
             channel.close()
     (settings.keys_dir / "ray.token").unlink(missing_ok=True)
     remove_membership(settings.cluster_dir)
+    remove_node(settings.cluster_dir)
+    (settings.cluster_dir / "round.json").unlink(missing_ok=True)
     forget_generations(settings.outbox_dir.parent)
     if report["told_m1"]:
         console.print(f"this machine is no longer {joined.name}. Next: hcna join CODE, or hcna up")

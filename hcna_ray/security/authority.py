@@ -333,6 +333,20 @@ def install_trust(directory: Path, trust_pem: str) -> None:
         write_private(path, trust_pem)
 
 
+def gate_trust(directory: Path) -> str:
+    """Return the authorities by which members know M1's gate, the one that signed for it first."""
+    paths = (directory / "ca.old.pem", directory / "ca.pem")
+    return "".join(path.read_text(encoding="ascii") for path in paths if path.exists())
+
+
+def own_serial(directory: Path) -> str:
+    """Return the serial number of this machine's certificate, in hex; '' if it has none."""
+    try:
+        return f"{load_cert(Node.of(directory).pem).serial_number:x}"
+    except CertificateBroken:
+        return ""
+
+
 def remove_node(directory: Path) -> None:
     """Forget this machine's certificate and whom it believed: it has left."""
     for path in (*vars(Node.of(directory)).values(), _waiting_key(directory)):

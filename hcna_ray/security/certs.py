@@ -315,6 +315,16 @@ def fingerprint(pem: str) -> str:
     )
 
 
+def serial_and_end(pem: str) -> tuple[str, datetime]:
+    """Return serial number, in hex, and end of a certificate.
+
+    Raises:
+        ValueError: The text is not one certificate in PEM.
+    """
+    cert = x509.load_pem_x509_certificate(pem.encode("ascii", "replace"))
+    return f"{cert.serial_number:x}", cert.not_valid_after_utc
+
+
 def _still_good(
     pair: Pair, ca: x509.Certificate, wanted: set[x509.GeneralName], now: datetime
 ) -> bool:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ import psutil
 
 from hcna_ray.config import GIB, LOOPBACK, MIB, ConfigError, Settings, with_shared
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.authority import Node
+from hcna_ray.security.certs import CertificateBroken, known_by, load_cert
 from hcna_ray.security.keys import read_client_key
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import (
@@ -65,6 +68,8 @@ FILES_WARN = 8192
 FILES_MIN = 1024
 #: A member that was not heard for this long is mentioned.
 BEAT_WARN_S = 15.0
+#: It is renewed when 30 days are left, and Ray's processes read it 15 days later at the latest.
+CERTIFICATE_WARN = timedelta(days=10)
 
 _CONNECT_S = 3.0
 #: Ports of a worker that others connect to, and those of M1.
@@ -326,6 +331,25 @@ def judge_member(beat: MemberBeat) -> Check:
     if clock.level != "ok":
         return Check(id=name, level=clock.level, found=f"{where}: {clock.found}", fix=clock.fix)
     return Check(id=name, level="ok", found=f"{where}: heard {beat.last_beat_age_s:.1f} s ago")
+
+
+def judge_certificate(ends_at: datetime | None, now: datetime) -> Check:
+    """Whether this machine's certificate is good for a while."""
+    if ends_at is None:
+        return Check(id="certificate", level="ok", found="none yet, it is made at the first start")
+    until = f"until {ends_at.date().isoformat()}"
+    if now >= ends_at:
+        return Check(
+            id="certificate", level="fail", found=f"good {until} only", fix="hcna down && hcna up"
+        )
+    if ends_at - now < CERTIFICATE_WARN:
+        return Check(
+            id="certificate",
+            level="warn",
+            found=f"good {until} only, it should have been renewed",
+            fix="see why in logs/supervisor.log, then hcna down && hcna up",
+        )
+    return Check(id="certificate", level="ok", found=f"good {until}")
 
 
 # -- firewalls -----------------------------------------------------------------------------------
@@ -608,6 +632,7 @@ def parse_reach(raw: Any) -> Reach:
 def member_checks(settings: Settings, membership: Membership) -> Iterator[Check]:
     """Look at a machine that has joined: the way to its M1 both ways, and the machine itself."""
     yield _supervisor_check(settings)
+    yield _certificate_check(settings)
     found = None
     try:
         found = reach_gate(membership)
@@ -637,6 +662,7 @@ def member_checks(settings: Settings, membership: Membership) -> Iterator[Check]
 def head_checks(settings: Settings) -> Iterator[Check]:
     """Look at M1's machine, and at what it heard of the others."""
     yield _supervisor_check(settings)
+    yield _certificate_check(settings)
     if read_supervisor(settings.run_dir) is None:
         taken = taken_ports(settings)
         listed = "; ".join(f"{port} by {listener_of(port)}" for port in sorted(taken))
@@ -693,6 +719,18 @@ def _supervisor_check(settings: Settings) -> Check:
     if process is None:
         return Check(id="supervisor", level="fail", found="does not run", fix="hcna up")
     return Check(id="supervisor", level="ok", found=f"runs (pid {process.pid})")
+
+
+def _certificate_check(settings: Settings) -> Check:
+    path = Node.of(settings.cluster_dir).pem
+    if not path.exists():
+        return judge_certificate(None, datetime.now(UTC))
+    try:
+        return judge_certificate(load_cert(path).not_valid_after_utc, datetime.now(UTC))
+    except CertificateBroken as error:
+        return Check(
+            id="certificate", level="fail", found=str(error), fix="hcna down && hcna up makes it"
+        )
 
 
 def _own_address_check(settings: Settings) -> Check:
@@ -773,7 +811,8 @@ def open_own_gate(settings: Settings) -> tuple[GateChannel, str]:
     Raises:
         OSError: This user may not read the certificate, or there is none yet.
     """
-    context = pinned_context((settings.cluster_dir / "ca.pem").read_text(encoding="ascii"))
+    known = known_by(settings.cluster_dir).cert
+    context = pinned_context(known.read_text(encoding="ascii"))
     key = read_client_key(settings.keys_dir)
     return GateChannel(LOOPBACK, settings.port("gate"), context), f"Bearer {key}"
 

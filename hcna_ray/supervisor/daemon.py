@@ -20,8 +20,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from logging import Logger
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
-from hcna_ray.security.authority import Node
+from hcna_ray.security.authority import Node, install_node, renewal_margin
 from hcna_ray.security.certs import load_cert
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
@@ -38,11 +38,20 @@ from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s
 from hcna_ray.supervisor.edge import edge_command, edge_config
 from hcna_ray.supervisor.gate import Gate
-from hcna_ray.supervisor.gate_client import Contact
+from hcna_ray.supervisor.gate_client import Contact, ask_gate
 from hcna_ray.supervisor.janitor import Janitor
 from hcna_ray.supervisor.keeper import EXIT_TOLD_TO_STOP
-from hcna_ray.supervisor.membership import Membership, read_members, read_membership
-from hcna_ray.supervisor.node_certs import ensure_m1_node
+from hcna_ray.supervisor.membership import (
+    Membership,
+    read_members,
+    read_membership,
+    write_membership,
+)
+from hcna_ray.supervisor.node_certs import (
+    certificate_request,
+    ensure_m1_node,
+    ensure_member_node,
+)
 from hcna_ray.supervisor.ports import (
     FILES_MAX,
     accepts,
@@ -56,6 +65,7 @@ from hcna_ray.supervisor.ports import (
 from hcna_ray.supervisor.processes import (
     ProcessRef,
     become_subreaper,
+    begun_at,
     describe,
     identify,
     is_alive,
@@ -64,6 +74,7 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
+from hcna_ray.supervisor.rounds import Round, announce, read_round, take_over, write_round
 from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
@@ -111,6 +122,10 @@ _CERTIFY_S = 3600.0
 _GOODBYE_S = 5.0
 #: How long M1's machine stays to tell the others that all is to stop.
 _TELL_S = 12.0
+#: M1 waits this long for members to hand back their work before it starts again.
+_ROUND_S = 20.0
+#: Pause between two tries to get new credentials.
+_FOLLOW_S = 3.0
 #: A machine that asked to join takes the place of M1's own worker within this time, or not at all.
 _YIELD_S = 60.0
 
@@ -205,6 +220,13 @@ class Supervisor:
     _next_check_at: float = 0.0
     _next_tidy_at: float = 0.0
     _next_certify_at: float = 0.0
+    _certificate_trouble: str = ""
+    _round_announced: threading.Event = field(default_factory=threading.Event)
+    #: Until when the members are waited for.
+    _round_until: float = 0.0
+    _next_follow_at: float = 0.0
+    #: The last answer of M1 that was followed.
+    _followed: Mapping[str, Any] | None = None
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -243,6 +265,9 @@ class Supervisor:
         self._reap()
         if self.contact is not None:
             self._obey(self.contact.order)
+            self._follow(self.contact.facts, now)
+        elif self._round_announced.is_set():
+            self._lead_round(now)
         if self._look_at_members.is_set() or now >= self._yield_until > 0:
             self._look_at_members.clear()
             self._settle_local_worker(now)
@@ -254,8 +279,9 @@ class Supervisor:
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + _TIDY_S
             self._tidy()
-        if now >= self._next_certify_at and self.membership is None:
-            self._renew_certificate()
+        if now >= self._next_certify_at:
+            self._certified()
+            self._replace_old_nodes()
         self._run_bootstrap(now)
         self._record()
 
@@ -380,6 +406,85 @@ class Supervisor:
             )
         self._stopping.set()
 
+    # -- new credentials ----------------------------------------------------------------------
+
+    def round_announced(self) -> None:
+        """Restart Ray with new credentials as soon as the members have them (any thread)."""
+        self._round_announced.set()
+
+    def _lead_round(self, now: float) -> None:
+        """On M1: wait a little for the members, then have the head start anew."""
+        assert self.gate is not None
+        if not self._round_until:
+            self._round_until = now + _ROUND_S
+            self._say("waiting for the members to take over new credentials", "credentials.wait")
+        number = read_round(self.settings.cluster_dir).number
+        if now < self._round_until and not self.gate.caught_up(number):
+            return
+        self._round_until = 0.0
+        self._round_announced.clear()
+        worker = next((one for one in self.members if one.name == "worker"), None)
+        if worker is not None and worker.process is not None:
+            self._say_goodbye()
+        self._end_what_the_head_held()
+        head = next(one for one in self.members if one.name == "head")
+        if head.process is not None:
+            stop([head.process], term_s=self.settings.ray.stop_s)
+        self._reap()
+        head.process, head.up, head.not_before = None, False, 0.0
+        take_over(self.settings.cluster_dir, self.settings.keys_dir)
+        self._certified(anew=True)
+        self.ready = False
+        self._say("Ray starts again with new credentials", "credentials.taken", round=number)
+
+    def _follow(self, told: Mapping[str, Any], now: float) -> None:
+        """On a member: take over what M1's gate says is new."""
+        number = told.get("round")
+        if told is self._followed or not isinstance(number, int) or now < self._next_follow_at:
+            return
+        behind = number != read_round(self.settings.cluster_dir).number
+        try:
+            if behind or told.get("renew") is True:
+                self._next_follow_at = now + _FOLLOW_S
+            if behind:
+                self._take_credentials(number)
+            elif told.get("renew") is True:
+                self._stop_worker("this machine's worker starts again with a new certificate")
+                self._certify(anew=True)
+            self._followed = told
+        except (HcnaError, OSError) as error:
+            self.log.error(str(error), extra={"action": "credentials.trouble"})
+
+    def _take_credentials(self, number: int) -> None:
+        """Fetch this round's credentials, hand back what runs, and take them into use."""
+        settings, membership, contact = self.settings, self.membership, self.contact
+        assert membership is not None
+        assert contact is not None
+        name, address = membership.name, self._own_address()
+        request = certificate_request(settings.cluster_dir, name, address)
+        answer = ask_gate(membership, "/v1/credentials", request)
+        self._stop_worker("this machine's worker starts again with new credentials")
+        write_private(settings.keys_dir / "ray.token", str(answer.get("ray_token")))
+        install_node(
+            settings.cluster_dir, str(answer.get("cert_pem")), str(answer.get("trust_pem"))
+        )
+        self.membership = replace(membership, ca_pem=str(answer.get("ca_pem")))
+        write_membership(settings.cluster_dir, self.membership)
+        contact.trust(self.membership)
+        # Last: whoever is cut off before asks again.
+        write_round(settings.cluster_dir, Round(number=int(answer.get("round", number))))
+
+    def _stop_worker(self, why: str) -> None:
+        """End the worker's node in good order; it starts again at the next occasion."""
+        worker = next((one for one in self.members if one.name == "worker"), None)
+        if worker is None or worker.process is None:
+            return
+        self._say(why, "worker.renewed", member=worker.name)
+        self._say_goodbye()
+        stop([worker.process], term_s=self.settings.ray.stop_s)
+        self._reap()
+        worker.process, worker.up, worker.not_before = None, False, 0.0
+
     # -- the parts of a tick ------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -394,6 +499,11 @@ class Supervisor:
         for path in (goodbye_order(settings.run_dir), goodbye_done(settings.run_dir)):
             path.unlink(missing_ok=True)
         self.membership = read_membership(settings.cluster_dir)
+        if self.membership is None and read_round(settings.cluster_dir).pending:
+            # The last supervisor came no further. What runs of it has the old token.
+            stop(scan(marker_of(settings)), term_s=2.0)
+            self._reap()
+            take_over(settings.cluster_dir, settings.keys_dir)
         state = read_state(settings.run_dir)
         members = self._plan_members()
         for member in members:
@@ -441,20 +551,33 @@ class Supervisor:
             prepare=self.prepare_place,
             members_changed=self.members_changed,
             ready=lambda: self.ready,
+            rotated=self.round_announced,
         )
         self.gate.start()
 
-    def _certify(self) -> None:
-        """Have the certificate of M1's node be one that will do; say so if it is another one.
+    def _certify(self, *, anew: bool = False) -> None:
+        """Have the certificate of this machine's node be one that will do; tell of a new one.
 
         Raises:
-            CertificateBroken: The authority cannot be used.
-            OwnCertificateRefused: The settings name files that cannot be used.
+            HcnaError: The authority cannot be used, the settings name files that cannot be used,
+                or M1 refused.
+            OSError: M1 cannot be reached, or the disk refused.
         """
         self._next_certify_at = self.monotonic() + _CERTIFY_S
-        node = Node.of(self.settings.cluster_dir)
+        settings, membership, now = self.settings, self.membership, datetime.now(UTC)
+        node = Node.of(settings.cluster_dir)
         before = node.pem.read_bytes() if node.pem.exists() else b""
-        ensure_m1_node(self.settings, now=datetime.now(UTC))
+        if membership is None:
+            ensure_m1_node(settings, now=now, anew=anew)
+        else:
+            ensure_member_node(
+                settings,
+                membership.name,
+                self._own_address(),
+                ask=lambda body: ask_gate(membership, "/v1/certificate", body),
+                now=now,
+                anew=anew,
+            )
         if node.pem.read_bytes() != before:
             cert = load_cert(node.pem)
             self._say(
@@ -464,11 +587,38 @@ class Supervisor:
                 expires_at=cert.not_valid_after_utc.isoformat(),
             )
 
-    def _renew_certificate(self) -> None:
+    def _replace_old_nodes(self) -> None:
+        """Have Ray's processes read a renewed certificate while the one that they hold is good.
+
+        It was renewed when a third of its life was left, 30 days at most; half of that time they
+        get to start again for another reason.
+        """
+        path = Node.of(self.settings.cluster_dir).pem
         try:
-            self._certify()
+            written, margin = path.stat().st_mtime, renewal_margin(load_cert(path)).total_seconds()
+        except (OSError, HcnaError):
+            return
+        nodes = [one.process for one in self.members if one.node is not None and one.process]
+        if time.time() < written + margin / 2 or all(begun_at(one) > written for one in nodes):
+            return
+        if self.membership is not None:
+            self._stop_worker("this machine's worker starts again with its renewed certificate")
+        elif not read_round(self.settings.cluster_dir).pending:
+            directory, keys_dir = self.settings.cluster_dir, self.settings.keys_dir
+            announce(directory, keys_dir, "certificates", now=time.time())
+            self.round_announced()
+
+    def _certified(self, *, anew: bool = False) -> bool:
+        """Look after the certificate; whether it will do. Trouble is logged, once per sort."""
+        try:
+            self._certify(anew=anew)
         except (HcnaError, OSError) as error:
-            self.log.error(str(error), extra={"action": "certificate.trouble"})
+            if str(error) != self._certificate_trouble:
+                self.log.error(str(error), extra={"action": "certificate.trouble"})
+            self._certificate_trouble = str(error)
+            return False
+        self._certificate_trouble = ""
+        return True
 
     def _plan_members(self) -> list[Member]:
         settings = self.settings
@@ -524,6 +674,8 @@ class Supervisor:
     def _head_is_up(self) -> bool:
         if self.membership is None:
             return accepts(self.settings.port("head_node_manager"))
+        if self.contact is not None and self.contact.facts.get("hold") is True:
+            return False  # This head is about to end.
         host, _, port = self._head_address().rpartition(":")
         return accepts(int(port), host=host)
 
@@ -580,6 +732,10 @@ class Supervisor:
         if member.name == "head":
             # With this file `ray start` takes its predecessor for alive while a worker's raylet is.
             (marker_of(self.settings).temp_dir / "ray_current_cluster").unlink(missing_ok=True)
+        if member.node is not None and not self._certified():
+            # Ray's processes would not come beyond their first connection.
+            member.not_before = now + 2.0
+            return
         try:
             command = member.command()
         except OSError as error:  # No network just now.

@@ -24,12 +24,22 @@ from typing import Any
 from urllib.parse import quote
 
 from hcna_ray import failpoints
-from hcna_ray.config import Settings, shared_part
+from hcna_ray.config import LOOPBACK, Settings, shared_part
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.certs import ensure_ca, ensure_server, fingerprint
+from hcna_ray.security.authority import (
+    CertificateRefused,
+    RolloverRefused,
+    begin_rollover,
+    ensure_trust,
+    finish_rollover,
+    gate_trust,
+    sign_request,
+)
+from hcna_ray.security.certs import ensure_server, fingerprint, known_by, serial_and_end
 from hcna_ray.security.keys import ensure_ray_token, load_keys, read_client_key, verify
 from hcna_ray.supervisor.addresses import default_address, outward_addresses, own_addresses
 from hcna_ray.supervisor.gate_protocol import (
+    ADDRESSES_MAX,
     BODY_BYTES_MAX,
     CLOCK_SKEW_S_MAX,
     DOWN,
@@ -56,8 +66,10 @@ from hcna_ray.supervisor.membership import (
     read_members,
     remove_member,
 )
+from hcna_ray.supervisor.node_certs import grantable, names_of
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import Listeners, try_ports
+from hcna_ray.supervisor.rounds import RoundRefused, announce, read_round, token_for_members
 
 Json = dict[str, Any]
 
@@ -73,6 +85,8 @@ _RENEW_CHECK_S = 3600.0
 _PRESENT_S = 10.0
 _DRAIN_S_MAX = 3600.0
 _SAME_REFUSAL_S = 60.0
+#: Longest request for a certificate: one for 16384 bits of RSA fits.
+_PEM_CHARS_MAX = 8192
 
 _UNKNOWN_MEMBER = GateRefused(
     401,
@@ -100,6 +114,9 @@ class MemberBeat:
     same_ray_settings: bool | None
     #: What it says of itself.
     report: Mapping[str, Any] = field(default_factory=dict)
+    #: The round of its credentials, and the serial number of its certificate, in hex.
+    round: int | None = None
+    serial: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +126,8 @@ class _Beat:
     skew_s: float
     same_ray_settings: bool
     report: Mapping[str, Any]
+    round: int
+    serial: str
 
 
 class Gate:
@@ -125,6 +144,7 @@ class Gate:
         drain: Callable[[str, float], Json] | None = None,
         forget: Callable[[str], Json] | None = None,
         ready: Callable[[], bool] | None = None,
+        rotated: Callable[[], None] = lambda: None,
         versions: Versions | None = None,
         addresses: Callable[[], Sequence[str]] | None = None,
         host: str = "0.0.0.0",
@@ -144,6 +164,7 @@ class Gate:
             drain: Drains a worker within some seconds; default: asks C1.
             forget: Has the moderator forget a worker; default: asks C1.
             ready: Whether C1 is ready; default: not known.
+            rotated: Told after a round of credentials was announced.
             versions: Those that others must have; default: those of this process.
             addresses: Where M1 may be found, the best first; default: by its cards.
             host: Address to listen on.
@@ -158,7 +179,7 @@ class Gate:
         self.members_changed = members_changed
         self.drain = drain or (lambda name, drain_s: drain_worker(settings, name, drain_s))
         self.forget = forget or (lambda name: forget_worker(settings, name))
-        self.ready = ready
+        self.ready, self.rotated = ready, rotated
         self._outward = addresses or (lambda: outward_addresses(settings.ray.node_address))
         self.versions = versions or own_versions()
         self.now, self.monotonic = now, monotonic
@@ -171,6 +192,8 @@ class Gate:
         self._beats: dict[str, _Beat] = {}
         self._going_down = False
         self._told: set[str] = set()
+        #: Machines that are to get another certificate, and the one they have.
+        self._renewing: dict[str, str] = {}
         self._refused: dict[tuple[str, str], float] = {}
         self._opening = threading.Lock()
         self._opened: tuple[Listeners, threading.Timer] | None = None
@@ -186,7 +209,8 @@ class Gate:
         """
         directory = self.settings.cluster_dir
         ensure_ray_token(self.settings.keys_dir)
-        self._ca_pem = ensure_ca(directory, now=self._utc()).cert.read_text(encoding="ascii")
+        ensure_trust(directory, now=self._utc())
+        self._ca_pem = known_by(directory).cert.read_text(encoding="ascii")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load_certificate(context)
@@ -256,6 +280,8 @@ class Gate:
                 clock_skew_s=beat.skew_s if beat else None,
                 same_ray_settings=beat.same_ray_settings if beat else None,
                 report=beat.report if beat else {},
+                round=beat.round if beat else None,
+                serial=beat.serial if beat else "",
             )
         return found
 
@@ -273,13 +299,24 @@ class Gate:
                     return {"ca_pem": self._ca_pem}
                 case "GET", "/v1/members":
                     self._owner(authorization)
-                    return {"members": [asdict(beat) for beat in self.beats().values()]}
+                    return {
+                        "members": [asdict(beat) for beat in self.beats().values()],
+                        "round": asdict(read_round(self.settings.cluster_dir)),
+                        "ready": self.ready() if self.ready else None,
+                    }
                 case "POST", "/v1/preflight":
                     return self._preflight(authorization, body, peer)
                 case "POST", "/v1/join":
                     return self._join(authorization, body, peer)
                 case "POST", "/v1/beat":
                     return self._beat(self._member(authorization), body, peer)
+                case "POST", "/v1/certificate":
+                    return self._certificate(self._member(authorization), body, peer)
+                case "POST", "/v1/credentials":
+                    return self._credentials(self._member(authorization), body, peer)
+                case "POST", "/v1/rotate":
+                    self._owner(authorization)
+                    return self._rotate(body)
                 case "POST", "/v1/leave":
                     return self._leave(self._leaver(authorization, body), body)
         except NameTaken as error:
@@ -345,6 +382,7 @@ class Gate:
         with self._joining:
             invite = check_invite(directory, token, now=self.now(), machine_id=machine_id)
             self._refuse_misfit(body)
+            _pem(body, "csr")
             name = self._name_for(invite, body, peer)
             is_new = all(each.name != name for each in read_members(directory))
             self.prepare(name)
@@ -373,21 +411,127 @@ class Gate:
             name,
             extra={"action": "gate.joined", "worker": name, "address": member.address},
         )
-        ray_token = ensure_ray_token(self.settings.keys_dir).read_text(encoding="ascii").strip()
         return {
+            **self._credentials(member, body, peer),
             "name": name,
             "node_id": member.node_id,
             "m1_addresses": self._addresses(),
             "gate_port": self.port,
-            "ca_pem": self._ca_pem,
             "ca_sha256": fingerprint(self._ca_pem),
             "member_token": member_token,
-            "ray_token": ray_token,
             "ray_address": self.ray_address,
             "moderator_node_id": self.settings.moderator.node_id,
             "shared": shared_part(self.settings),
             "joined_at": member.joined_at,
         }
+
+    def _certificate(self, member: Member, body: Json, peer: str) -> Json:
+        """Sign a member's request, for its own names and addresses alone."""
+        hostname = _text(body, "hostname") or member.hostname
+        asked = {peer, _text(body, "address") or peer, *_texts(body, "addresses", ADDRESSES_MAX)}
+        others = [one for one in read_members(self.settings.cluster_dir) if one != member]
+        taken = {GATE_NAME, socket.gethostname().lower(), *(one.hostname.lower() for one in others)}
+        taken.discard("localhost")
+        # Where it was seen it is, whoever was there before.
+        theirs = {one.address for one in others} - {peer}
+        theirs |= {*self._addresses(), *(own.address for own in own_addresses())}
+        try:
+            cert_pem = sign_request(
+                self.settings.cluster_dir,
+                _pem(body, "csr"),
+                name=member.name,
+                kind="node",
+                names=[name for name in names_of(member.name, hostname) if name not in taken],
+                addresses=[LOOPBACK, "::1", *grantable(asked, theirs)],
+                now=self._utc(),
+            )
+        except CertificateRefused as error:
+            raise GateRefused(400, error.code, str(error)) from None
+        serial, until = serial_and_end(cert_pem)
+        self.log.info(
+            "%s has a new certificate",
+            member.name,
+            extra={
+                "action": "gate.certified",
+                "worker": member.name,
+                "serial": serial,
+                "expires_at": until.isoformat(),
+            },
+        )
+        trust = ensure_trust(self.settings.cluster_dir, now=self._utc())
+        return {"cert_pem": cert_pem, "trust_pem": trust.read_text(encoding="ascii")}
+
+    def _credentials(self, member: Member, body: Json, peer: str) -> Json:
+        """Give a member all that it needs for this round."""
+        directory = self.settings.cluster_dir
+        current = read_round(directory)
+        return {
+            **self._certificate(member, body, peer),
+            "ca_pem": gate_trust(directory),
+            "ray_token": token_for_members(directory, self.settings.keys_dir),
+            "round": current.number,
+        }
+
+    def _rotate(self, body: Json) -> Json:
+        """Have a member get another certificate, or all machines other credentials."""
+        what, directory = _text(body, "what"), self.settings.cluster_dir
+        if what == "node":
+            return self._renew_member(_text(body, "name"))
+        try:
+            if read_round(directory).pending:
+                raise RoundRefused("a restart with new credentials is under way already")
+            match what:
+                case "token":
+                    pass
+                case "authority":
+                    begin_rollover(directory, now=self._utc())
+                case "finish":
+                    self._refuse_early_end(body)
+                    finish_rollover(directory, now=self._utc())
+                    self._ca_pem = known_by(directory).cert.read_text(encoding="ascii")
+                    if self._server is not None:
+                        self.renew(self._server.context)
+                case _:
+                    raise GateRefused(400, "invalid_request", f"there is no rotation of {what!r}")
+            made = announce(directory, self.settings.keys_dir, what, now=self.now())
+        except (RoundRefused, RolloverRefused) as error:
+            raise GateRefused(409, error.code, str(error), "hcna certs list") from None
+        self.log.warning(
+            "the cluster restarts Ray with new credentials (%s)",
+            what,
+            extra={"action": "credentials.announced", "round": made.number, "reason": what},
+        )
+        self.rotated()
+        return {"round": made.number}
+
+    def _refuse_early_end(self, body: Json) -> None:
+        """Refuse to give up the old authority while a member knows no other, unless told to."""
+        current = read_round(self.settings.cluster_dir).number
+        away = [one.name for one in self.beats().values() if one.round != current]
+        if away and body.get("force") is not True:
+            raise RolloverRefused(
+                f"{', '.join(away)} was away and knows only the old authority; without it "
+                "it has to join again"
+            )
+
+    def _renew_member(self, name: str) -> Json:
+        for member in read_members(self.settings.cluster_dir):
+            if member.name == name:
+                with self._changed:
+                    beat = self._beats.get(member.machine_id)
+                    self._renewing[member.machine_id] = beat.serial if beat else ""
+                return {"name": name, "serial": beat.serial if beat else ""}
+        raise GateRefused(404, "member_not_found", f"no machine has joined as {name!r}")
+
+    def caught_up(self, number: int) -> bool:
+        """Whether every member that was here lately has the credentials of a round."""
+        now = self.monotonic()
+        with self._changed:
+            return all(
+                beat.round == number
+                for beat in self._beats.values()
+                if now - beat.monotonic < _PRESENT_S
+            )
 
     def _beat(self, member: Member, body: Json, peer: str) -> Json:
         report = body.get("report")
@@ -397,11 +541,17 @@ class Gate:
             skew_s=round(_number(body, "time") - self.now(), 3),
             same_ray_settings=body.get("ray_tuning_hash") == ray_tuning_hash(),
             report=report if isinstance(report, dict) else {},
+            round=int(_number(body, "round")) if "round" in body else 0,
+            serial=_text(body, "serial"),
         )
         with self._changed:
             before = self._beats.get(member.machine_id)
             self._beats[member.machine_id] = beat
             order = DOWN if self._going_down else UP
+            if self._renewing.get(member.machine_id, beat.serial) != beat.serial:
+                del self._renewing[member.machine_id]
+            renew = member.machine_id in self._renewing
+        current = read_round(self.settings.cluster_dir)
         if before is None or before.same_ray_settings != beat.same_ray_settings:
             self._note(member, beat)
         address = _text(body, "address") or peer
@@ -415,6 +565,10 @@ class Gate:
             move_member(self.settings.cluster_dir, member.name, address)
         return {
             "order": order,
+            "round": current.number,
+            # Its head is about to end: a worker that started now would have to start again.
+            "hold": current.pending,
+            "renew": renew,
             "time": self.now(),
             "name": member.name,
             "seen_address": peer,
@@ -829,6 +983,20 @@ def _text(body: Json, name: str, chars_max: int = 128) -> str:
         return ""
     if not isinstance(value, str) or len(value) > chars_max or not value.isprintable():
         raise GateRefused(400, "invalid_request", f"{name} is not a short text")
+    return value
+
+
+def _texts(body: Json, name: str, count_max: int) -> list[str]:
+    value = body.get(name, [])
+    if not isinstance(value, list) or len(value) > count_max:
+        raise GateRefused(400, "invalid_request", f"{name} is not a list of {count_max} texts")
+    return [_text({name: each}, name) for each in value]
+
+
+def _pem(body: Json, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= _PEM_CHARS_MAX or not value.isascii():
+        raise GateRefused(400, "invalid_request", f"{name} is not a text in PEM")
     return value
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.authority import own_serial
 from hcna_ray.supervisor.addresses import describe, route_source
 from hcna_ray.supervisor.gate_protocol import (
     BEAT_S,
@@ -34,6 +35,7 @@ from hcna_ray.supervisor.invites import JoinCode
 from hcna_ray.supervisor.membership import Membership
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import explain
+from hcna_ray.supervisor.rounds import read_round
 
 Json = dict[str, Any]
 
@@ -259,6 +261,22 @@ def reach_gate(membership: Membership, *, source: str | None = None) -> Found:
     return _first_found(membership.m1_addresses, membership.gate_port, try_one, source)
 
 
+def ask_gate(membership: Membership, path: str, body: Json) -> Json:
+    """Return M1's answer to one request of this member, on a connection of its own.
+
+    Raises:
+        GateUnreachable: None of its addresses leads there.
+        GateRefused: M1 said no.
+        OSError: It did not answer.
+    """
+    channel = reach_gate(membership).channel
+    try:
+        authorization = f"Member {membership.member_token}"
+        return channel.request("POST", path, authorization=authorization, body=body)
+    finally:
+        channel.close()
+
+
 def _first_found(
     addresses: Sequence[str],
     port: int,
@@ -368,6 +386,8 @@ class Contact:
         self._addresses = membership.m1_addresses
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        #: The channel was opened with what was believed before.
+        self._stale = False
         self._order: str | None = None
         self._last_ok: float | None = None
         self._facts: Json = {}
@@ -407,10 +427,15 @@ class Contact:
 
     def beat(self) -> bool:
         """Beat once, at the address that worked last, else at the others; whether M1 answered."""
+        if self._stale:
+            self._stale = False
+            self.close()
         body: Json = {
             "time": time.time(),
             "ray_tuning_hash": ray_tuning_hash(),
             "address": self.membership.address,
+            "round": read_round(self.settings.cluster_dir).number,
+            "serial": own_serial(self.settings.cluster_dir),
             "report": dict(self._report()) if self._report else {},
         }
         attempts = []
@@ -446,8 +471,18 @@ class Contact:
                 self.log.exception("a beat failed", extra={"action": "contact.error"})
             # A little spread: members that lost the same M1 do not come back in step.
             self._stopping.wait(self._interval_s * random.uniform(0.9, 1.1))
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next beat opens another one."""
         if self._channel is not None:
             self._channel.close()
+            self._channel = None
+
+    def trust(self, membership: Membership) -> None:
+        """Believe the authorities of a membership that was told anew, from the next beat on."""
+        self.membership, self._context = membership, pinned_context(membership.ca_pem)
+        self._stale = True
 
     def _in_order(self) -> tuple[str, ...]:
         first = (self._channel.address,) if self._channel else ()

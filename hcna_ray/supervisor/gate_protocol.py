@@ -20,6 +20,8 @@ BEAT_S = 3.0
 CLOCK_SKEW_S_MAX = 60.0
 #: Ports in one request to connect back.
 PORTS_MAX = 64
+#: Addresses in one request for a certificate.
+ADDRESSES_MAX = 32
 
 #: Orders in the answer to a beat.
 UP, DOWN, REMOVED = "up", "down", "removed"

@@ -23,7 +23,7 @@ from typing import Any
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import write_private
-from hcna_ray.security.certs import ensure_ca, fingerprint
+from hcna_ray.security.certs import ensure_ca, fingerprint, known_by
 from hcna_ray.security.keys import locked_dir
 from hcna_ray.supervisor.membership import MembersBroken, digest
 
@@ -216,9 +216,8 @@ def create_invite(
     if name is not None and uses != 1:
         raise InviteRefused("invalid_request", "a join code for one name has one use")
     directory = settings.cluster_dir
-    ca_pem = ensure_ca(directory, now=datetime.fromtimestamp(now, UTC)).cert.read_text(
-        encoding="ascii"
-    )
+    ensure_ca(directory, now=datetime.fromtimestamp(now, UTC))
+    ca_pem = known_by(directory).cert.read_text(encoding="ascii")
     token = secrets.token_hex(_TOKEN_BYTES)
     invite = Invite(
         id=secrets.token_hex(4),

@@ -6,17 +6,30 @@ machine that has joined asks M1's gate.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hcna_ray.config import LOOPBACK, NodeSecuritySettings, Settings
 from hcna_ray.durable import write_private
-from hcna_ray.security.authority import Node, ensure_node, ensure_revocations, ensure_trust
+from hcna_ray.security.authority import (
+    Node,
+    ensure_node,
+    ensure_revocations,
+    ensure_trust,
+    install_node,
+    node_problem,
+    request_node,
+)
 from hcna_ray.security.certs import CLIENT, SERVER
 from hcna_ray.security.own_certs import OwnCertificate, load_own
 from hcna_ray.supervisor.addresses import default_address, own_addresses
+from hcna_ray.supervisor.gate_protocol import ADDRESSES_MAX
+
+Json = dict[str, Any]
 
 #: Longest name that fits into a certificate.
 _NAME_CHARS_MAX = 253
@@ -32,6 +45,27 @@ def names_of(node: str, hostname: str | None = None) -> tuple[str, ...]:
 def addresses_here() -> tuple[str, ...]:
     """Return the IP addresses under which this machine's processes are called."""
     return (LOOPBACK, "::1", *(own.address for own in own_addresses()))
+
+
+def grantable(asked: Iterable[str], others: Collection[str]) -> list[str]:
+    """Return those of the addresses a member asks for that its certificate may be good for.
+
+    None of another machine's, no names, nothing that is no machine's own.
+
+    Args:
+        asked: What the member says, and where it was seen.
+        others: Addresses of M1 and of the other members.
+    """
+    found = set()
+    for text in asked:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            continue
+        odd = address.is_unspecified or address.is_multicast or address.is_loopback
+        if not odd and str(address) not in others:
+            found.add(str(address))
+    return sorted(found)
 
 
 def ensure_m1_node(
@@ -68,6 +102,58 @@ def ensure_m1_node(
         write_if_changed(node.pem, own.pem)
     ensure_revocations(directory, now=now)
     return node
+
+
+def ensure_member_node(
+    settings: Settings,
+    name: str,
+    address: str,
+    *,
+    ask: Callable[[Json], Json],
+    now: datetime,
+    anew: bool = False,
+) -> bool:
+    """See to it that the files of a member's node will do; M1 is asked only if they would not.
+
+    Args:
+        settings: Of this machine.
+        name: Its name in the cluster.
+        address: Its address for the others.
+        ask: Sends M1's gate a request for a certificate and returns the answer.
+        now: The time, aware.
+        anew: Ask even if the present one would do.
+
+    Returns:
+        Whether they are other ones than before.
+
+    Raises:
+        OSError: M1 cannot be reached, or a file cannot be written.
+        HcnaError: M1 refused, its answer does not fit, or the owner's certificate will not do.
+    """
+    directory = settings.cluster_dir
+    node = Node.of(directory)
+    own = own_certificate(settings.worker.security, address, now=now)
+    if own is not None and node.trust.exists():
+        return write_if_changed(node.pem, own.pem)
+    if not (anew or node_problem(node, names=(), addresses=(LOOPBACK, address), now=now)):
+        return False
+    answer = ask(certificate_request(directory, name, address))
+    install_node(directory, str(answer.get("cert_pem")), str(answer.get("trust_pem")))
+    if own is not None:
+        write_private(node.pem, own.pem)
+    return True
+
+
+def certificate_request(directory: Path, name: str, address: str | None) -> Json:
+    """Return what a machine sends to get a certificate; its new key waits for the answer."""
+    mine = [own.address for own in own_addresses() if not own.inside]
+    asked = dict.fromkeys([*([address] if address else []), *mine])
+    return {
+        "csr": request_node(directory, name),
+        "hostname": socket.gethostname()[:128],
+        "address": address,
+        "addresses": list(asked)[:ADDRESSES_MAX],
+    }
 
 
 def own_certificate(

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from hcna_ray.config import LOOPBACK, MIB, Settings
+from hcna_ray.security.authority import Node
 from hcna_ray.supervisor.processes import Marker
 from hcna_ray.supervisor.serve_proxy import VARIABLE, serve_proxy_path
 
@@ -76,6 +77,7 @@ _DROPPED = (
     "RAY_OVERRIDE_RESOURCES",
     "RAY_OVERRIDE_LABELS",
     "RAY_HEAD_IP",
+    "RAY_USE_TLS",
 )
 
 #: Open files that the supervisor asks for itself and all below it, if the hard limit allows.
@@ -89,8 +91,9 @@ _TINY_OBJECT_STORE_BYTES_MAX = 128 * MIB
 
 
 def ray_tuning_hash() -> str:
-    """Return a digest of `RAY_TUNING`: machines that differ in it must not share a cluster."""
-    return sha256(json.dumps(dict(RAY_TUNING), sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest of `RAY_TUNING` and TLS: machines that differ cannot share a cluster."""
+    told = {**RAY_TUNING, "RAY_USE_TLS": "1"}
+    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def marker_of(settings: Settings) -> Marker:
@@ -114,6 +117,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
     return {
         **RAY_TUNING,
         **program,
+        **_tls(settings),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(settings.keys_dir / "ray.token"),
         "AUTOSCALER_METRIC_PORT": str(port("autoscaler_metrics")),
@@ -133,6 +137,23 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(serve / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(serve),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(serve / "server-state"),
+    }
+
+
+def _tls(settings: Settings) -> dict[str, str]:
+    """Return what makes every gRPC connection of Ray one on which both sides show a certificate.
+
+    Key and certificate are one file, see `hcna_ray.security.authority`. A test that measures what
+    this costs may leave it out, on every machine of its cluster: nobody else can.
+    """
+    if os.environ.get("HCNA_TEST") == "1" and os.environ.get("HCNA_TEST_IN_CLEAR") == "1":
+        return {}
+    node = Node.of(settings.cluster_dir)
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(node.pem),
+        "RAY_TLS_SERVER_KEY": str(node.pem),
+        "RAY_TLS_CA_CERT": str(node.trust),
     }
 
 

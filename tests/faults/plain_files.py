@@ -27,6 +27,7 @@ from hcna_ray.store.migrations import known_migrations
 from hcna_ray.store.postgres import PostgresTaskReader
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
 from hcna_ray.supervisor.backup import check as check_archive
+from hcna_ray.supervisor.rounds import read_round
 from hcna_ray.supervisor.state import restore_mark
 from tests.faults.plain_roles import settings_of
 from tests.faults.programme import Case, Outcome
@@ -436,6 +437,12 @@ async def _authority(work: _Work) -> None:
             and trusted(node.trust) == [current],
             f"authority, certificate and whom M1 believes do not fit after {point}",
         )
+        work.expect(
+            not read_round(cluster).pending
+            and (home / "keys" / "ray.token").exists()
+            and not (home / "keys" / "ray.token.next").exists(),
+            f"the token was not taken over after {point}",
+        )
 
 
 #: Cases by their name: points, and whether the slice has them.
@@ -494,20 +501,20 @@ KINDS: dict[str, tuple[Sequence[str], bool]] = {
         True,
     ),
     "authority": (
-        tuple(
-            f"certificate.{point}"
-            for point in (
-                "issue.listed",
-                "node.written",
-                "trust.written",
-                "answer.installed",
-                "revoke.listed",
-                "revocations.written",
-                "rollover.begun",
-                "rollover.kept",
-                "rollover.signing",
-                "rollover.ended",
-            )
+        (
+            "certificate.issue.listed",
+            "certificate.node.written",
+            "certificate.trust.written",
+            "certificate.answer.installed",
+            "certificate.revoke.listed",
+            "certificate.revocations.written",
+            "certificate.rollover.begun",
+            "certificate.rollover.kept",
+            "certificate.rollover.signing",
+            "certificate.rollover.ended",
+            "credentials.round.announced",
+            "credentials.token.taken",
+            "credentials.round.ended",
         ),
         False,
     ),

@@ -61,6 +61,7 @@ from hcna_ray.store.migrate import copy_back, copy_store
 from hcna_ray.store.migrations import Migration
 from hcna_ray.store.sqlite import SqliteTaskStore
 from hcna_ray.supervisor.backup import backup, restore
+from hcna_ray.supervisor.rounds import announce, read_round, take_over
 from tests.support import moderator_process
 from tests.support.checked_run import HEARTBEAT_S, application
 from tests.support.checked_tasks import TASK_TYPES
@@ -181,6 +182,10 @@ def authorized(home: str) -> None:
         begin_rollover(cluster, now=now)
     ensure_node(cluster, "M1", names=["m1"], addresses=addresses, now=now)
     finish_rollover(cluster, now=now)
+    keys = Path(home) / "keys"
+    if not read_round(cluster).pending:
+        announce(cluster, keys, "token", now=now.timestamp())
+    take_over(cluster, keys)
 
 
 # -- a worker --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hcna_ray.config import Settings, load_settings
+from hcna_ray.security.certs import known_by, make_request, new_key
 from hcna_ray.supervisor.gate import Gate
 from hcna_ray.supervisor.gate_client import GateChannel, pinned_context
 from hcna_ray.supervisor.gate_protocol import GateRefused, Versions, own_versions
@@ -81,8 +82,8 @@ class GateRig:
 
     @property
     def ca_pem(self) -> str:
-        """Certificate of the authority."""
-        return (self.settings.cluster_dir / "ca.pem").read_text()
+        """Certificate of the authority by which this M1 is known."""
+        return known_by(self.settings.cluster_dir).cert.read_text()
 
     def code(self, *addresses: str, **options: Any) -> str:
         """Return a join code of this M1."""
@@ -128,12 +129,14 @@ def joining(machine: str = "m-1", **more: Any) -> Json:
         "time": time.time(),
         "versions": asdict(own_versions()),
         "ray_tuning_hash": ray_tuning_hash(),
+        "csr": make_request(new_key(), machine),
     } | more
 
 
 def membership_of(answer: Json, machine: str = "m-1") -> Membership:
     """Return what a machine keeps of the answer to its joining."""
-    kept = {name: value for name, value in answer.items() if name != "ray_token"}
+    left_out = ("ray_token", "cert_pem", "trust_pem", "round")
+    kept = {name: value for name, value in answer.items() if name not in left_out}
     addresses = ("127.0.0.1",)
     return Membership(**kept | {"machine_id": machine, "m1_addresses": addresses})
 

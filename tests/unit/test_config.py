@@ -142,10 +142,22 @@ def test_a_public_address_without_tls_binds_loopback_and_says_so(tmp_path: Path)
 
 
 def test_asking_for_encryption_that_is_not_there_is_not_passed_over(tmp_path: Path) -> None:
+    settings = load(tmp_path, COMPOSITE_FILE.replace("enable_tls: false ", _WITH_TLS))
+
+    assert settings.api_host == "127.0.0.1"
+    assert "composite.security.enable_tls is true, but" in settings.warnings()[0]
+
+
+def test_a_public_address_of_m1_is_not_bound(tmp_path: Path) -> None:
     settings = load(tmp_path, MODERATOR_FILE)
 
     assert settings.control_host == "127.0.0.1"
-    assert "moderator.security.enable_mtls is true, but" in settings.warnings()[0]
+    (warning,) = settings.warnings()
+    assert "moderator.listen_address is 0.0.0.0, but" in warning
+    assert "ssh -L 8443:127.0.0.1:8443" in warning
+
+
+_WITH_TLS = "cert_path: /c\n    key_path: /k\n    enable_tls: true "
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from cryptography import x509
 
 from hcna_ray.cli.main import main
 from hcna_ray.security.certs import load_cert, load_key, make_request, new_key
+from hcna_ray.security.keys import ensure_ray_token
+from hcna_ray.supervisor.membership import Member, add_member, read_members
 from tests.unit.cli.conftest import Ran
 
 Hcna = Callable[..., Ran]
@@ -37,6 +39,18 @@ def hcna(cluster: Path, capsys: pytest.CaptureFixture[str]) -> Hcna:
         return Ran(code, seen.out, " ".join(seen.err.split()))
 
     return run
+
+
+def a_member() -> Member:
+    return Member(
+        name="W2",
+        node_id="HCNA-W2--prod--home--v1.0",
+        machine_id="m-2",
+        hostname="second",
+        address="10.0.0.2",
+        token_sha256="0" * 64,
+        joined_at=0.0,
+    )
 
 
 def test_init_makes_authority_and_certificate_once(hcna: Hcna, cluster: Path) -> None:
@@ -132,9 +146,72 @@ def test_rotate_makes_another_one(hcna: Hcna, cluster: Path) -> None:
     ran = hcna("certs", "rotate")
 
     assert ran.code == 0
-    assert int(ran.out, 16) == load_cert(cluster / "node.pem").serial_number
+    assert "Next: hcna certs list" in ran.err
     assert (cluster / "node.pem").read_text() != before
-    assert hcna("certs", "rotate", "--json").json["state"] == "good"
+    assert hcna("certs", "rotate", "--json").json == {"round": 0, "restarts": 0}
+
+
+def test_while_m1_is_down_token_and_authority_are_files(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "init")
+    token = ensure_ray_token(cluster.parent / "keys")
+    before, old = token.read_text(), (cluster / "ca.pem").read_text()
+
+    assert hcna("certs", "rotate", "--token", "--json").json == {"round": 1, "restarts": 0}
+    assert token.read_text() != before
+    ran = hcna("certs", "rotate", "--ca", "--json")
+
+    assert ran.json == {"round": 3, "restarts": 0}
+    assert (cluster / "ca.pem").read_text() == (cluster / "trust.pem").read_text() != old
+    load_cert(cluster / "node.pem").verify_directly_issued_by(load_cert(cluster / "ca.pem"))
+
+
+def test_a_member_that_nobody_can_ask_keeps_the_old_authority(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "init")
+    add_member(cluster, a_member())
+
+    ran = hcna("certs", "rotate", "--ca")
+
+    assert ran.code == 0
+    assert "W2 was away and knows only the old authority" in ran.err
+    assert len(hcna("certs", "list", "--json").json["authorities"]) == 2
+    refused = hcna("certs", "rotate", "--finish")
+    assert refused.code == 4
+    assert "M1 is down, so nobody can say" in refused.err
+    assert hcna("certs", "rotate", "--ca").code == 4
+    assert hcna("certs", "rotate", "--finish", "--force").code == 0
+    assert len(hcna("certs", "list", "--json").json["authorities"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["W2", "--token"], 2, "one at a time"),
+        (["--ca", "--finish"], 2, "one at a time"),
+        (["W2"], 4, "M1 is down. Next: hcna up"),
+    ],
+)
+def test_rotations_that_cannot_be(hcna: Hcna, words: list[str], code: int, told: str) -> None:
+    ran = hcna("certs", "rotate", *words)
+
+    assert ran.code == code
+    assert told in ran.err
+
+
+def test_a_revoked_machine_loses_its_place_and_what_it_knows(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "issue", "W2")
+    add_member(cluster, a_member())
+    token = ensure_ray_token(cluster.parent / "keys")
+    before = token.read_text()
+
+    kept = hcna("certs", "revoke", "W2", "--keep-token")
+    assert kept.code == 0
+    assert "W2 is no member any more" in kept.err
+    assert read_members(cluster) == ()
+    assert token.read_text() == before
+
+    hcna("certs", "issue", "W2", "--to", "again")
+    assert hcna("certs", "revoke", "W2").code == 0
+    assert token.read_text() != before
 
 
 def test_revoke_by_name_or_serial(hcna: Hcna, cluster: Path) -> None:
@@ -176,7 +253,7 @@ def test_certificates_of_the_owner_are_looked_at(hcna: Hcna, cluster: Path, tmp_
 
     assert ran.code == 1
     assert f"{tmp_path / 'cert'} is not there. Next: put the certificate there" in ran.err
-    assert "your own certificate" in hcna("certs", "rotate").err
+    assert f"{tmp_path / 'cert'} is not there" in hcna("certs", "rotate").err
 
 
 def test_only_m1_has_the_authority(hcna: Hcna, cluster: Path) -> None:

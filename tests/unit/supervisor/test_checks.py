@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from hcna_ray.config import GIB, MIB, ConfigError, Settings, load_settings
 from hcna_ray.durable import make_private_dir
+from hcna_ray.security.authority import Node
 from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.supervisor import checks
 from hcna_ray.supervisor.checks import (
@@ -33,6 +35,7 @@ from hcna_ray.supervisor.checks import (
     firewall_tool,
     head_checks,
     judge_address,
+    judge_certificate,
     judge_clock,
     judge_disk,
     judge_files,
@@ -52,6 +55,7 @@ from hcna_ray.supervisor.checks import (
 from hcna_ray.supervisor.gate import MemberBeat
 from hcna_ray.supervisor.gate_protocol import GateRefused, Versions
 from hcna_ray.supervisor.membership import Membership, remove_member, write_membership
+from hcna_ray.supervisor.node_certs import ensure_m1_node
 from hcna_ray.supervisor.processes import identify
 from hcna_ray.supervisor.reach import Listeners, Reach, explain, try_port
 from hcna_ray.supervisor.state import write_state, write_supervisor
@@ -591,3 +595,33 @@ def test_the_address_to_talk_from() -> None:
         choose_source("10.255.255.1", ["127.0.0.1"], 1)
     assert caught.value.message.startswith("10.255.255.1 is no address of this machine (own: ")
     assert caught.value.message.endswith("the route to M1 starts at 127.0.0.1 (lo)")
+
+
+@pytest.mark.parametrize(
+    ("left", "level", "word"),
+    [
+        (timedelta(days=60), "ok", "good until"),
+        (timedelta(days=9), "warn", "renewed"),
+        (timedelta(days=-1), "fail", "only"),
+    ],
+)
+def test_a_certificate_is_good_for_a_while(left: timedelta, level: str, word: str) -> None:
+    now = datetime(2026, 11, 21, tzinfo=UTC)
+
+    found = judge_certificate(now + left, now)
+
+    assert (found.level, bool(found.fix)) == (level, level != "ok")
+    assert word in found.found
+    assert judge_certificate(None, now).level == "ok"
+
+
+def test_doctor_looks_at_the_certificate(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, env={})
+    assert by_id(list(head_checks(settings)))["certificate"].level == "ok"
+    ensure_m1_node(settings, now=datetime.now(UTC))
+    assert "good until" in by_id(list(head_checks(settings)))["certificate"].found
+    Node.of(settings.cluster_dir).pem.write_text("nonsense")
+
+    broken = by_id(list(head_checks(settings)))["certificate"]
+
+    assert (broken.level, broken.fix) == ("fail", "hcna down && hcna up makes it")

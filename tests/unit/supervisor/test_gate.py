@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
+from hcna_ray.security.authority import install_node, list_issued, request_node
+from hcna_ray.security.certs import load_cert, make_request, new_key
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from hcna_ray.supervisor import gate as gate_module
 from hcna_ray.supervisor.gate import drain_worker, forget_worker
@@ -66,6 +69,83 @@ def test_a_machine_joins_and_gets_all_it_needs(rig: GateRig) -> None:
     (kept,) = read_members(rig.settings.cluster_dir)
     assert (kept.name, kept.hostname, kept.address) == ("W1", "host-m-1", "127.0.0.1")
     assert answer["member_token"] not in (rig.settings.cluster_dir / "members.json").read_text()
+
+
+def names_in(pem: str) -> set[str]:
+    made = x509.load_pem_x509_certificate(pem.encode())
+    held = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    ips = {str(ip) for ip in held.get_values_for_type(x509.IPAddress)}
+    return ips | set(held.get_values_for_type(x509.DNSName))
+
+
+def test_a_machine_that_joins_gets_a_certificate_for_its_own_key(
+    rig: GateRig, tmp_path: Path
+) -> None:
+    csr = request_node(tmp_path / "w", "W1")
+
+    answer = rig.join(csr=csr, address="10.0.0.7", addresses=["10.8.0.7", "10.0.0.8"])
+
+    node = install_node(tmp_path / "w", answer["cert_pem"], answer["trust_pem"])
+    load_cert(node.pem).verify_directly_issued_by(load_cert(rig.settings.cluster_dir / "ca.pem"))
+    assert {"10.0.0.7", "10.8.0.7", "127.0.0.1", "w1.hcna.internal", "localhost"} <= names_in(
+        answer["cert_pem"]
+    )
+    (listed,) = list_issued(rig.settings.cluster_dir)
+    assert (listed.name, listed.kind) == ("W1", "node")
+
+
+def test_a_member_renews_its_certificate_and_gets_nobody_elses_names(rig: GateRig) -> None:
+    first = rig.join("a", address="10.0.0.7", hostname="first")
+    second = rig.join("b", address="10.0.0.8", hostname="second")
+    asked = {
+        "csr": make_request(new_key(), "W2"),
+        "hostname": "first",
+        "addresses": ["10.0.0.7", "10.0.0.9", "10.0.0.8", "gate.hcna.internal"],
+        "address": "10.0.0.8",
+    }
+
+    answer = rig.post("/v1/certificate", member(second), **asked)
+    m1s = rig.post("/v1/certificate", member(first), **asked | {"hostname": "gate.hcna.internal"})
+
+    names = names_in(answer["cert_pem"])
+    assert names == {
+        "10.0.0.8",
+        "10.0.0.9",
+        "127.0.0.1",
+        "::1",
+        "localhost",
+        "w2.hcna.internal",
+    }
+    assert "gate.hcna.internal" not in names_in(m1s["cert_pem"])
+    assert "10.0.0.8" not in names_in(m1s["cert_pem"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({}, "invalid_request"),
+        ({"csr": "x" * 8193}, "invalid_request"),
+        ({"csr": ["x"]}, "invalid_request"),
+        ({"csr": "nonsense"}, "certificate_refused"),
+        ({"csr": "x", "addresses": ["10.0.0.1"] * 33}, "invalid_request"),
+        ({"csr": "x", "addresses": [7]}, "invalid_request"),
+    ],
+)
+def test_a_request_for_a_certificate_that_is_none(
+    rig: GateRig, fields: dict[str, object], code: str
+) -> None:
+    refused = rig.refusal("/v1/certificate", member(rig.join()), **fields)
+
+    assert (refused.status, refused.code) == (400, code)
+
+
+def test_nobody_but_a_member_gets_a_certificate(rig: GateRig) -> None:
+    csr = make_request(new_key(), "x")
+    answer = rig.join()
+    remove_member(rig.settings.cluster_dir, "W1")
+
+    assert rig.refusal("/v1/certificate", member(answer), csr=csr).code == "unknown_member"
+    assert rig.refusal("/v1/certificate", rig.invitation(), csr=csr).status == 401
 
 
 def test_the_second_machine_is_the_second_worker(rig: GateRig) -> None:

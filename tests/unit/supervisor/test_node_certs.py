@@ -10,11 +10,18 @@ import pytest
 from cryptography import x509
 
 from hcna_ray.config import NodeSecuritySettings, Settings, load_settings
-from hcna_ray.security.authority import Node, list_issued, sign_request, trusted
+from hcna_ray.security.authority import Node, ensure_trust, list_issued, sign_request, trusted
 from hcna_ray.security.certs import ensure_ca, load_cert, load_key, make_request, new_key
 from hcna_ray.security.own_certs import OwnCertificateRefused
 from hcna_ray.supervisor.daemon import Bootstrap, Supervisor
-from hcna_ray.supervisor.node_certs import ensure_m1_node, names_of, write_if_changed
+from hcna_ray.supervisor.node_certs import (
+    Json,
+    ensure_m1_node,
+    ensure_member_node,
+    grantable,
+    names_of,
+    write_if_changed,
+)
 
 NOW = datetime.now(UTC)
 
@@ -114,6 +121,80 @@ def test_a_file_is_written_when_it_changes(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_member_is_granted_its_own_addresses_alone() -> None:
+    asked = [
+        "10.0.0.2",
+        "10.0.0.2",
+        "fd00::2",
+        "10.0.0.1",
+        "w2",
+        "0.0.0.0",
+        "127.0.0.9",
+        "224.0.0.1",
+    ]
+
+    assert grantable(asked, {"10.0.0.1"}) == ["10.0.0.2", "fd00::2"]
+
+
+class TestMember:
+    """A machine that asks M1's gate, which is real; only the way there is left out."""
+
+    @pytest.fixture
+    def m1_home(self, tmp_path: Path) -> Path:
+        ensure_ca(tmp_path / "m1", now=NOW)
+        return tmp_path / "m1"
+
+    def ensure(
+        self, settings: Settings, m1_home: Path, address: str, *, now: datetime = NOW
+    ) -> list[Json]:
+        """Look after the certificate as W2; return what M1 was asked for."""
+        asked = []
+
+        def ask(body: Json) -> Json:
+            asked.append(body)
+            made = sign_request(
+                m1_home,
+                str(body["csr"]),
+                name="W2",
+                kind="node",
+                names=["localhost"],
+                addresses=["127.0.0.1", str(body["address"])],
+                now=now,
+            )
+            return {"cert_pem": made, "trust_pem": ensure_trust(m1_home, now=NOW).read_text()}
+
+        changed = ensure_member_node(settings, "W2", address, ask=ask, now=now)
+        assert changed == bool(asked)
+        return asked
+
+    def test_m1_is_asked_when_it_has_to_be(self, settings: Settings, m1_home: Path) -> None:
+        first = self.ensure(settings, m1_home, "10.0.0.2")
+
+        assert [body["address"] for body in first] == ["10.0.0.2"]
+        assert "10.0.0.2" in first[0]["addresses"]
+        assert "10.0.0.2" in names_in(Node.of(settings.cluster_dir))
+        assert self.ensure(settings, m1_home, "10.0.0.2") == []
+        # A laptop in another network; a certificate that nears its end.
+        assert len(self.ensure(settings, m1_home, "10.7.7.7")) == 1
+        later = NOW + timedelta(days=61)
+        assert len(self.ensure(settings, m1_home, "10.7.7.7", now=later)) == 1
+        assert self.ensure(settings, m1_home, "10.7.7.7", now=later) == []
+
+    def test_a_certificate_of_its_own_needs_only_whom_to_believe(
+        self, settings: Settings, m1_home: Path, tmp_path: Path
+    ) -> None:
+        named = own(settings, tmp_path / "own", "10.0.0.2", "127.0.0.1")
+        worker = settings.worker.model_copy(update={"security": named.moderator.security})
+        mine = settings.model_copy(update={"worker": worker})
+
+        assert len(self.ensure(mine, m1_home, "10.0.0.2")) == 1
+
+        node = Node.of(settings.cluster_dir)
+        load_cert(node.pem).verify_directly_issued_by(load_cert(tmp_path / "own" / "ca.pem"))
+        assert trusted(node.trust) == [load_cert(m1_home / "ca.pem")]
+        assert self.ensure(mine, m1_home, "10.0.0.2") == []
+
+
 class TestSupervisor:
     @pytest.fixture
     def supervisor(self, settings: Settings) -> Supervisor:
@@ -125,11 +206,11 @@ class TestSupervisor:
     ) -> None:
         caplog.set_level("INFO")
         settings = supervisor.settings
-        supervisor._renew_certificate()
+        supervisor._certified()
         ensure_m1_node(settings, now=NOW - timedelta(days=61), anew=True)
         before = load_cert(settings.cluster_dir / "node.pem").serial_number
 
-        supervisor._renew_certificate()
+        supervisor._certified()
 
         after = load_cert(settings.cluster_dir / "node.pem")
         assert after.serial_number != before
@@ -142,7 +223,7 @@ class TestSupervisor:
     ) -> None:
         ensure_ca(supervisor.settings.cluster_dir, now=NOW).key.unlink()
 
-        supervisor._renew_certificate()
+        supervisor._certified()
 
         assert "ca.key cannot be used" in caplog.records[-1].getMessage()
         assert getattr(caplog.records[-1], "action", "") == "certificate.trouble"

@@ -114,6 +114,30 @@ def test_ray_demands_a_token(tmp_path: Path) -> None:
     assert found["RAY_AUTH_TOKEN_PATH"].startswith(str(tmp_path))
 
 
+def test_rays_connections_show_certificates_on_both_sides(tmp_path: Path) -> None:
+    found = ray_environment(settings_with(tmp_path))
+
+    assert found["RAY_USE_TLS"] == "1"
+    assert found["RAY_TLS_SERVER_CERT"] == found["RAY_TLS_SERVER_KEY"]
+    assert found["RAY_TLS_SERVER_CERT"] == str(tmp_path / "cluster" / "node.pem")
+    assert found["RAY_TLS_CA_CERT"] == str(tmp_path / "cluster" / "trust.pem")
+
+
+def test_nobody_leaves_that_out_but_a_test_that_measures_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_with(tmp_path)
+    asked = process_environment(settings, {"RAY_USE_TLS": "0", "RAY_TLS_CA_CERT": "/x"})
+    assert asked["RAY_USE_TLS"] == "1"
+    assert asked["RAY_TLS_CA_CERT"] == str(tmp_path / "cluster" / "trust.pem")
+
+    monkeypatch.delenv("HCNA_TEST", raising=False)
+    monkeypatch.setenv("HCNA_TEST_IN_CLEAR", "1")
+    assert ray_environment(settings)["RAY_USE_TLS"] == "1"
+    monkeypatch.setenv("HCNA_TEST", "1")
+    assert "RAY_USE_TLS" not in ray_environment(settings)
+
+
 def test_homes_have_marks_of_their_own(tmp_path: Path) -> None:
     one, two = settings_with(tmp_path / "a"), settings_with(tmp_path / "b")
 

@@ -1,0 +1,112 @@
+"""Rounds of credentials: what all machines must take over together, with one restart of Ray.
+
+Ray knows one token at a time, and its processes read token and certificates when they start. So
+another token, or another authority, is a *round*: M1 announces it, the members hand back what they
+run and take the new credentials over, then M1's head starts anew and everybody with it. Tasks are
+in the store and in the workers' outboxes, so none is lost.
+
+``cluster/round.json``    the round of this machine's files; on M1 also whether it is under way
+``keys/ray.token.next``   on M1, while a round is under way: the token that comes with it
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hcna_ray import failpoints
+from hcna_ray.core.errors import HcnaError
+from hcna_ray.durable import write_private
+from hcna_ray.security.keys import ensure_ray_token, locked_dir
+
+SCHEMA = 1
+
+
+class RoundRefused(HcnaError):
+    """No round can begin now. The text says why."""
+
+    code = "round_refused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A round of credentials."""
+
+    number: int = 0
+    #: What is new: ``token``, ``authority``; '' for the credentials of the first start.
+    reason: str = ""
+    #: Announced, and M1's head runs with the old ones.
+    pending: bool = False
+    #: When it was announced, seconds since the epoch.
+    at: float = 0.0
+
+
+def read_round(cluster_dir: Path) -> Round:
+    """Return the round of this machine's credentials; the first one if nothing tells."""
+    try:
+        data: Any = json.loads((cluster_dir / "round.json").read_text(encoding="utf-8"))
+        if data.pop("schema") != SCHEMA:
+            return Round()
+        return Round(**data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # A member asks for its credentials again, which does no harm.
+        return Round()
+
+
+def write_round(cluster_dir: Path, made: Round) -> None:
+    """Note the round that this machine's files belong to."""
+    data = {"schema": SCHEMA, **asdict(made)}
+    write_private(cluster_dir / "round.json", json.dumps(data, indent=2) + "\n")
+
+
+def announce(cluster_dir: Path, keys_dir: Path, reason: str, *, now: float) -> Round:
+    """Begin a round on M1, with a new token.
+
+    Raises:
+        RoundRefused: One is under way.
+    """
+    with locked_dir(cluster_dir):
+        before = read_round(cluster_dir)
+        if before.pending:
+            raise RoundRefused("a restart with new credentials is under way already")
+        made = Round(number=before.number + 1, reason=reason, pending=True, at=now)
+        write_private(keys_dir / "ray.token.next", secrets.token_hex(32))
+        write_round(cluster_dir, made)
+    failpoints.hit("credentials.round.announced")
+    return made
+
+
+def take_over(cluster_dir: Path, keys_dir: Path) -> Round:
+    """End a round on M1: from here on Ray's processes start with the new token.
+
+    May be called again after it was cut off, and when no round is under way.
+    """
+    with locked_dir(cluster_dir):
+        current = read_round(cluster_dir)
+        following = keys_dir / "ray.token.next"
+        if not current.pending:
+            following.unlink(missing_ok=True)
+            return current
+        if following.exists():
+            write_private(keys_dir / "ray.token", following.read_text(encoding="ascii"))
+            failpoints.hit("credentials.token.taken")
+        made = replace(current, pending=False)
+        write_round(cluster_dir, made)
+        failpoints.hit("credentials.round.ended")
+        following.unlink(missing_ok=True)
+    return made
+
+
+def token_for_members(cluster_dir: Path, keys_dir: Path) -> str:
+    """Return the token that a member needs: that of the round under way, if there is one."""
+    with locked_dir(cluster_dir):
+        following = keys_dir / "ray.token.next"
+        path = (
+            following
+            if read_round(cluster_dir).pending and following.exists()
+            else ensure_ray_token(keys_dir)
+        )
+        return path.read_text(encoding="ascii").strip()

@@ -1,0 +1,193 @@
+"""Who gets in at Ray's ports, what Ray makes of other certificates, and rotation under load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from hcna_ray.security.authority import ensure_node, request_node, sign_request
+from tests.rig.computer import HOME, PYTHON, Computer, eventually, measured
+from tests.support.rig import Host
+from tests.support.rig.testing import rig_for_tests
+
+#: Ray restarts six times.
+pytestmark = pytest.mark.drill
+
+DATA = Path(__file__).parent / "data"
+#: Ports of M1 and of W1 that speak gRPC.
+HEAD = (6379, 10010, 10011, 10013)
+WORKER = (10020, 10021, 10023)
+
+
+@pytest.fixture(scope="module")
+def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
+    base = tmp_path_factory.mktemp("rigs").resolve()
+    with rig_for_tests(base=base) as rig:
+        made = Computer(rig)
+        made.join("w1", code=made.code_in(made.hcna("m1", "up").out))
+        eventually(lambda: made.state_of("W1") == "online", 60, "W1 online")
+        made.works("W1", 60)
+        yield made
+        made.hcna("m1", "down")
+
+
+@pytest.fixture(scope="module")
+def people(computer: Computer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Certificates to try, by who shows them: the right one and some that must not do."""
+    folder = tmp_path_factory.mktemp("people")
+    now, where = datetime.now(UTC), ("127.0.0.1", computer.rig["client"].address)
+    stranger = ensure_node(folder / "other", "W1", names=["w1"], addresses=where, now=now)
+    cluster = folder / "cluster"
+    cluster.mkdir()
+    for name in ("ca.pem", "ca.key"):
+        (cluster / name).write_text(computer.m1.read(f"{HOME}/cluster/{name}"))
+
+    def signed(directory: Path, when: datetime) -> str:
+        request = request_node(directory, "W1")
+        made = sign_request(
+            cluster, request, name="x", kind="node", names=["w1"], addresses=where, now=when
+        )
+        return (directory / "node.key.new").read_text() + made
+
+    return {
+        "right": signed(folder / "right", now),
+        "stranger": stranger.pem.read_text(),
+        "expired": signed(folder / "expired", now - timedelta(days=91)),
+        "early": signed(folder / "early", now + timedelta(days=5)),
+    }
+
+
+def met(computer: Computer, people: dict[str, str], at: Host, ports: tuple[int, ...]) -> dict:  # type: ignore[type-arg]
+    """Try everybody at ports of a host, from the client's host."""
+    client = computer.rig["client"]
+    client.write("/root/handshakes.py", (DATA / "handshakes.py").read_text())
+    for person, pem in people.items():
+        client.write(f"/root/people/{person}.pem", pem, mode=0o600)
+    words = " ".join(map(str, ports))
+    command = f"{PYTHON} /root/handshakes.py /root/people {at.address} {words}"
+    return dict(json.loads(client.sh(command, timeout_s=120).out))
+
+
+def test_only_the_right_certificate_gets_in(computer: Computer, people: dict[str, str]) -> None:
+    tried = 0
+    for host, ports in (("m1", HEAD), ("w1", WORKER)):
+        found = met(computer, people, computer.rig[host], ports)
+        for port in ports:
+            assert found[f"{port} right"]["verdict"] == "in", found
+            for person in ("stranger", "expired", "early", "nobody", "old"):
+                assert found[f"{port} {person}"]["verdict"] not in ("in", ""), (port, person)
+                tried += 1
+    measured(f"handshakes at {len(HEAD + WORKER)} ports of Ray: {tried} refused, none let in")
+
+
+def test_the_certificate_alone_is_not_enough(computer: Computer) -> None:
+    one, script = computer.rig["w1"], (DATA / "no_token.py").read_text()
+    one.write("/root/no_token.py", script)
+    token = one.read(f"{HOME}/keys/ray.token").strip()
+    call = f"{PYTHON} /root/no_token.py {computer.m1.address}:6379 {HOME}/cluster"
+
+    assert one.sh(call).out.strip() == "UNAUTHENTICATED"
+    assert one.sh(f"{call} {'0' * 64}").out.strip() == "UNAUTHENTICATED"
+    assert one.sh(f"{call} {token}").out.strip() == "answered"
+
+
+def test_ray_reads_its_files_when_it_starts_and_a_rotation_restarts_it(
+    computer: Computer, people: dict[str, str]
+) -> None:
+    one = computer.rig["w1"]
+    shown = met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
+    assert shown == serial_of(one)
+    script = (
+        "import time; from datetime import UTC, datetime; from pathlib import Path;"
+        "from hcna_ray.config import load_settings; from hcna_ray.supervisor.gate_client import "
+        "ask_gate; from hcna_ray.supervisor.membership import read_membership; from "
+        "hcna_ray.supervisor.node_certs import ensure_member_node; s = load_settings(); "
+        "m = read_membership(s.cluster_dir); ensure_member_node(s, m.name, "
+        f"'{one.address}', ask=lambda body: ask_gate(m, '/v1/certificate', body), "
+        "now=datetime.now(UTC), anew=True)"
+    )
+    one.write("/root/anew.py", script)
+    one.sh(f"{PYTHON} /root/anew.py")
+
+    # The file is another one; the processes show what they read when they started.
+    assert serial_of(one) != shown
+    assert met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"] == shown
+    # Processes that start now show the new one, and meet the old ones.
+    heavy = computer.submit("echo", {}, requires={"worker": "W1", "cpu": 1})
+    computer.completed(heavy, 60)
+
+    begun = time.monotonic()
+    computer.hcna("m1", "certs rotate W1")
+    took = time.monotonic() - begun
+
+    after = met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
+    assert after == serial_of(one) != shown
+    computer.works("W1", 30)
+    measured(f"hcna certs rotate W1: {took:.1f} s until W1 is back with its new certificate")
+
+
+def serial_of(host: Host) -> str:
+    from cryptography import x509
+
+    pem = host.read(f"{HOME}/cluster/node.pem")
+    return f"{x509.load_pem_x509_certificate(pem.encode()).serial_number:x}"
+
+
+def test_rotation_under_load_loses_nothing(computer: Computer, people: dict[str, str]) -> None:
+    one = computer.rig["w1"]
+    computer.m1.write("/root/load.py", (DATA / "load.py").read_text())
+    before = {name: one.read(f"{HOME}/{name}") for name in ("keys/ray.token", "cluster/trust.pem")}
+    load = computer.m1.popen(PYTHON, "/root/load.py", "300", "8")
+    try:
+        for words in ("certs rotate --token", "certs rotate --ca"):
+            begun = time.monotonic()
+            computer.hcna("m1", words, timeout_s=300)
+            measured(f"hcna {words} under load: {time.monotonic() - begun:.1f} s")
+        out, _ = load.communicate(timeout=180)
+    finally:
+        Host.end(load)
+    ids = json.loads(out)
+    for task_id in ids:
+        computer.completed(task_id, 60)
+    ends = computer.ends()
+    assert [ends[task_id] for task_id in ids] == [1] * len(ids)
+    for name, text in before.items():
+        assert one.read(f"{HOME}/{name}") != text
+    # Neither the old token nor a certificate of the old authority opens anything.
+    found = met(computer, people, computer.m1, HEAD[:1])
+    assert found[f"{HEAD[0]} right"]["verdict"] != "in"
+    call = f"{PYTHON} /root/no_token.py {computer.m1.address}:6379 {HOME}/cluster"
+    assert one.sh(f"{call} {before['keys/ray.token'].strip()}").out.strip() == "UNAUTHENTICATED"
+    assert one.sh(f"{call} {one.read(f'{HOME}/keys/ray.token').strip()}").out.strip() == "answered"
+    measured(f"{len(ids)} tasks submitted during three restarts with other credentials: 0 lost")
+
+
+def test_revoked_access_ends_within_a_minute(computer: Computer) -> None:
+    one = computer.rig["w1"]
+    token = one.read(f"{HOME}/keys/ray.token").strip()
+    # A copy of all that the machine knows: what somebody who has stolen it could use.
+    one.sh(f"cp -a {HOME}/cluster /root/copy")
+    call = f"{PYTHON} /root/no_token.py {computer.m1.address}:6379 /root/copy {token}"
+    assert one.sh(call).out.strip() == "answered"
+
+    begun = time.monotonic()
+    revoking = computer.rig["m1"].popen(
+        f"{HOME}/../hcna-ray/.venv/bin/hcna", "certs", "revoke", "W1"
+    )
+    try:
+        _, took = eventually(lambda: one.sh(call).out.strip() == "UNAUTHENTICATED", 60, "refused")
+        revoking.communicate(timeout=120)
+    finally:
+        Host.end(revoking)
+
+    assert took < 60
+    eventually(lambda: not one.file(f"{HOME}/run/supervisor.pid").exists(), 30, "W1 stopped")
+    measured(
+        f"revoked access refused after {took:.1f} s, all is up again after "
+        f"{time.monotonic() - begun:.1f} s"
+    )

@@ -1,0 +1,598 @@
+"""Rounds of credentials: announced, taken over, cut off; and who is told what."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hcna_ray import failpoints
+from hcna_ray.config import Settings, load_settings
+from hcna_ray.security.authority import Node, is_rolling_over, own_serial, trusted
+from hcna_ray.security.certs import load_cert
+from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
+from hcna_ray.supervisor import daemon, rotation
+from hcna_ray.supervisor.daemon import Bootstrap, Member, Supervisor
+from hcna_ray.supervisor.gate_client import Contact, ask_gate
+from hcna_ray.supervisor.invites import decode_code
+from hcna_ray.supervisor.membership import read_members, read_membership, write_membership
+from hcna_ray.supervisor.node_certs import ensure_m1_node, ensure_member_node
+from hcna_ray.supervisor.processes import ProcessRef, identify
+from hcna_ray.supervisor.rotation import Rotation, RotationFailed
+from hcna_ray.supervisor.rounds import (
+    Round,
+    RoundRefused,
+    announce,
+    read_round,
+    take_over,
+    token_for_members,
+)
+from hcna_ray.supervisor.state import write_supervisor
+from tests.support.gates import LOG, GateRig, Json, membership_of, serving
+
+NOW = 1_790_000_000.0
+
+
+@pytest.fixture
+def m1(tmp_path: Path) -> Settings:
+    settings = load_settings(home=tmp_path / "m1", env={})
+    ensure_ray_token(settings.keys_dir)
+    return settings
+
+
+def token(settings: Settings) -> str:
+    return (settings.keys_dir / "ray.token").read_text()
+
+
+def begin(settings: Settings, reason: str = "token") -> Round:
+    return announce(settings.cluster_dir, settings.keys_dir, reason, now=NOW)
+
+
+def end(settings: Settings) -> Round:
+    return take_over(settings.cluster_dir, settings.keys_dir)
+
+
+def for_members(settings: Settings) -> str:
+    return token_for_members(settings.cluster_dir, settings.keys_dir)
+
+
+class TestFiles:
+    def test_a_new_token_is_the_members_first_and_then_m1s(self, m1: Settings) -> None:
+        old = token(m1)
+        assert read_round(m1.cluster_dir) == Round()
+        assert for_members(m1) == old
+
+        made = begin(m1)
+
+        assert made == Round(number=1, reason="token", pending=True, at=NOW)
+        following = for_members(m1)
+        assert token(m1) == old != following
+        assert end(m1) == replace(made, pending=False)
+        assert token(m1) == following == for_members(m1)
+        assert end(m1) == replace(made, pending=False)
+        assert token(m1) == following
+        for name in ("ray.token", "ray.token.next"):
+            path = m1.keys_dir / name
+            assert not path.exists() or path.stat().st_mode & 0o777 == 0o600
+
+    def test_one_at_a_time(self, m1: Settings) -> None:
+        begin(m1)
+
+        with pytest.raises(RoundRefused, match="under way"):
+            begin(m1)
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 2}', '{"schema": 1, "x": 1}'])
+    def test_a_file_that_says_nothing(self, m1: Settings, text: str) -> None:
+        m1.cluster_dir.mkdir(parents=True, exist_ok=True)
+        (m1.cluster_dir / "round.json").write_text(text)
+
+        assert read_round(m1.cluster_dir) == Round()
+
+    @pytest.mark.parametrize("point", ["round.announced", "token.taken", "round.ended"])
+    def test_cut_off_it_is_ended_at_the_next_start(
+        self, m1: Settings, point: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = token(m1)
+
+        def hit(name: str) -> None:
+            if name == f"credentials.{point}":
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(failpoints, "hit", hit)
+            with contextlib.suppress(KeyboardInterrupt):
+                begin(m1)
+                end(m1)
+        following = for_members(m1)
+
+        end(m1)
+
+        assert read_round(m1.cluster_dir).pending is False
+        assert token(m1) == following != old
+        assert not (m1.keys_dir / "ray.token.next").exists()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[GateRig]:
+    with serving(tmp_path / "m1") as made:
+        made.gate.rotated = lambda: made.told.append("rotated")
+        yield made
+
+
+@pytest.fixture
+def owner(rig: GateRig) -> str:
+    return f"Bearer {ensure_owner_key(rig.settings.keys_dir, now=NOW)}"
+
+
+@pytest.fixture
+def w1(rig: GateRig, tmp_path: Path) -> Settings:
+    """The home of a machine that has joined."""
+    settings = load_settings(home=tmp_path / "w1", env={})
+    write_membership(settings.cluster_dir, membership_of(rig.join()))
+    return settings
+
+
+@pytest.fixture
+def member(w1: Settings) -> Iterator[Supervisor]:
+    """That machine's supervisor as far as it follows M1."""
+    one = Supervisor(settings=w1, log=LOG, bootstrap=Bootstrap(wanted=False))
+    one.membership = read_membership(w1.cluster_dir)
+    assert one.membership is not None
+    one.contact = Contact(w1, one.membership, LOG)
+    yield one
+    one.contact.close()
+
+
+@contextmanager
+def running(one: Supervisor, monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[list[str]]:
+    """Give a supervisor members that run, and write down in which order they are stopped."""
+    done: list[str] = []
+    refs = {name: ProcessRef(pid, 1) for pid, name in enumerate(names, start=2**22)}
+    one.members = [
+        Member(
+            name=name,
+            command=lambda: [],
+            port=1,
+            node=None if name == "edge" else name,
+            process=refs[name],
+            up=True,
+        )
+        for name in names
+    ]
+
+    def stop(processes: Any, **_: float) -> list[ProcessRef]:
+        done.extend(name for name in names if refs[name] in list(processes))
+        return []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(daemon, "stop", stop)
+        patched.setattr(Supervisor, "_say_goodbye", lambda self: done.append("goodbye"))
+        patched.setattr(Supervisor, "_own_address", lambda self: "127.0.0.1")
+        yield done
+
+
+class TestGate:
+    def test_only_the_owner_rotates(self, rig: GateRig, w1: Settings) -> None:
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        bearer = f"Member {membership.member_token}"
+
+        assert rig.refusal("/v1/rotate", bearer, what="token").status == 401
+        assert rig.refusal("/v1/rotate", "Bearer x", what="token").status == 401
+        assert read_round(rig.settings.cluster_dir).number == 0
+
+    @pytest.mark.parametrize(
+        ("body", "status", "code"),
+        [
+            ({"what": "sun"}, 400, "invalid_request"),
+            ({}, 400, "invalid_request"),
+            ({"what": "node", "name": "W9"}, 404, "member_not_found"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, rig: GateRig, owner: str, body: dict[str, str], status: int, code: str
+    ) -> None:
+        refused = rig.refusal("/v1/rotate", owner, **body)
+
+        assert (refused.status, refused.code) == (status, code)
+        assert rig.told == []
+
+    def test_a_second_round_waits_for_the_first(self, rig: GateRig, owner: str) -> None:
+        assert rig.post("/v1/rotate", owner, what="token") == {"round": 1}
+        assert rig.told == ["rotated"]
+
+        assert rig.refusal("/v1/rotate", owner, what="authority").code == "round_refused"
+        assert not is_rolling_over(rig.settings.cluster_dir)
+
+    def test_the_old_authority_stays_while_somebody_knows_no_other(
+        self, rig: GateRig, owner: str, w1: Settings
+    ) -> None:
+        before = rig.ca_pem
+        rig.post("/v1/rotate", owner, what="authority")
+        take_over(rig.settings.cluster_dir, rig.settings.keys_dir)
+
+        refused = rig.refusal("/v1/rotate", owner, what="finish")
+        assert (refused.status, refused.code) == (409, "rollover_refused")
+        assert "W1 was away" in refused.message
+        # Codes and members know the gate by the old one, until it is given up.
+        assert rig.ca_pem == before != (rig.settings.cluster_dir / "ca.pem").read_text()
+        assert decode_code(rig.code()).trusts(before)
+        assert rig.post("/v1/rotate", owner, what="finish", force=True) == {"round": 2}
+        assert rig.ca_pem != before
+        assert decode_code(rig.code()).trusts(rig.ca_pem)
+        # The gate shows a certificate of the new one; the next who asks is answered.
+        assert rig.refusal("/v1/rotate", owner, what="token").code == "round_refused"
+
+
+class TestMember:
+    def beat(self, member: Supervisor) -> None:
+        assert member.contact is not None
+        assert member.contact.beat()
+        member._follow(member.contact.facts, member.monotonic())
+
+    def test_it_hands_back_takes_over_and_waits_for_m1(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.beat(member)
+        assert rig.gate.caught_up(0)
+        rig.post("/v1/rotate", owner, what="token")
+        assert not rig.gate.caught_up(1)
+
+        with running(member, monkeypatch, "worker") as done:
+            self.beat(member)
+
+            assert done == ["goodbye", "worker"]
+            assert member.members[0].process is None
+            assert not member._head_is_up()
+        assert read_round(w1.cluster_dir).number == 1
+        assert token(w1).strip() == (rig.settings.keys_dir / "ray.token.next").read_text()
+        assert Node.of(w1.cluster_dir).pem.exists()
+        assert member.contact is not None
+        assert member.contact.beat()
+        assert rig.gate.caught_up(1)
+        assert rig.gate.beats()["W1"].serial == own_serial(w1.cluster_dir)
+
+    def test_a_change_of_the_authority_reaches_it_in_two_rounds(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        old = rig.ca_pem
+        with running(member, monkeypatch, "worker"):
+            rig.post("/v1/rotate", owner, what="authority")
+            self.beat(member)
+            take_over(rig.settings.cluster_dir, rig.settings.keys_dir)
+            new = load_cert(rig.settings.cluster_dir / "ca.pem")
+            both = trusted(w1.cluster_dir / "trust.pem")
+            assert member.contact is not None
+            assert member.contact.beat()
+            assert rig.ca_pem == old
+            rig.post("/v1/rotate", owner, what="finish")
+            member._next_follow_at = 0.0
+            self.beat(member)
+        assert new in both
+        assert len(both) == 2
+        assert trusted(w1.cluster_dir / "trust.pem") == [new]
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        assert membership.ca_pem == rig.ca_pem
+        load_cert(Node.of(w1.cluster_dir).pem).verify_directly_issued_by(new)
+        assert member.contact is not None
+        assert member.contact.beat()
+
+    def test_one_machine_alone_gets_another_certificate(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._certify()
+            self.beat(member)
+            before = own_serial(w1.cluster_dir)
+            told = rig.post("/v1/rotate", owner, what="node", name="W1")
+            assert told == {"name": "W1", "serial": before}
+            old_token = rig.settings.keys_dir / "ray.token"
+            kept = old_token.read_text()
+
+            self.beat(member)
+            self.beat(member)
+
+            assert own_serial(w1.cluster_dir) != before
+            assert done == ["goodbye", "worker"]
+        assert old_token.read_text() == kept
+        assert rig.gate.beats()["W1"].serial == own_serial(w1.cluster_dir)
+
+    def test_m1_away_it_tries_again(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        rig.post("/v1/rotate", owner, what="token")
+        assert member.contact is not None
+        assert member.contact.beat()
+        facts = member.contact.facts
+        rig.gate.stop()
+
+        with running(member, monkeypatch, "worker") as done:
+            member._follow(facts, member.monotonic())
+
+        # What it has goes on working until it can have something else.
+        assert done == []
+        assert read_round(w1.cluster_dir).number == 0
+
+
+class TestM1:
+    def test_it_waits_for_its_members_and_then_starts_anew(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        settings, clock = rig.settings, [1000.0]
+        m1 = Supervisor(
+            settings=settings,
+            log=LOG,
+            bootstrap=Bootstrap(wanted=False),
+            monotonic=lambda: clock[0],
+        )
+        m1.gate = rig.gate
+        assert member.contact is not None
+        assert member.contact.beat()
+        old = token(settings)
+        rig.post("/v1/rotate", owner, what="token")
+        with running(m1, monkeypatch, "head", "worker", "edge") as done:
+            m1._lead_round(clock[0])
+            assert done == []
+            assert token(settings) == old
+
+            with running(member, monkeypatch, "worker"):
+                member._follow(member.contact.facts, 0.0)
+                assert member.contact.beat()
+                member._follow(member.contact.facts, 10.0)
+                assert member.contact.beat()
+            m1._lead_round(clock[0])
+
+            assert done[0] == "goodbye"
+            assert set(done) == {"goodbye", "head", "worker"}
+        assert token(settings) != old
+        assert token(settings).strip() == token(w1).strip()
+        assert not read_round(settings.cluster_dir).pending
+        assert not m1._round_announced.is_set()
+        facts = member.contact.facts
+        assert facts["hold"] is True
+        assert member.contact.beat()
+        assert member.contact.facts["hold"] is False
+
+    def test_it_does_not_wait_for_ever(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        m1 = Supervisor(settings=rig.settings, log=LOG, bootstrap=Bootstrap(wanted=False))
+        m1.gate = rig.gate
+        assert member.contact is not None
+        assert member.contact.beat()
+        rig.post("/v1/rotate", owner, what="token")
+        with running(m1, monkeypatch, "head") as done:
+            m1._lead_round(1000.0)
+            m1._lead_round(1019.0)
+            assert done == []
+            m1._lead_round(1020.0)
+            assert done == ["head"]
+
+
+class TestRenewal:
+    """Ray's processes hold what they read when they started, long after it was renewed."""
+
+    @pytest.fixture
+    def begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All processes started an hour ago."""
+        monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 3600)
+
+    def renewed(self, settings: Settings, *, days: float) -> None:
+        """Have the certificate be renewed that many days ago; below zero: before they started."""
+        ensure_m1_node(settings, now=datetime.now(UTC))
+        at = time.time() - days * 86400
+        os.utime(Node.of(settings.cluster_dir).pem, (at, at))
+
+    @pytest.mark.usefixtures("begun")
+    def test_a_worker_starts_again_by_itself(
+        self, member: Supervisor, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._replace_old_nodes()
+            self.renewed(w1, days=0)
+            member._replace_old_nodes()
+            assert done == []
+            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            self.renewed(w1, days=14)
+            member._replace_old_nodes()
+            assert done == []
+            self.renewed(w1, days=16)
+            member._replace_old_nodes()
+            assert done == ["goodbye", "worker"]
+
+    @pytest.mark.usefixtures("begun")
+    def test_on_m1_that_is_a_round(self, m1: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = Supervisor(settings=m1, log=LOG, bootstrap=Bootstrap(wanted=False))
+        with running(one, monkeypatch, "head", "edge"):
+            self.renewed(m1, days=16)
+            one._replace_old_nodes()
+            assert not one._round_announced.is_set()
+            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            one._replace_old_nodes()
+            one._replace_old_nodes()
+        assert one._round_announced.is_set()
+        assert read_round(m1.cluster_dir).number == 1
+        assert read_round(m1.cluster_dir).reason == "certificates"
+
+
+class TestRotation:
+    """What the command sees through; between two looks the machines do their part."""
+
+    @pytest.fixture
+    def states(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+        """What C1 says of the workers."""
+        known = {"W1": "online"}
+
+        def ask_c1(settings: Settings, method: str, path: str) -> tuple[int, Json]:
+            if path == "/workers":
+                return 200, {"workers": [{"name": name} for name in known]}
+            name = path.removeprefix("/workers/")
+            return (200, {"state": known[name]}) if name in known else (404, {})
+
+        monkeypatch.setattr(rotation, "ask_c1", ask_c1)
+        return known
+
+    @pytest.fixture
+    def do(
+        self,
+        rig: GateRig,
+        owner: str,
+        member: Supervisor,
+        states: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> Iterator[Rotation]:
+        """A rotation on an M1 that runs; each pause lets W1 beat and M1 come up again."""
+        settings, clock, said = rig.settings, [0.0], rig.told
+        ensure_m1_node(settings, now=datetime.now(UTC))
+        me = identify(os.getpid())
+        assert me is not None
+        write_supervisor(settings.run_dir, me)
+        assert member.contact is not None
+        contact = member.contact
+        monkeypatch.setattr(member, "_certify", functools.partial(certify_here, member))
+        member._certify()
+        contact.beat()
+
+        def pause(seconds: float) -> None:
+            clock[0] += seconds
+            if "away" in said:
+                return
+            contact.beat()
+            member._follow(contact.facts, clock[0] * 10)
+            contact.beat()
+            if read_round(settings.cluster_dir).pending and rig.gate.caught_up(
+                read_round(settings.cluster_dir).number
+            ):
+                end(settings)
+                ensure_m1_node(settings, now=datetime.now(UTC), anew=True)
+
+        with running(member, monkeypatch, "worker"):
+            yield Rotation(
+                settings,
+                on_step=said.append,
+                wait_s=30,
+                sleep=pause,
+                monotonic=lambda: clock[0],
+            )
+
+    def test_one_machine(self, do: Rotation, rig: GateRig, w1: Settings) -> None:
+        before, kept = own_serial(w1.cluster_dir), token(rig.settings)
+
+        do.one("W1")
+
+        assert own_serial(w1.cluster_dir) != before
+        assert token(rig.settings) == kept
+        assert do.restarts == 0
+        assert rig.told[-1] == "W1 has another certificate"
+
+    def test_all_machines_one_after_the_other(
+        self, do: Rotation, rig: GateRig, w1: Settings
+    ) -> None:
+        mine, theirs = own_serial(rig.settings.cluster_dir), own_serial(w1.cluster_dir)
+
+        do.each()
+
+        assert own_serial(rig.settings.cluster_dir) != mine
+        assert own_serial(w1.cluster_dir) != theirs
+        assert (do.round, do.restarts) == (1, 1)
+        steps = [step for step in rig.told if "W1 has another" in step or "restarts" in step]
+        assert steps[0] == "W1 has another certificate"
+
+    def test_the_authority_in_two_restarts(self, do: Rotation, rig: GateRig, w1: Settings) -> None:
+        old = rig.ca_pem
+
+        do.authority()
+
+        assert (do.round, do.restarts) == (2, 2)
+        new = load_cert(rig.settings.cluster_dir / "ca.pem")
+        assert rig.ca_pem != old
+        for home in (rig.settings, w1):
+            node = Node.of(home.cluster_dir)
+            assert trusted(node.trust) == [new]
+            load_cert(node.pem).verify_directly_issued_by(new)
+        assert token(rig.settings).strip() == token(w1).strip()
+
+    def test_a_machine_that_is_away(self, do: Rotation, rig: GateRig) -> None:
+        rig.told.append("away")
+        rig.passed_s = 60.0
+
+        with pytest.raises(RotationFailed, match="not all is up again within 30 s"):
+            do.all("token")
+        with pytest.raises(RotationFailed, match="under way") as caught:
+            do.all("token")
+        assert caught.value.fix == "hcna certs list"
+        with pytest.raises(RotationFailed, match="no machine has joined as 'W9'"):
+            do.one("W9")
+
+    def test_a_worker_that_does_not_come_back(self, do: Rotation, states: dict[str, str]) -> None:
+        states["W1"] = "gone"
+
+        with pytest.raises(RotationFailed, match="W1 did not come back") as caught:
+            do.one("W1")
+        assert caught.value.fix == "hcna status"
+
+    def test_a_member_is_removed(self, do: Rotation, rig: GateRig) -> None:
+        do.remove("W1")
+
+        assert read_members(rig.settings.cluster_dir) == ()
+        assert "forget W1" in rig.told
+
+    def test_a_gate_that_does_not_answer(self, do: Rotation, rig: GateRig) -> None:
+        rig.gate.stop()
+
+        with pytest.raises(RotationFailed, match="M1's gate does not answer"):
+            do.one("W1")
+
+
+def certify_here(one: Supervisor, *, anew: bool = False) -> None:
+    """Look after a member's certificate, on whatever machine this is."""
+    membership = one.membership
+    assert membership is not None
+    ensure_member_node(
+        one.settings,
+        membership.name,
+        "127.0.0.1",
+        ask=lambda body: ask_gate(membership, "/v1/certificate", body),
+        now=datetime.now(UTC),
+        anew=anew,
+    )
