@@ -98,14 +98,22 @@ def join(
     except BadCode as error:
         raise UsageProblem(str(error), "hcna invite, on M1's machine, prints a code") from None
     joined = read_membership(settings.cluster_dir)
-    _refuse_wrong_place(settings, told, joined)
+    with _m1_trouble():
+        anew = _refuse_wrong_place(settings, told, joined)
     address = address or settings.ray.node_address
     try:
         source = choose_source(address, told.addresses, told.gate_port)
     except ConfigError as error:
         raise UsageProblem(error.message, "hcna join CODE without --address") from None
+    if anew:
+        console.print("[dim]M1 has another authority than when this machine joined[/dim]")
+        supervisor.down(
+            settings,
+            on_step=lambda step: console.print(f"[dim]{escape(step)}[/dim]"),
+            everywhere=False,
+        )
     with _m1_trouble():
-        if joined is not None and _is_member(joined):
+        if joined is not None and not anew and _is_member(joined):
             membership, checks = joined, []
         else:
             found = find_gate(told, source=source)
@@ -149,8 +157,8 @@ def _code_text(code: str | None, code_file: Path | None) -> str:
         raise UsageProblem(f"{code_file}: {error}", "hcna join --help") from None
 
 
-def _refuse_wrong_place(settings: Settings, told: JoinCode, joined: Membership | None) -> None:
-    """Refuse where joining would make no sense."""
+def _refuse_wrong_place(settings: Settings, told: JoinCode, joined: Membership | None) -> bool:
+    """Refuse where joining would make no sense; whether M1's authority is another one by now."""
     from hcna_ray.supervisor.state import read_supervisor
 
     own_ca = settings.cluster_dir / "ca.pem"
@@ -167,13 +175,34 @@ def _refuse_wrong_place(settings: Settings, told: JoinCode, joined: Membership |
                 "hcna down, then hcna join CODE",
                 ExitCode.REFUSED,
             )
-    elif not told.trusts(joined.ca_pem):
+    elif not told.trusts_one_of(joined.ca_pem):
+        if _knows_us(told, joined):
+            return True
         raise CommandFailed(
             f"this machine is {joined.name} of {joined.moderator_node_id} at "
             f"{joined.m1_addresses[0]}, and the code is another M1's",
             "hcna leave, then hcna join CODE",
             ExitCode.REFUSED,
         )
+    return False
+
+
+def _knows_us(told: JoinCode, joined: Membership) -> bool:
+    """Whether the M1 of a code is the one that has this machine on its list."""
+    from hcna_ray.supervisor.gate_client import find_gate
+    from hcna_ray.supervisor.gate_protocol import GateRefused
+
+    with closing(find_gate(told).channel) as channel:
+        try:
+            channel.request(
+                "POST",
+                "/v1/preflight",
+                authorization=f"Member {joined.member_token}",
+                body={"time": time.time()},
+            )
+        except GateRefused:
+            return False
+    return True
 
 
 def _is_member(joined: Membership) -> bool:

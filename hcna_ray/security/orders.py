@@ -197,8 +197,9 @@ class OrderVerifier:
             )
         if not any(_signed_by(cert, each) for each in authorities):
             raise OrderRefused(
-                "it is signed by an authority that this machine does not know; if M1 was set up "
-                "anew: hcna leave --force, then hcna join with a new code"
+                "it is signed by an authority that this machine does not know. If M1 changed its "
+                "authority while this machine was away: hcna join with a new code (on M1's "
+                "machine: hcna invite); if M1 was set up anew: hcna leave --force first"
             )
         try:
             names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

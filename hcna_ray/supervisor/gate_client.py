@@ -45,13 +45,19 @@ ANSWER_S = 20.0
 _BEAT_ANSWER_S = 5.0
 #: X.509 verification errors of OpenSSL that mean a wrong clock.
 _NOT_YET_VALID, _EXPIRED = 9, 10
+#: What helps a member whose authority is not that of the gate any more.
+_JOIN_ANEW = (
+    "if M1 changed its authority while this machine was away: hcna join with a new code "
+    "(hcna invite, on M1's machine)"
+)
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One address of M1 that was tried in vain, and why it failed.
 
-    ``kind`` is ``refused``, ``timeout``, ``no_route``, ``wrong_machine``, ``clock`` or ``other``.
+    ``kind`` is ``refused``, ``timeout``, ``no_route``, ``wrong_machine``, ``other_authority``,
+    ``clock`` or ``other``.
     """
 
     address: str
@@ -84,6 +90,8 @@ class GateUnreachable(HcnaError):
             return f"hcna join CODE without --address, or with that of the route to M1: {better}"
         if "clock" in kinds:
             return "set the clock of this machine: sudo timedatectl set-ntp true"
+        if "other_authority" in kinds:
+            return _JOIN_ANEW
         if "wrong_machine" in kinds:
             return "use a code that M1 prints now: hcna invite, on M1's machine"
         if kinds == {"refused"}:
@@ -255,7 +263,7 @@ def reach_gate(membership: Membership, *, source: str | None = None) -> Found:
         try:
             channel.request("GET", "/v1/ca", timeout_s=CONNECT_S)
         except (OSError, GateRefused) as error:
-            return _attempt(address, error)
+            return _attempt_of_member(address, error)
         return Found(channel, membership.ca_pem)
 
     return _first_found(membership.m1_addresses, membership.gate_port, try_one, source)
@@ -273,6 +281,15 @@ def ask_gate(membership: Membership, path: str, body: Json) -> Json:
     try:
         authorization = f"Member {membership.member_token}"
         return channel.request("POST", path, authorization=authorization, body=body)
+    except GateRefused as error:
+        if error.code != "not_found":
+            raise
+        raise GateRefused(
+            error.status,
+            "version_mismatch",
+            "M1 is older than this machine and gives no certificates: upgrade M1 first",
+            "install the same hcna-ray on both machines, M1's first",
+        ) from None
     finally:
         channel.close()
 
@@ -347,6 +364,16 @@ def _attempt(address: str, error: Exception) -> Attempt:
     assert isinstance(error, OSError)
     reach = explain(error)
     return Attempt(address, reach.verdict, str(reach))
+
+
+def _attempt_of_member(address: str, error: Exception) -> Attempt:
+    """Say why an address failed that led to M1 once."""
+    found = _attempt(address, error)
+    if isinstance(error, ssl.SSLCertVerificationError) and found.kind == "wrong_machine":
+        return Attempt(
+            address, "other_authority", "who answers is certified by an authority unknown here"
+        )
+    return found
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -455,7 +482,7 @@ class Contact:
                 self._refused(error)
                 return False
             except OSError as error:
-                attempts.append(_attempt(address, error))
+                attempts.append(_attempt_of_member(address, error))
                 self._channel = None
                 continue
             self._answered(answer)
@@ -518,7 +545,10 @@ class Contact:
         self._note_trouble(f"M1 refused: {error}")
 
     def _silent(self, attempts: Sequence[Attempt]) -> None:
-        self._note_trouble("; ".join(map(str, attempts)))
+        told = "; ".join(map(str, attempts))
+        if any(each.kind == "other_authority" for each in attempts):
+            told = f"{told}; {_JOIN_ANEW}"
+        self._note_trouble(told)
 
     def _note_trouble(self, trouble: str) -> None:
         if trouble != self._trouble:

@@ -20,10 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import write_private
-from hcna_ray.security.certs import ensure_ca, fingerprint, known_by
+from hcna_ray.security.certs import cert_text, ensure_ca, fingerprint, known_by
 from hcna_ray.security.keys import locked_dir
 from hcna_ray.supervisor.membership import MembersBroken, digest
 
@@ -84,6 +86,15 @@ class JoinCode:
             ValueError: The text is not a certificate.
         """
         return hmac.compare_digest(fingerprint(ca_pem)[: len(self.ca_sha256)], self.ca_sha256)
+
+    def trusts_one_of(self, bundle_pem: str) -> bool:
+        """Whether the authority that the code was made for is one of those a member knows.
+
+        Only for what this machine believes already: in what a stranger sends the right one may
+        stand beside his own.
+        """
+        known = x509.load_pem_x509_certificates(bundle_pem.encode("ascii", "replace"))
+        return any(self.trusts(cert_text(each)) for each in known)
 
 
 @dataclass(frozen=True, kw_only=True)

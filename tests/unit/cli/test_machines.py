@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,10 @@ from hcna_ray.cli.main import main
 from hcna_ray.cli.terminal import UsageProblem
 from hcna_ray.config import GIB, Settings
 from hcna_ray.durable import make_private_dir
+from hcna_ray.security.authority import begin_rollover, finish_rollover, trusted
+from hcna_ray.security.certs import load_cert
 from hcna_ray.security.keys import ensure_owner_key
+from hcna_ray.security.orders import OrderSigner, OrderVerifier
 from hcna_ray.supervisor.gate_protocol import Versions
 from hcna_ray.supervisor.membership import (
     read_members,
@@ -364,6 +368,29 @@ def test_a_member_of_another_m1(hcna: Hcna, rig: GateRig, home: Path, tmp_path: 
     assert ran.code == 4
     assert "this machine is W1 of HCNA-M1--prod--home--v1.0 at 127.0.0.1" in ran.err
     assert "Next: hcna leave" in ran.err
+
+
+def test_a_member_that_missed_a_change_of_the_authority_joins_again(
+    hcna: Hcna, rig: GateRig, home: Path, local: list[str]
+) -> None:
+    hcna("join", rig.code())
+    directory, now = rig.settings.cluster_dir, datetime.now(UTC)
+    begin_rollover(directory, now=now)
+    finish_rollover(directory, now=now)
+    rig.gate.stop()
+    rig.gate.start()
+
+    ran = hcna("join", rig.code())
+
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("this machine is W1: ")
+    assert "another authority than when this machine joined" in ran.err
+    assert local == ["up 120", "down everywhere=False", "up 120"]
+    membership = read_membership(home / "cluster")
+    assert membership is not None
+    assert membership.ca_pem == rig.ca_pem
+    assert trusted(home / "cluster" / "trust.pem") == [load_cert(directory / "ca.pem")]
+    OrderVerifier(home / "cluster").verify(b"stop", OrderSigner(directory).sign(b"stop"))
 
 
 # -- leave -----------------------------------------------------------------------------------------

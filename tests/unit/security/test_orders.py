@@ -183,6 +183,20 @@ def test_a_change_of_the_authority_is_followed(m1: Path, w1: Path) -> None:
     check(m1, sign(signer))
 
 
+def test_a_machine_that_missed_a_change_of_the_authority_says_what_to_do(
+    m1: Path, w1: Path
+) -> None:
+    signer = OrderSigner(m1, lambda: NOW)
+    begin_rollover(m1, now=NOW)
+    check(w1, sign(signer))
+    finish_rollover(m1, now=NOW)
+
+    with pytest.raises(OrderRefused, match="hcna join with a new code"):
+        check(w1, sign(signer))
+    join(w1, m1)
+    check(w1, sign(signer))
+
+
 def test_orders_leave_although_the_certificate_cannot_be_renewed(
     m1: Path, w1: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from hcna_ray.security.authority import begin_rollover, finish_rollover
 from hcna_ray.security.certs import ensure_server
 from hcna_ray.supervisor.gate_client import (
     Attempt,
     Contact,
     GateChannel,
     GateUnreachable,
+    ask_gate,
     find_gate,
     pinned_context,
     reach_gate,
@@ -296,3 +298,29 @@ def test_a_contact_stops_at_once(rig: GateRig, joined: Membership) -> None:
     assert threading.active_count() == before - 1
     assert "refused" in contact.trouble
     assert not contact.beat()
+
+
+def test_a_member_that_missed_a_change_of_the_authority_says_what_to_do(
+    rig: GateRig, joined: Membership
+) -> None:
+    directory, now = rig.settings.cluster_dir, datetime.now(UTC)
+    contact = Contact(rig.settings, joined, LOG)
+    begin_rollover(directory, now=now)
+    assert contact.beat()
+    finish_rollover(directory, now=now)
+    rig.gate.stop()
+    rig.gate.start()
+
+    assert not contact.beat()
+    assert "hcna join with a new code" in contact.trouble
+    with pytest.raises(GateUnreachable) as caught:
+        reach_gate(joined)
+    assert {attempt.kind for attempt in caught.value.attempts} == {"other_authority"}
+    assert "hcna join with a new code" in caught.value.fix
+
+
+def test_an_m1_that_gives_no_certificates_yet(rig: GateRig, joined: Membership) -> None:
+    with pytest.raises(GateRefused, match="upgrade M1 first"):
+        ask_gate(joined, "/v1/of-a-later-version", {})
+    with pytest.raises(GateRefused, match="not a text in PEM"):
+        ask_gate(joined, "/v1/certificate", {"csr": ""})

@@ -20,6 +20,7 @@ from hcna_ray.config import Settings, load_settings
 from hcna_ray.security.authority import Node, is_rolling_over, own_serial, trusted
 from hcna_ray.security.certs import load_cert
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
+from hcna_ray.security.orders import OrderRefused, OrderSigner, OrderVerifier
 from hcna_ray.supervisor import daemon, rotation
 from hcna_ray.supervisor.daemon import Bootstrap, Member, Supervisor
 from hcna_ray.supervisor.gate_client import Contact, ask_gate
@@ -275,9 +276,18 @@ class TestMember:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         old = rig.ca_pem
+        orders = OrderVerifier(w1.cluster_dir)
+
+        def order() -> tuple[bytes, bytes]:
+            """Return what M1 would sign just now."""
+            return b"stop", OrderSigner(rig.settings.cluster_dir).sign(b"stop")
+
+        before = order()
         with running(member, monkeypatch, "worker"):
             rig.post("/v1/rotate", owner, what="authority")
+            orders.verify(*order())  # It has not heard of the new one yet.
             self.beat(member)
+            orders.verify(*order())
             take_over(rig.settings.cluster_dir, rig.settings.keys_dir)
             new = load_cert(rig.settings.cluster_dir / "ca.pem")
             both = trusted(w1.cluster_dir / "trust.pem")
@@ -285,8 +295,14 @@ class TestMember:
             assert member.contact.beat()
             assert rig.ca_pem == old
             rig.post("/v1/rotate", owner, what="finish")
+            # M1 signs with the new one, and a worker that has not heard of that yet goes on.
+            orders.verify(*order())
+            orders.verify(*before)
             member._next_follow_at = 0.0
             self.beat(member)
+        orders.verify(*order())
+        with pytest.raises(OrderRefused, match="does not know"):
+            orders.verify(*before)
         assert new in both
         assert len(both) == 2
         assert trusted(w1.cluster_dir / "trust.pem") == [new]
