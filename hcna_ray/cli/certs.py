@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -236,19 +236,30 @@ def revoke(
 ) -> None:
     """Take back a certificate, or all that a name has, and sign the list of those taken back.
 
-    A machine that has joined is removed as well, and as Ray reads no such list all others get
-    another token, with one restart of Ray: what the machine knows opens nothing any more. It comes
-    back only with a new join code.
+    A machine that has joined is removed as well, and the join code that it came with is void; and
+    as Ray reads no such list all others get another token, with one restart of Ray: what the
+    machine knows opens nothing any more. It comes back only with a new join code.
     """
     from hcna_ray.security import authority
     from hcna_ray.supervisor.membership import read_members
     from hcna_ray.supervisor.rotation import Rotation, RotationFailed
 
     settings = _m1_settings()
+    directory = settings.cluster_dir
+    known = {one.name for one in read_members(directory)}
+
+    def taken_back(what: str) -> tuple[Issued, ...]:
+        return authority.revoke(directory, what, now=_now(), reason=reason)
+
     with _trouble():
-        found = authority.revoke(settings.cluster_dir, which, now=_now(), reason=reason)
-    nodes = {each.name for each in found if each.kind == "node"} - {settings.moderator.name}
-    members = [one.name for one in read_members(settings.cluster_dir) if one.name in nodes]
+        try:
+            found = taken_back(which)
+        except authority.CertificateRefused:
+            if which not in known:
+                raise
+            found = ()  # It has none that counts, or this was begun before: on with the rest.
+    nodes = {each.name for each in found if each.kind == "node"} | ({which} & known)
+    members = sorted(nodes & known)
     console = talk()
     rotation = Rotation(
         settings, on_step=lambda text: console.print(f"[dim]{escape(text)}[/dim]"), wait_s=wait
@@ -256,10 +267,19 @@ def revoke(
     try:
         for name in members:
             rotation.remove(name)
+            with suppress(authority.CertificateRefused):
+                found += taken_back(name)  # It could ask for another one until now.
+    except RotationFailed as error:
+        raise CommandFailed(
+            f"it is revoked, but still a member: {error}", f"hcna certs revoke {which}, again"
+        ) from None
+    try:
         if nodes and not keep_token:
             rotation.all("token")
     except RotationFailed as error:
-        raise CommandFailed(f"it is revoked, but {error}", error.fix) from None
+        raise CommandFailed(
+            f"it is revoked, but {error}", "hcna status, then hcna certs rotate --token"
+        ) from None
     if as_json:
         print_json([_as_json(each) for each in found])
         return

@@ -18,6 +18,7 @@ What is private never leaves its machine: a member makes its key itself and send
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -138,6 +139,7 @@ def sign_request(
     addresses: Iterable[str],
     now: datetime,
     life: timedelta = SERVER_LIFE,
+    spare: int = 0,
 ) -> str:
     """Return a certificate (PEM) for the key of a request, and remember it.
 
@@ -150,6 +152,7 @@ def sign_request(
         addresses: IP addresses it is good for.
         now: The time, aware.
         life: How long it is good.
+        spare: Places on the list that have to stay free for others.
 
     Raises:
         CertificateRefused: The request or a name is wrong, or there are too many certificates.
@@ -173,8 +176,8 @@ def sign_request(
     with locked_dir(directory):
         ca_cert, ca_key = _signer(directory)
         kept = _kept(directory, now)
-        if len(kept) >= ISSUED_MAX:
-            raise CertificateRefused(f"{ISSUED_MAX} certificates are given out already")
+        if len(kept) >= ISSUED_MAX - spare:
+            raise CertificateRefused(f"{len(kept)} certificates are given out already")
         made = make_certificate(
             name, key, alternatives, _PURPOSES[kind], ca_cert, ca_key, now=now, life=life
         )
@@ -344,6 +347,14 @@ def own_serial(directory: Path) -> str:
     try:
         return f"{load_cert(Node.of(directory).pem).serial_number:x}"
     except CertificateBroken:
+        return ""
+
+
+def trust_digest(directory: Path) -> str:
+    """Return what tells one bundle of authorities from another; '' if there is none."""
+    try:
+        return hashlib.sha256(Node.of(directory).trust.read_bytes()).hexdigest()
+    except OSError:
         return ""
 
 

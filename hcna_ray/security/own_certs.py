@@ -110,6 +110,11 @@ def load_own(
     )
 
 
+def is_signed_by(own: OwnCertificate, authorities: Sequence[x509.Certificate]) -> bool:
+    """Whether one of these authorities has signed a certificate, itself or by one between."""
+    return _leads_to(x509.load_pem_x509_certificates(own.pem.encode("ascii")), authorities)
+
+
 def _certificates(path: Path, what: str) -> list[x509.Certificate]:
     text = _read(path, what)
     try:
@@ -232,19 +237,24 @@ def _check_chain(
                 str(ca_path), "is not the certificate of an authority", "name the authority's"
             )
         _check_time(ca_path, authority, now)
+    if not _leads_to(chain, authorities):
+        raise OwnCertificateRefused(
+            str(path),
+            f"was not signed by the authority in {ca_path}",
+            "name the authority that signed it, and put certificates between the two after it",
+        )
+
+
+def _leads_to(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
     shown = chain[0]
     for _ in range(_CHAIN_MAX):
         if any(_signed_by(shown, authority) for authority in authorities):
-            return
+            return True
         above = next((each for each in chain[1:] if _signed_by(shown, each)), None)
         if above is None or above == shown:
             break
         shown = above
-    raise OwnCertificateRefused(
-        str(path),
-        f"was not signed by the authority in {ca_path}",
-        "name the authority that signed it, and put certificates between the two after it",
-    )
+    return False
 
 
 def _signed_by(cert: x509.Certificate, issuer: x509.Certificate) -> bool:

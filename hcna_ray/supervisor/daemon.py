@@ -30,7 +30,12 @@ from typing import Any
 from hcna_ray.config import MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
-from hcna_ray.security.authority import Node, install_node, renewal_margin
+from hcna_ray.security.authority import (
+    Node,
+    install_node,
+    renewal_margin,
+    trust_digest,
+)
 from hcna_ray.security.certs import load_cert
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
@@ -74,7 +79,14 @@ from hcna_ray.supervisor.processes import (
     send,
     stop,
 )
-from hcna_ray.supervisor.rounds import Round, announce, read_round, take_over, write_round
+from hcna_ray.supervisor.rounds import (
+    Round,
+    announce,
+    complete,
+    read_round,
+    take_over,
+    write_round,
+)
 from hcna_ray.supervisor.serve_proxy import serve_proxy_path, serve_proxy_script
 from hcna_ray.supervisor.state import (
     CLUSTER_DOWN,
@@ -84,6 +96,7 @@ from hcna_ray.supervisor.state import (
     pending_restore,
     read_order,
     read_state,
+    recorded_end,
     recorded_process,
     remove_run_files,
     write_cluster,
@@ -178,6 +191,8 @@ class Member:
     deaf_checks: int = 0
     up: bool = False
     last_exit: int | None = None
+    #: End of the certificate that its processes have read, seconds since the epoch.
+    certificate_ends_at: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -221,6 +236,7 @@ class Supervisor:
     _next_tidy_at: float = 0.0
     _next_certify_at: float = 0.0
     _certificate_trouble: str = ""
+    _certificate_failures: int = 0
     _round_announced: threading.Event = field(default_factory=threading.Event)
     #: Until when the members are waited for.
     _round_until: float = 0.0
@@ -415,14 +431,14 @@ class Supervisor:
     def _lead_round(self, now: float) -> None:
         """On M1: wait a little for the members, then have the head start anew."""
         assert self.gate is not None
+        if now < self._next_follow_at:
+            return
         if not self._round_until:
             self._round_until = now + _ROUND_S
             self._say("waiting for the members to take over new credentials", "credentials.wait")
         number = read_round(self.settings.cluster_dir).number
         if now < self._round_until and not self.gate.caught_up(number):
             return
-        self._round_until = 0.0
-        self._round_announced.clear()
         worker = next((one for one in self.members if one.name == "worker"), None)
         if worker is not None and worker.process is not None:
             self._say_goodbye()
@@ -432,7 +448,14 @@ class Supervisor:
             stop([head.process], term_s=self.settings.ray.stop_s)
         self._reap()
         head.process, head.up, head.not_before = None, False, 0.0
-        take_over(self.settings.cluster_dir, self.settings.keys_dir)
+        try:
+            take_over(self.settings.cluster_dir, self.settings.keys_dir)
+        except (HcnaError, OSError) as error:  # A full disk: again in a moment, with the old ones.
+            self._next_follow_at = now + _FOLLOW_S
+            self.log.error(str(error), extra={"action": "credentials.trouble"})
+            return
+        self._round_until = 0.0
+        self._round_announced.clear()
         self._certified(anew=True)
         self.ready = False
         self._say("Ray starts again with new credentials", "credentials.taken", round=number)
@@ -442,15 +465,21 @@ class Supervisor:
         number = told.get("round")
         if told is self._followed or not isinstance(number, int) or now < self._next_follow_at:
             return
-        behind = number != read_round(self.settings.cluster_dir).number
+        directory = self.settings.cluster_dir
+        behind = number != read_round(directory).number
+        believed, counting = trust_digest(directory), told.get("trust")
+        # Where there is none yet one is asked for before Ray starts.
+        others = bool(believed) and counting not in (None, "", believed)
         try:
-            if behind or told.get("renew") is True:
+            if behind or others or told.get("renew") is True:
                 self._next_follow_at = now + _FOLLOW_S
             if behind:
                 self._take_credentials(number)
-            elif told.get("renew") is True:
-                self._stop_worker("this machine's worker starts again with a new certificate")
+            elif others or told.get("renew") is True:
                 self._certify(anew=True)
+                if others and counting != trust_digest(directory):
+                    raise HcnaError("M1 says that other authorities count, and does not name them")
+                self._stop_worker("this machine's worker starts again with a new certificate")
             self._followed = told
         except (HcnaError, OSError) as error:
             self.log.error(str(error), extra={"action": "credentials.trouble"})
@@ -463,12 +492,13 @@ class Supervisor:
         name, address = membership.name, self._own_address()
         request = certificate_request(settings.cluster_dir, name, address)
         answer = ask_gate(membership, "/v1/credentials", request)
+        for field_name in ("ray_token", "cert_pem", "trust_pem", "ca_pem"):
+            if not isinstance(answer.get(field_name), str) or not answer[field_name]:
+                raise HcnaError(f"M1's answer lacks {field_name}: are both of one version?")
         self._stop_worker("this machine's worker starts again with new credentials")
-        write_private(settings.keys_dir / "ray.token", str(answer.get("ray_token")))
-        install_node(
-            settings.cluster_dir, str(answer.get("cert_pem")), str(answer.get("trust_pem"))
-        )
-        self.membership = replace(membership, ca_pem=str(answer.get("ca_pem")))
+        write_private(settings.keys_dir / "ray.token", answer["ray_token"])
+        install_node(settings.cluster_dir, answer["cert_pem"], answer["trust_pem"])
+        self.membership = replace(membership, ca_pem=answer["ca_pem"])
         write_membership(settings.cluster_dir, self.membership)
         contact.trust(self.membership)
         # Last: whoever is cut off before asks again.
@@ -503,13 +533,14 @@ class Supervisor:
             # The last supervisor came no further. What runs of it has the old token.
             stop(scan(marker_of(settings)), term_s=2.0)
             self._reap()
-            take_over(settings.cluster_dir, settings.keys_dir)
+            complete(settings.cluster_dir, settings.keys_dir)
         state = read_state(settings.run_dir)
         members = self._plan_members()
         for member in members:
             member.process = recorded_process(state, member.name)
             if member.process is not None:
                 member.started_at = self.monotonic()
+                member.certificate_ends_at = recorded_end(state, member.name)
                 self._say(f"found {member.name} running", "member.adopted", member=member.name)
         if not any(member.process for member in members):
             left = stop(scan(marker_of(settings)), term_s=2.0)
@@ -591,21 +622,33 @@ class Supervisor:
         """Have Ray's processes read a renewed certificate while the one that they hold is good.
 
         It was renewed when a third of its life was left, 30 days at most; half of that time they
-        get to start again for another reason.
+        get to start again for another reason. Only the one that they hold counts: a laptop gets
+        another file with every network.
         """
         path = Node.of(self.settings.cluster_dir).pem
         try:
-            written, margin = path.stat().st_mtime, renewal_margin(load_cert(path)).total_seconds()
+            written, cert = path.stat().st_mtime, load_cert(path)
         except (OSError, HcnaError):
             return
-        nodes = [one.process for one in self.members if one.node is not None and one.process]
-        if time.time() < written + margin / 2 or all(begun_at(one) > written for one in nodes):
+        margin_s = renewal_margin(cert).total_seconds()
+        due = [
+            one
+            for one in self.members
+            if one.node is not None
+            and one.process is not None
+            and _is_outlived(one, one.process, cert.not_valid_after_utc, written, margin_s)
+        ]
+        if not due:
             return
         if self.membership is not None:
             self._stop_worker("this machine's worker starts again with its renewed certificate")
         elif not read_round(self.settings.cluster_dir).pending:
             directory, keys_dir = self.settings.cluster_dir, self.settings.keys_dir
-            announce(directory, keys_dir, "certificates", now=time.time())
+            try:
+                announce(directory, keys_dir, "certificates", now=time.time())
+            except (HcnaError, OSError) as error:  # The owner was faster, or the disk is full.
+                self.log.error(str(error), extra={"action": "credentials.trouble"})
+                return
             self.round_announced()
 
     def _certified(self, *, anew: bool = False) -> bool:
@@ -616,8 +659,9 @@ class Supervisor:
             if str(error) != self._certificate_trouble:
                 self.log.error(str(error), extra={"action": "certificate.trouble"})
             self._certificate_trouble = str(error)
+            self._certificate_failures += 1
             return False
-        self._certificate_trouble = ""
+        self._certificate_trouble, self._certificate_failures = "", 0
         return True
 
     def _plan_members(self) -> list[Member]:
@@ -732,10 +776,15 @@ class Supervisor:
         if member.name == "head":
             # With this file `ray start` takes its predecessor for alive while a worker's raylet is.
             (marker_of(self.settings).temp_dir / "ray_current_cluster").unlink(missing_ok=True)
-        if member.node is not None and not self._certified():
-            # Ray's processes would not come beyond their first connection.
-            member.not_before = now + 2.0
-            return
+        if member.node is not None:
+            if not self._certified():
+                # Ray's processes would not come beyond their first connection.
+                member.not_before = now + restart_delay_s(
+                    self._certificate_failures, first_s=2.0, max_s=60.0, draw=self.draw()
+                )
+                return
+            cert = load_cert(Node.of(self.settings.cluster_dir).pem)
+            member.certificate_ends_at = cert.not_valid_after_utc.timestamp()
         try:
             command = member.command()
         except OSError as error:  # No network just now.
@@ -941,6 +990,7 @@ class Supervisor:
                     "port": member.port,
                     "restarts": member.restarts,
                     "last_exit": member.last_exit,
+                    "certificate_ends_at": member.certificate_ends_at,
                 }
                 for member in self.members
             },
@@ -957,6 +1007,16 @@ class Supervisor:
 
     def _say(self, message: str, action: str, **fields: Any) -> None:
         self.log.info(message, extra={"action": action, **fields})
+
+
+def _is_outlived(
+    member: Member, process: ProcessRef, ends_at: datetime, written: float, margin_s: float
+) -> bool:
+    """Whether the certificate that a process has read is soon over, and the file's is not."""
+    held = member.certificate_ends_at
+    if held is None:  # It was started by an earlier version.
+        return begun_at(process) <= written and time.time() >= written + margin_s / 2
+    return held < ends_at.timestamp() and time.time() >= held - margin_s / 2
 
 
 def _memory() -> int:

@@ -29,11 +29,12 @@ from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.authority import (
     CertificateRefused,
     RolloverRefused,
-    begin_rollover,
     ensure_trust,
-    finish_rollover,
     gate_trust,
+    is_rolling_over,
+    list_issued,
     sign_request,
+    trust_digest,
 )
 from hcna_ray.security.certs import ensure_server, fingerprint, known_by, serial_and_end
 from hcna_ray.security.keys import ensure_ray_token, load_keys, read_client_key, verify
@@ -69,7 +70,13 @@ from hcna_ray.supervisor.membership import (
 from hcna_ray.supervisor.node_certs import grantable, names_of
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import Listeners, try_ports
-from hcna_ray.supervisor.rounds import RoundRefused, announce, read_round, token_for_members
+from hcna_ray.supervisor.rounds import (
+    REASONS,
+    RoundRefused,
+    begin,
+    read_round,
+    token_for_members,
+)
 
 Json = dict[str, Any]
 
@@ -87,6 +94,11 @@ _DRAIN_S_MAX = 3600.0
 _SAME_REFUSAL_S = 60.0
 #: Longest request for a certificate: one for 16384 bits of RSA fits.
 _PEM_CHARS_MAX = 8192
+#: Certificates of one member on the list, and in a day: a laptop gets one for each new network.
+_CERTIFICATES_MAX = 600
+_CERTIFICATES_A_DAY_MAX = 50
+#: Places on the list that members leave for M1 itself.
+_CERTIFICATES_SPARE = 500
 
 _UNKNOWN_MEMBER = GateRefused(
     401,
@@ -117,6 +129,8 @@ class MemberBeat:
     #: The round of its credentials, and the serial number of its certificate, in hex.
     round: int | None = None
     serial: str = ""
+    #: Whether it shows a certificate of its owner.
+    own_certificate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +142,7 @@ class _Beat:
     report: Mapping[str, Any]
     round: int
     serial: str
+    own_certificate: bool
 
 
 class Gate:
@@ -195,6 +210,8 @@ class Gate:
         #: Machines that are to get another certificate, and the one they have.
         self._renewing: dict[str, str] = {}
         self._refused: dict[tuple[str, str], float] = {}
+        #: Credentials are given before a round is announced or after it, never in between.
+        self._rotating = threading.Lock()
         self._opening = threading.Lock()
         self._opened: tuple[Listeners, threading.Timer] | None = None
 
@@ -282,6 +299,7 @@ class Gate:
                 report=beat.report if beat else {},
                 round=beat.round if beat else None,
                 serial=beat.serial if beat else "",
+                own_certificate=beat.own_certificate if beat else False,
             )
         return found
 
@@ -427,6 +445,7 @@ class Gate:
 
     def _certificate(self, member: Member, body: Json, peer: str) -> Json:
         """Sign a member's request, for its own names and addresses alone."""
+        self._refuse_flood(member)
         hostname = _text(body, "hostname") or member.hostname
         asked = {peer, _text(body, "address") or peer, *_texts(body, "addresses", ADDRESSES_MAX)}
         others = [one for one in read_members(self.settings.cluster_dir) if one != member]
@@ -444,9 +463,12 @@ class Gate:
                 names=[name for name in names_of(member.name, hostname) if name not in taken],
                 addresses=[LOOPBACK, "::1", *grantable(asked, theirs)],
                 now=self._utc(),
+                spare=_CERTIFICATES_SPARE,
             )
         except CertificateRefused as error:
             raise GateRefused(400, error.code, str(error)) from None
+        # It may have been removed since it asked, and then its certificates are revoked by now.
+        self._refuse_removed(member)
         serial, until = serial_and_end(cert_pem)
         self.log.info(
             "%s has a new certificate",
@@ -464,36 +486,56 @@ class Gate:
     def _credentials(self, member: Member, body: Json, peer: str) -> Json:
         """Give a member all that it needs for this round."""
         directory = self.settings.cluster_dir
-        current = read_round(directory)
-        return {
-            **self._certificate(member, body, peer),
-            "ca_pem": gate_trust(directory),
-            "ray_token": token_for_members(directory, self.settings.keys_dir),
-            "round": current.number,
-        }
+        with self._rotating:
+            answer = {
+                **self._certificate(member, body, peer),
+                "ca_pem": gate_trust(directory),
+                "ray_token": token_for_members(directory, self.settings.keys_dir),
+                "round": read_round(directory).number,
+            }
+        # Who is shut out is removed before another token is made: this one is not for him.
+        self._refuse_removed(member)
+        return answer
+
+    def _refuse_removed(self, member: Member) -> None:
+        known = read_members(self.settings.cluster_dir)
+        if all(one.token_sha256 != member.token_sha256 for one in known):
+            raise _UNKNOWN_MEMBER
+
+    def _refuse_flood(self, member: Member) -> None:
+        """Let no member that asks again and again fill the list, which is everybody's."""
+        mine = [each for each in list_issued(self.settings.cluster_dir) if each.name == member.name]
+        lately = [each for each in mine if each.issued_at > self.now() - 86400.0]
+        if len(mine) >= _CERTIFICATES_MAX or len(lately) >= _CERTIFICATES_A_DAY_MAX:
+            raise GateRefused(
+                429,
+                "too_many_certificates",
+                f"{member.name} was given {len(lately)} certificates in a day, {len(mine)} in all",
+                f"see why it asks again, in logs/supervisor.log of {member.name}",
+            )
 
     def _rotate(self, body: Json) -> Json:
         """Have a member get another certificate, or all machines other credentials."""
         what, directory = _text(body, "what"), self.settings.cluster_dir
         if what == "node":
             return self._renew_member(_text(body, "name"))
+        if what not in REASONS:
+            raise GateRefused(400, "invalid_request", f"there is no rotation of {what!r}")
         try:
-            if read_round(directory).pending:
-                raise RoundRefused("a restart with new credentials is under way already")
-            match what:
-                case "token":
-                    pass
-                case "authority":
-                    begin_rollover(directory, now=self._utc())
-                case "finish":
+            with self._rotating:
+                if what == "finish" and is_rolling_over(directory):
                     self._refuse_early_end(body)
-                    finish_rollover(directory, now=self._utc())
+                before = read_round(directory).number
+                try:
+                    made = begin(directory, self.settings.keys_dir, what, now=self.now())
+                finally:
+                    # Whatever came of it: what is announced is seen through.
+                    if read_round(directory).number != before:
+                        self.rotated()
+                if what == "finish":
                     self._ca_pem = known_by(directory).cert.read_text(encoding="ascii")
                     if self._server is not None:
                         self.renew(self._server.context)
-                case _:
-                    raise GateRefused(400, "invalid_request", f"there is no rotation of {what!r}")
-            made = announce(directory, self.settings.keys_dir, what, now=self.now())
         except (RoundRefused, RolloverRefused) as error:
             raise GateRefused(409, error.code, str(error), "hcna certs list") from None
         self.log.warning(
@@ -501,7 +543,6 @@ class Gate:
             what,
             extra={"action": "credentials.announced", "round": made.number, "reason": what},
         )
-        self.rotated()
         return {"round": made.number}
 
     def _refuse_early_end(self, body: Json) -> None:
@@ -519,6 +560,13 @@ class Gate:
             if member.name == name:
                 with self._changed:
                     beat = self._beats.get(member.machine_id)
+                    if beat is not None and beat.own_certificate:
+                        raise GateRefused(
+                            409,
+                            "own_certificate",
+                            f"{name} shows a certificate of your own",
+                            f"replace its files, then on {name}: hcna down && hcna up",
+                        )
                     self._renewing[member.machine_id] = beat.serial if beat else ""
                 return {"name": name, "serial": beat.serial if beat else ""}
         raise GateRefused(404, "member_not_found", f"no machine has joined as {name!r}")
@@ -543,6 +591,7 @@ class Gate:
             report=report if isinstance(report, dict) else {},
             round=int(_number(body, "round")) if "round" in body else 0,
             serial=_text(body, "serial"),
+            own_certificate=body.get("own_certificate") is True,
         )
         with self._changed:
             before = self._beats.get(member.machine_id)
@@ -569,6 +618,7 @@ class Gate:
             # Its head is about to end: a worker that started now would have to start again.
             "hold": current.pending,
             "renew": renew,
+            "trust": trust_digest(self.settings.cluster_dir),
             "time": self.now(),
             "name": member.name,
             "seen_address": peer,

@@ -463,6 +463,7 @@ class Contact:
             "address": self.membership.address,
             "round": read_round(self.settings.cluster_dir).number,
             "serial": own_serial(self.settings.cluster_dir),
+            "own_certificate": self.settings.worker.security.enable_mtls,
             "report": dict(self._report()) if self._report else {},
         }
         attempts = []

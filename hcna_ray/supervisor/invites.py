@@ -286,6 +286,17 @@ def revoke_invite(cluster_dir: Path, invite_id: str) -> Invite | None:
     return found
 
 
+def revoke_invites_of(cluster_dir: Path, machine_id: str) -> None:
+    """End the invitations that a machine has used: it still has their text."""
+    with locked_dir(cluster_dir):
+        invites = list_invites(cluster_dir)
+        ended = [
+            replace(each, revoked=True) if machine_id in each.used_by else each for each in invites
+        ]
+        if ended != list(invites):
+            _save(cluster_dir, ended)
+
+
 def check_invite(
     cluster_dir: Path, token: str, *, now: float, machine_id: str | None = None
 ) -> Invite:

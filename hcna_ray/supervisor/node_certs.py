@@ -7,6 +7,7 @@ machine that has joined asks M1's gate.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
@@ -23,9 +24,15 @@ from hcna_ray.security.authority import (
     install_node,
     node_problem,
     request_node,
+    trusted,
 )
-from hcna_ray.security.certs import CLIENT, SERVER
-from hcna_ray.security.own_certs import OwnCertificate, load_own
+from hcna_ray.security.certs import CLIENT, SERVER, CertificateBroken
+from hcna_ray.security.own_certs import (
+    OwnCertificate,
+    OwnCertificateRefused,
+    is_signed_by,
+    load_own,
+)
 from hcna_ray.supervisor.addresses import default_address, own_addresses
 from hcna_ray.supervisor.gate_protocol import ADDRESSES_MAX
 
@@ -33,13 +40,27 @@ Json = dict[str, Any]
 
 #: Longest name that fits into a certificate.
 _NAME_CHARS_MAX = 253
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+#: The end of the names that only the cluster gives: its nodes', the gate's, that of M1's orders.
+_INTERNAL = ".hcna.internal"
 
 
 def names_of(node: str, hostname: str | None = None) -> tuple[str, ...]:
     """Return the DNS names for the certificate of a node: its own, and what calls it locally."""
     hostname = (socket.gethostname() if hostname is None else hostname).lower()
-    usable = hostname.isascii() and 0 < len(hostname) <= _NAME_CHARS_MAX and " " not in hostname
-    return (f"{node.lower()}.hcna.internal", "localhost", *([hostname] if usable else []))
+    return (f"{node.lower()}{_INTERNAL}", "localhost", *([hostname] if _usable(hostname) else []))
+
+
+def _usable(hostname: str) -> bool:
+    """Whether it is a name of a machine: no star, no address, none of those that we give."""
+    labels = hostname.split(".")
+    return (
+        len(hostname) <= _NAME_CHARS_MAX
+        and all(_LABEL.fullmatch(label) for label in labels)
+        # Some libraries compare an address with the names, too.
+        and not labels[-1].isdecimal()
+        and not f".{hostname}".endswith(_INTERNAL)
+    )
 
 
 def addresses_here() -> tuple[str, ...]:
@@ -63,6 +84,7 @@ def grantable(asked: Iterable[str], others: Collection[str]) -> list[str]:
         except ValueError:
             continue
         odd = address.is_unspecified or address.is_multicast or address.is_loopback
+        odd |= getattr(address, "ipv4_mapped", None) is not None
         if not odd and str(address) not in others:
             found.add(str(address))
     return sorted(found)
@@ -121,27 +143,48 @@ def ensure_member_node(
         address: Its address for the others.
         ask: Sends M1's gate a request for a certificate and returns the answer.
         now: The time, aware.
-        anew: Ask even if the present one would do.
+        anew: Ask even if the present one would do, or for whom to believe alone.
 
     Returns:
         Whether they are other ones than before.
 
     Raises:
         OSError: M1 cannot be reached, or a file cannot be written.
-        HcnaError: M1 refused, its answer does not fit, or the owner's certificate will not do.
+        CertificateBroken: M1's answer does not fit, or is not for this machine's address.
+        OwnCertificateRefused: The owner's certificate will not do.
+        HcnaError: M1 refused.
     """
     directory = settings.cluster_dir
     node = Node.of(directory)
     own = own_certificate(settings.worker.security, address, now=now)
-    if own is not None and node.trust.exists():
+    if own is not None and node.trust.exists() and not anew:
+        _refuse_unbelieved(settings.worker.security, own, node)
         return write_if_changed(node.pem, own.pem)
-    if not (anew or node_problem(node, names=(), addresses=(LOOPBACK, address), now=now)):
+    needed = (LOOPBACK, address)
+    if not (anew or node_problem(node, names=(), addresses=needed, now=now)):
         return False
     answer = ask(certificate_request(directory, name, address))
     install_node(directory, str(answer.get("cert_pem")), str(answer.get("trust_pem")))
     if own is not None:
+        _refuse_unbelieved(settings.worker.security, own, node)
         write_private(node.pem, own.pem)
+    elif problem := node_problem(node, names=(), addresses=needed, now=now):
+        raise CertificateBroken(
+            str(node.pem),
+            f"M1 has signed it, but {problem}; another machine on M1's list may have that address "
+            "(hcna doctor, there), or a clock is wrong",
+        )
     return True
+
+
+def _refuse_unbelieved(security: NodeSecuritySettings, own: OwnCertificate, node: Node) -> None:
+    """Refuse a certificate of the owner that M1 and the others would not let in."""
+    if not is_signed_by(own, trusted(node.trust)):
+        raise OwnCertificateRefused(
+            str(security.cert_path),
+            "is of an authority that M1 does not believe",
+            "name the same ca_path in moderator.security on M1, with a certificate of M1's",
+        )
 
 
 def certificate_request(directory: Path, name: str, address: str | None) -> Json:

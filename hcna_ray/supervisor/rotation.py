@@ -13,13 +13,13 @@ from typing import Any
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.security.authority import begin_rollover, finish_rollover, is_rolling_over
 from hcna_ray.supervisor.checks import open_own_gate
 from hcna_ray.supervisor.gate import ask_c1
 from hcna_ray.supervisor.gate_protocol import GateRefused
+from hcna_ray.supervisor.invites import revoke_invites_of
 from hcna_ray.supervisor.membership import read_members, remove_member
 from hcna_ray.supervisor.node_certs import ensure_m1_node
-from hcna_ray.supervisor.rounds import announce, read_round, take_over
+from hcna_ray.supervisor.rounds import begin, complete, read_round, take_over
 from hcna_ray.supervisor.state import read_supervisor
 
 Json = dict[str, Any]
@@ -100,7 +100,9 @@ class Rotation:
         if self._runs():
             here = self._ask("GET", "/v1/members")["members"]
             for member in here:
-                if self._is_here(member):
+                if member["own_certificate"]:
+                    self._say(f"{member['name']} shows a certificate of your own, and goes on")
+                elif self._is_here(member):
                     self.one(member["name"])
                 else:
                     self._say(f"{member['name']} is away: it gets another one when it is back")
@@ -157,7 +159,13 @@ class Rotation:
         self._say("all is up again")
 
     def remove(self, name: str) -> None:
-        """Take a member off the list, so that its supervisor stops and nobody lets it in."""
+        """Take a member off the list, so that its supervisor stops and nobody lets it in.
+
+        The join code that it came with is void as well: it knows it, and might come again.
+        """
+        for member in read_members(self._directory):
+            if member.name == name:
+                revoke_invites_of(self._directory, member.machine_id)
         if self._runs():
             self._ask("POST", "/v1/leave", {"name": name, "forget": True}, timeout_s=60.0)
         else:
@@ -172,17 +180,14 @@ class Rotation:
 
     def _change_files(self, what: str, *, force: bool) -> None:
         directory, keys_dir = self._directory, self._settings.keys_dir
-        if what == "authority":
-            begin_rollover(directory, now=self._utc())
-        elif what == "finish":
-            if read_members(directory) and is_rolling_over(directory) and not force:
-                raise RotationFailed(
-                    "M1 is down, so nobody can say whether every member knows the new authority",
-                    "hcna up, then hcna certs rotate --finish",
-                )
-            finish_rollover(directory, now=self._utc())
-        if not read_round(directory).pending:
-            announce(directory, keys_dir, what, now=self._now())
+        # What was cut off comes first: members may have its number already.
+        complete(directory, keys_dir)
+        if what == "finish" and read_members(directory) and not force:
+            raise RotationFailed(
+                "M1 is down, so nobody can say whether every member knows the new authority",
+                "hcna up, then hcna certs rotate --finish",
+            )
+        begin(directory, keys_dir, what, now=self._now())
         take_over(directory, keys_dir)
         ensure_m1_node(self._settings, now=self._utc(), anew=True)
 

@@ -14,15 +14,24 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import write_private
+from hcna_ray.security.authority import (
+    RolloverRefused,
+    begin_rollover,
+    finish_rollover,
+    is_rolling_over,
+)
 from hcna_ray.security.keys import ensure_ray_token, locked_dir
 
 SCHEMA = 1
+#: What a round can be asked for.
+REASONS = ("token", "authority", "finish")
 
 
 class RoundRefused(HcnaError):
@@ -36,7 +45,7 @@ class Round:
     """A round of credentials."""
 
     number: int = 0
-    #: What is new: ``token``, ``authority``; '' for the credentials of the first start.
+    #: What is new: one of `REASONS`, or ``certificates``; '' for those of the first start.
     reason: str = ""
     #: Announced, and M1's head runs with the old ones.
     pending: bool = False
@@ -77,6 +86,54 @@ def announce(cluster_dir: Path, keys_dir: Path, reason: str, *, now: float) -> R
         write_round(cluster_dir, made)
     failpoints.hit("credentials.round.announced")
     return made
+
+
+def begin(cluster_dir: Path, keys_dir: Path, reason: str, *, now: float) -> Round:
+    """Announce a round on M1 and make the change that it is for.
+
+    Meanwhile nobody is given credentials. In this order: what is cut off in between is announced,
+    so `complete` makes the change up before anybody is served again.
+
+    Args:
+        cluster_dir: Where the authority is.
+        keys_dir: Where the token is.
+        reason: One of `REASONS`.
+        now: Seconds since the epoch.
+
+    Raises:
+        RoundRefused: One is under way.
+        RolloverRefused: The authority cannot change now, or is not changing.
+    """
+    rolling = is_rolling_over(cluster_dir)
+    if reason == "authority" and rolling:
+        raise RolloverRefused("the last change of the authority has not ended yet")
+    if reason == "finish" and not rolling:
+        raise RolloverRefused("no change of the authority is under way")
+    made = announce(cluster_dir, keys_dir, reason, now=now)
+    try:
+        _change_authority(cluster_dir, made)
+    except Exception:
+        # What is announced goes on as a restart with another token, and is made up for by nobody:
+        # members may have heard of it by then.
+        write_round(cluster_dir, replace(made, reason="token"))
+        raise
+    return made
+
+
+def complete(cluster_dir: Path, keys_dir: Path) -> Round:
+    """End a round that was cut off, before anybody is served; see `begin` and `take_over`."""
+    current = read_round(cluster_dir)
+    if current.pending:
+        _change_authority(cluster_dir, current)
+    return take_over(cluster_dir, keys_dir)
+
+
+def _change_authority(cluster_dir: Path, made: Round) -> None:
+    now = datetime.fromtimestamp(made.at, UTC)
+    if made.reason == "authority" and not is_rolling_over(cluster_dir):
+        begin_rollover(cluster_dir, now=now)
+    elif made.reason == "finish":
+        finish_rollover(cluster_dir, now=now)
 
 
 def take_over(cluster_dir: Path, keys_dir: Path) -> Round:

@@ -178,6 +178,12 @@ def recorded_process(state: Mapping[str, Any], name: str) -> ProcessRef | None:
     return process if identify(pid) == process else None
 
 
+def recorded_end(state: Mapping[str, Any], name: str) -> float | None:
+    """Return when the certificate of a recorded member ends, if the state says so."""
+    ends_at = (state.get("members", {}).get(name) or {}).get("certificate_ends_at")
+    return float(ends_at) if isinstance(ends_at, int | float) else None
+
+
 def read_supervisor(run_dir: Path) -> ProcessRef | None:
     """Return the running supervisor that ``supervisor.pid`` names, or None."""
     data = read_json(run_dir / "supervisor.pid")

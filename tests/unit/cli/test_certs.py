@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 from cryptography import x509
 
 from hcna_ray.cli.main import main
+from hcna_ray.config import load_settings
 from hcna_ray.security.certs import load_cert, load_key, make_request, new_key
 from hcna_ray.security.keys import ensure_ray_token
+from hcna_ray.supervisor.invites import InviteRefused, create_invite, decode_code, redeem
 from hcna_ray.supervisor.membership import Member, add_member, read_members
+from hcna_ray.supervisor.rounds import announce, read_round
 from tests.unit.cli.conftest import Ran
 
 Hcna = Callable[..., Ran]
@@ -212,6 +216,72 @@ def test_a_revoked_machine_loses_its_place_and_what_it_knows(hcna: Hcna, cluster
     hcna("certs", "issue", "W2", "--to", "again")
     assert hcna("certs", "revoke", "W2").code == 0
     assert token.read_text() != before
+
+
+def test_a_machine_without_a_certificate_that_counts_is_shut_out_too(
+    hcna: Hcna, cluster: Path
+) -> None:
+    hcna("certs", "init")
+    add_member(cluster, a_member())
+    token = ensure_ray_token(cluster.parent / "keys")
+    before = token.read_text()
+
+    ran = hcna("certs", "revoke", "W2")
+
+    assert (ran.code, ran.out) == (0, "")
+    assert read_members(cluster) == ()
+    assert token.read_text() != before
+    assert hcna("certs", "revoke", "W2").code == 4
+
+
+def test_the_code_of_a_revoked_machine_opens_nothing_any_more(hcna: Hcna, cluster: Path) -> None:
+    settings = load_settings(home=cluster.parent, env={})
+    hcna("certs", "issue", "W2")
+    add_member(cluster, a_member())
+    now = time.time()
+    codes = [
+        decode_code(create_invite(settings, addresses=["10.0.0.1"], uses=uses, now=now)[0])
+        for uses in (1, None, 1)
+    ]
+    for code in codes[:2]:
+        redeem(cluster, code.token, now=now, machine_id="m-2")
+
+    hcna("certs", "revoke", "W2")
+
+    for code in codes[:2]:
+        with pytest.raises(InviteRefused, match="revoked"):
+            redeem(cluster, code.token, now=now, machine_id="m-2")
+    redeem(cluster, codes[2].token, now=now, machine_id="m-3")
+
+
+def test_m1s_own_certificate_is_taken_back_and_another_made(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "init")
+    before = load_cert(cluster / "node.pem").serial_number
+
+    assert hcna("certs", "revoke", "M1").code == 0
+
+    assert load_cert(cluster / "node.pem").serial_number != before
+    first, second = hcna("certs", "list", "--json").json["certificates"]
+    assert (first["state"], second["state"]) == ("revoked", "good")
+
+
+def test_nothing_is_finished_that_was_not_begun(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "init")
+
+    ran = hcna("certs", "rotate", "--finish")
+
+    assert ran.code == 4
+    assert "no change of the authority is under way" in ran.err
+
+
+def test_what_was_cut_off_is_ended_before_something_else_begins(hcna: Hcna, cluster: Path) -> None:
+    hcna("certs", "init")
+    keys = cluster.parent / "keys"
+    ensure_ray_token(keys)
+    announce(cluster, keys, "token", now=time.time())
+
+    assert hcna("certs", "rotate", "--token", "--json").json == {"round": 2, "restarts": 0}
+    assert not read_round(cluster).pending
 
 
 def test_revoke_by_name_or_serial(hcna: Hcna, cluster: Path) -> None:

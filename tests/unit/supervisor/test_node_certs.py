@@ -11,7 +11,14 @@ from cryptography import x509
 
 from hcna_ray.config import NodeSecuritySettings, Settings, load_settings
 from hcna_ray.security.authority import Node, ensure_trust, list_issued, sign_request, trusted
-from hcna_ray.security.certs import ensure_ca, load_cert, load_key, make_request, new_key
+from hcna_ray.security.certs import (
+    CertificateBroken,
+    ensure_ca,
+    load_cert,
+    load_key,
+    make_request,
+    new_key,
+)
 from hcna_ray.security.own_certs import OwnCertificateRefused
 from hcna_ray.supervisor.daemon import Bootstrap, Supervisor
 from hcna_ray.supervisor.node_certs import (
@@ -66,7 +73,36 @@ def names_in(node: Node) -> set[str]:
 def test_names_of_a_node() -> None:
     assert names_of("W2", "Laptop") == ("w2.hcna.internal", "localhost", "laptop")
     assert names_of("W2", "übung") == ("w2.hcna.internal", "localhost")
-    assert names_of("W2", "") == ("w2.hcna.internal", "localhost")
+    assert names_of("W2", "a-b_c.lan") == ("w2.hcna.internal", "localhost", "a-b_c.lan")
+
+
+@pytest.mark.parametrize(
+    "hostname",
+    [
+        "",
+        ".",
+        "a..b",
+        "a.",
+        "-a",
+        "a-",
+        "a b",
+        "*",
+        "*.lan",
+        "10.0.0.1",
+        "::1",
+        "7",
+        "a" * 64,
+        "a." * 127,
+        "hcna.internal",
+        "m1.hcna.internal",
+        "Orders.hcna.internal",
+        "x.w1.hcna.internal",
+        "a\n",
+        "a\0b",
+    ],
+)
+def test_what_is_no_name_of_a_machine_or_anothers_is_left_out(hostname: str) -> None:
+    assert names_of("W2", hostname) == ("w2.hcna.internal", "localhost")
 
 
 def test_m1_is_known_by_every_address_it_has(settings: Settings) -> None:
@@ -131,6 +167,7 @@ def test_a_member_is_granted_its_own_addresses_alone() -> None:
         "0.0.0.0",
         "127.0.0.9",
         "224.0.0.1",
+        "::ffff:10.0.0.1",
     ]
 
     assert grantable(asked, {"10.0.0.1"}) == ["10.0.0.2", "fd00::2"]
@@ -145,7 +182,14 @@ class TestMember:
         return tmp_path / "m1"
 
     def ensure(
-        self, settings: Settings, m1_home: Path, address: str, *, now: datetime = NOW
+        self,
+        settings: Settings,
+        m1_home: Path,
+        address: str,
+        *,
+        now: datetime = NOW,
+        anew: bool = False,
+        granted: str | None = None,
     ) -> list[Json]:
         """Look after the certificate as W2; return what M1 was asked for."""
         asked = []
@@ -158,12 +202,12 @@ class TestMember:
                 name="W2",
                 kind="node",
                 names=["localhost"],
-                addresses=["127.0.0.1", str(body["address"])],
+                addresses=["127.0.0.1", granted or str(body["address"])],
                 now=now,
             )
             return {"cert_pem": made, "trust_pem": ensure_trust(m1_home, now=NOW).read_text()}
 
-        changed = ensure_member_node(settings, "W2", address, ask=ask, now=now)
+        changed = ensure_member_node(settings, "W2", address, ask=ask, now=now, anew=anew)
         assert changed == bool(asked)
         return asked
 
@@ -187,12 +231,25 @@ class TestMember:
         worker = settings.worker.model_copy(update={"security": named.moderator.security})
         mine = settings.model_copy(update={"worker": worker})
 
-        assert len(self.ensure(mine, m1_home, "10.0.0.2")) == 1
+        authority = load_cert(tmp_path / "own" / "ca.pem")
+        # Nobody would let it in as long as M1 does not believe who signed it.
+        for _ in range(2):
+            with pytest.raises(OwnCertificateRefused, match=r"M1 does not believe; name the same"):
+                self.ensure(mine, m1_home, "10.0.0.2")
+        (m1_home / "own-ca.pem").write_text((tmp_path / "own" / "ca.pem").read_text())
+
+        assert len(self.ensure(mine, m1_home, "10.0.0.2", anew=True)) == 1
 
         node = Node.of(settings.cluster_dir)
-        load_cert(node.pem).verify_directly_issued_by(load_cert(tmp_path / "own" / "ca.pem"))
-        assert trusted(node.trust) == [load_cert(m1_home / "ca.pem")]
+        load_cert(node.pem).verify_directly_issued_by(authority)
+        assert trusted(node.trust) == [load_cert(m1_home / "ca.pem"), authority]
         assert self.ensure(mine, m1_home, "10.0.0.2") == []
+
+    def test_an_answer_that_is_not_for_this_machine_is_no_help(
+        self, settings: Settings, m1_home: Path
+    ) -> None:
+        with pytest.raises(CertificateBroken, match=r"not for 10\.0\.0\.2; another machine"):
+            self.ensure(settings, m1_home, "10.0.0.2", granted="10.0.0.3")
 
 
 class TestSupervisor:

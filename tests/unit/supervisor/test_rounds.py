@@ -16,16 +16,29 @@ from typing import Any
 import pytest
 
 from hcna_ray import failpoints
-from hcna_ray.config import Settings, load_settings
-from hcna_ray.security.authority import Node, is_rolling_over, own_serial, trusted
-from hcna_ray.security.certs import load_cert
+from hcna_ray.config import NodeSecuritySettings, Settings, load_settings
+from hcna_ray.security import authority
+from hcna_ray.security.authority import (
+    Node,
+    RolloverRefused,
+    ensure_trust,
+    is_rolling_over,
+    own_serial,
+    trusted,
+)
+from hcna_ray.security.certs import load_cert, new_authority
 from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.security.orders import OrderRefused, OrderSigner, OrderVerifier
-from hcna_ray.supervisor import daemon, rotation
+from hcna_ray.supervisor import daemon, gate, rotation, rounds
 from hcna_ray.supervisor.daemon import Bootstrap, Member, Supervisor
 from hcna_ray.supervisor.gate_client import Contact, ask_gate
 from hcna_ray.supervisor.invites import decode_code
-from hcna_ray.supervisor.membership import read_members, read_membership, write_membership
+from hcna_ray.supervisor.membership import (
+    read_members,
+    read_membership,
+    remove_member,
+    write_membership,
+)
 from hcna_ray.supervisor.node_certs import ensure_m1_node, ensure_member_node
 from hcna_ray.supervisor.processes import ProcessRef, identify
 from hcna_ray.supervisor.rotation import Rotation, RotationFailed
@@ -33,12 +46,14 @@ from hcna_ray.supervisor.rounds import (
     Round,
     RoundRefused,
     announce,
+    complete,
     read_round,
     take_over,
     token_for_members,
 )
-from hcna_ray.supervisor.state import write_supervisor
-from tests.support.gates import LOG, GateRig, Json, membership_of, serving
+from hcna_ray.supervisor.rounds import begin as start_round
+from hcna_ray.supervisor.state import read_state, recorded_end, write_supervisor
+from tests.support.gates import LOG, GateRig, Json, joining, membership_of, serving
 
 NOW = 1_790_000_000.0
 
@@ -120,6 +135,84 @@ class TestFiles:
         assert read_round(m1.cluster_dir).pending is False
         assert token(m1) == following != old
         assert not (m1.keys_dir / "ray.token.next").exists()
+
+
+class TestAuthority:
+    """A change of the authority comes with the round that it is announced in."""
+
+    @pytest.fixture
+    def ca(self, m1: Settings) -> Path:
+        ensure_m1_node(m1, now=datetime.now(UTC))
+        return m1.cluster_dir / "ca.pem"
+
+    def start(self, m1: Settings, reason: str) -> Round:
+        return start_round(m1.cluster_dir, m1.keys_dir, reason, now=time.time())
+
+    @pytest.mark.parametrize("reason", ["authority", "finish"])
+    @pytest.mark.parametrize(
+        "point",
+        [
+            "credentials.round.announced",
+            "certificate.rollover.begun",
+            "certificate.rollover.kept",
+            "certificate.rollover.signing",
+            "certificate.rollover.ended",
+        ],
+    )
+    def test_cut_off_it_is_made_up_for_before_anybody_is_served(
+        self, m1: Settings, ca: Path, reason: str, point: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old = load_cert(ca)
+        if reason == "finish":
+            self.start(m1, "authority")
+            end(m1)
+
+        class PowerCut(BaseException):
+            pass
+
+        def hit(name: str) -> None:
+            if name == point:
+                raise PowerCut
+
+        with monkeypatch.context() as patched:
+            patched.setattr(failpoints, "hit", hit)
+            with contextlib.suppress(PowerCut):
+                self.start(m1, reason)
+
+        done = complete(m1.cluster_dir, m1.keys_dir)
+
+        assert (done.pending, done.reason) == (False, reason)
+        trust = trusted(ensure_trust(m1.cluster_dir, now=datetime.now(UTC)))
+        assert load_cert(ca) != old
+        assert trust == ([old, load_cert(ca)] if reason == "authority" else [load_cert(ca)])
+        assert complete(m1.cluster_dir, m1.keys_dir) == done
+
+    def test_one_that_cannot_be_is_a_restart_with_another_token(
+        self, m1: Settings, ca: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: object, **names: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rounds, "begin_rollover", full)
+            with pytest.raises(OSError, match="No space"):
+                self.start(m1, "authority")
+
+        # Members may have asked meanwhile: what they know must do.
+        done = complete(m1.cluster_dir, m1.keys_dir)
+        assert (done.number, done.reason, done.pending) == (1, "token", False)
+        assert not is_rolling_over(m1.cluster_dir)
+
+    def test_one_at_a_time_and_only_what_was_begun_is_finished(
+        self, m1: Settings, ca: Path
+    ) -> None:
+        with pytest.raises(RolloverRefused, match="no change of the authority is under way"):
+            self.start(m1, "finish")
+        self.start(m1, "authority")
+        end(m1)
+        with pytest.raises(RolloverRefused, match="has not ended yet"):
+            self.start(m1, "authority")
+        assert read_round(m1.cluster_dir).number == 1
 
 
 @pytest.fixture
@@ -233,6 +326,78 @@ class TestGate:
         # The gate shows a certificate of the new one; the next who asks is answered.
         assert rig.refusal("/v1/rotate", owner, what="token").code == "round_refused"
 
+    def test_what_was_announced_is_seen_through_although_it_failed(
+        self, rig: GateRig, owner: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: object, **names: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(rounds, "begin_rollover", full)
+        with pytest.raises(OSError, match="No space"):
+            rig.gate.handle("POST", "/v1/rotate", owner, {"what": "authority"}, "127.0.0.1")
+
+        assert rig.told == ["rotated"]
+        assert read_round(rig.settings.cluster_dir).reason == "token"
+
+    def test_who_is_removed_while_he_asks_gets_nothing(
+        self, rig: GateRig, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        bearer, asked = f"Member {membership.member_token}", joining()
+        at_last = gate.token_for_members
+
+        def removed(cluster_dir: Path, keys_dir: Path) -> str:
+            remove_member(rig.settings.cluster_dir, "W1")
+            return at_last(cluster_dir, keys_dir)
+
+        monkeypatch.setattr(gate, "token_for_members", removed)
+        assert rig.refusal("/v1/credentials", bearer, **asked).code == "unknown_member"
+
+    def test_who_is_removed_before_he_is_certified_gets_nothing(
+        self, rig: GateRig, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        bearer, sign = f"Member {membership.member_token}", gate.sign_request
+
+        def removed(*args: Any, **names: Any) -> str:
+            remove_member(rig.settings.cluster_dir, "W1")
+            return sign(*args, **names)
+
+        monkeypatch.setattr(gate, "sign_request", removed)
+        assert rig.refusal("/v1/certificate", bearer, **joining()).code == "unknown_member"
+
+    def test_one_that_asks_again_and_again_leaves_the_list_to_the_others(
+        self, rig: GateRig, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gate, "_CERTIFICATES_A_DAY_MAX", 3)
+        monkeypatch.setattr(gate, "_CERTIFICATES_MAX", 4)
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        bearer, asked = f"Member {membership.member_token}", joining()
+        for _ in range(2):  # It had its first one when it joined.
+            rig.post("/v1/certificate", bearer, **asked)
+
+        refused = rig.refusal("/v1/certificate", bearer, **asked)
+        assert (refused.status, refused.code) == (429, "too_many_certificates")
+        assert "logs/supervisor.log of W1" in refused.fix
+        rig.join("another")
+        rig.ahead_s = 86500.0
+        rig.post("/v1/certificate", bearer, **asked)
+        assert rig.refusal("/v1/certificate", bearer, **asked).code == "too_many_certificates"
+
+    def test_the_last_places_of_the_list_are_m1s(
+        self, rig: GateRig, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(authority, "ISSUED_MAX", gate._CERTIFICATES_SPARE + 1)
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        bearer = f"Member {membership.member_token}"
+
+        assert rig.refusal("/v1/certificate", bearer, **joining()).code == "certificate_refused"
+        ensure_m1_node(rig.settings, now=datetime.now(UTC))
+
 
 class TestMember:
     def beat(self, member: Supervisor) -> None:
@@ -338,6 +503,83 @@ class TestMember:
         assert old_token.read_text() == kept
         assert rig.gate.beats()["W1"].serial == own_serial(w1.cluster_dir)
 
+    def test_a_certificate_that_m1_does_not_give_stops_no_worker(
+        self,
+        rig: GateRig,
+        owner: str,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._certify()
+            self.beat(member)
+            rig.post("/v1/rotate", owner, what="node", name="W1")
+            monkeypatch.setattr(gate, "_CERTIFICATES_A_DAY_MAX", 0)
+            self.beat(member)
+            assert done == []
+
+    def test_who_shows_a_certificate_of_his_own_is_not_told_to_renew_it(
+        self, rig: GateRig, owner: str, member: Supervisor
+    ) -> None:
+        contact = member.contact
+        assert contact is not None
+        security = NodeSecuritySettings(
+            enable_mtls=True, cert_path=Path("a"), key_path=Path("b"), ca_path=Path("c")
+        )
+        worker = contact.settings.worker.model_copy(update={"security": security})
+        contact.settings = contact.settings.model_copy(update={"worker": worker})
+        assert contact.beat()
+
+        refused = rig.refusal("/v1/rotate", owner, what="node", name="W1")
+
+        assert (refused.status, refused.code) == (409, "own_certificate")
+        assert "hcna down && hcna up" in refused.fix
+        assert rig.gate.beats()["W1"].own_certificate
+        assert contact.beat()
+        assert contact.facts["renew"] is False
+
+    def test_other_authorities_reach_it_without_a_round(
+        self,
+        rig: GateRig,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._certify()
+            self.beat(member)
+            assert done == []
+            # M1's owner names an authority of the house in its settings.
+            directory, now = rig.settings.cluster_dir, datetime.now(UTC)
+            _, house = new_authority(now)
+            (directory / "own-ca.pem").write_text(house)
+            bundle = ensure_trust(directory, now=now)
+
+            self.beat(member)
+
+            assert trusted(w1.cluster_dir / "trust.pem") == trusted(bundle)
+            assert done == ["goodbye", "worker"]
+            member._next_follow_at = 0.0
+            self.beat(member)
+            assert done == ["goodbye", "worker"]
+
+    def test_an_answer_that_lacks_something_changes_nothing(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        rig.post("/v1/rotate", owner, what="token")
+        monkeypatch.setattr(daemon, "ask_gate", lambda *args: {"cert_pem": "x", "trust_pem": "y"})
+        with running(member, monkeypatch, "worker") as done:
+            self.beat(member)
+            assert done == []
+        assert "lacks ray_token" in caplog.text
+        assert not (w1.keys_dir / "ray.token").exists()
+
     def test_m1_away_it_tries_again(
         self,
         rig: GateRig,
@@ -424,6 +666,28 @@ class TestM1:
             m1._lead_round(1020.0)
             assert done == ["head"]
 
+    def test_a_full_disk_puts_it_off(
+        self, rig: GateRig, owner: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        m1 = Supervisor(settings=rig.settings, log=LOG, bootstrap=Bootstrap(wanted=False))
+        m1.gate = rig.gate
+        rig.post("/v1/rotate", owner, what="token")
+        m1.round_announced()
+
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with running(m1, monkeypatch, "head"):
+            with monkeypatch.context() as patched:
+                patched.setattr(daemon, "take_over", full)
+                m1._lead_round(1000.0)
+                m1._lead_round(1001.0)
+            assert m1._round_announced.is_set()
+            assert read_round(rig.settings.cluster_dir).pending
+            m1._lead_round(1003.5)
+        assert not m1._round_announced.is_set()
+        assert not read_round(rig.settings.cluster_dir).pending
+
 
 class TestRenewal:
     """Ray's processes hold what they read when they started, long after it was renewed."""
@@ -469,6 +733,52 @@ class TestRenewal:
         assert one._round_announced.is_set()
         assert read_round(m1.cluster_dir).number == 1
         assert read_round(m1.cluster_dir).reason == "certificates"
+
+    def test_only_the_one_that_it_holds_counts(
+        self, member: Supervisor, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A laptop gets another file with every network, and none of them starts the wait anew."""
+        day = 86400.0
+        with running(member, monkeypatch, "worker") as done:
+            (worker,) = member.members
+            self.renewed(w1, days=0)
+            for left, due in ((90, False), (16, False), (14, True)):
+                worker.certificate_ends_at = time.time() + left * day
+                member._replace_old_nodes()
+                assert bool(done) == due
+            # What the file holds is no better.
+            done.clear()
+            worker.process = ProcessRef(2**22, 1)
+            worker.certificate_ends_at = time.time() + 95 * day
+            member._replace_old_nodes()
+            assert done == []
+
+    def test_an_adopted_process_keeps_what_it_holds(self, member: Supervisor) -> None:
+        member.members = [
+            Member(name="worker", command=lambda: [], port=1, node="W1", certificate_ends_at=7.5)
+        ]
+        member._record()
+
+        state = read_state(member.settings.run_dir)
+        assert recorded_end(state, "worker") == 7.5
+        assert recorded_end(state, "head") is None
+        assert recorded_end({}, "worker") is None
+
+    @pytest.mark.usefixtures("begun")
+    def test_a_round_that_cannot_be_announced_ends_nothing(
+        self, m1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = Supervisor(settings=m1, log=LOG, bootstrap=Bootstrap(wanted=False))
+
+        def full(*args: object, **names: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with running(one, monkeypatch, "head"):
+            self.renewed(m1, days=16)
+            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            monkeypatch.setattr(daemon, "announce", full)
+            one._replace_old_nodes()
+        assert not one._round_announced.is_set()
 
 
 class TestRotation:
