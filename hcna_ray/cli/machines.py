@@ -324,7 +324,8 @@ def leave(
 ) -> None:
     """Take this machine out of its cluster: finish what runs, stop, be forgotten.
 
-    On M1's machine, with a name: remove that member, which then stops by itself.
+    On M1's machine, with a name: remove that member, which then stops by itself. It still knows
+    Ray's token: a machine that is not to be trusted any more is shut out by hcna certs revoke NAME.
     """
     from hcna_ray.config import load_settings
     from hcna_ray.supervisor.membership import read_membership

@@ -157,6 +157,14 @@ def test_a_public_address_of_m1_is_not_bound(tmp_path: Path) -> None:
     assert "ssh -L 8443:127.0.0.1:8443" in warning
 
 
+def test_certificates_between_the_machines_make_nothing_public(tmp_path: Path) -> None:
+    """``/metrics`` is open where nobody else can ask: what counts is what is really bound."""
+    for text in (MODERATOR_FILE, COMPOSITE_FILE, ""):
+        assert load(tmp_path, text).is_public is False
+    assert load(tmp_path, MODERATOR_FILE).moderator.security.enable_mtls
+    assert load(tmp_path, "moderator: {listen_address: 127.0.0.7}\n").is_public is False
+
+
 _WITH_TLS = "cert_path: /c\n    key_path: /k\n    enable_tls: true "
 
 
