@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from hashlib import sha256
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -476,10 +477,15 @@ class Supervisor:
             if behind:
                 self._take_credentials(number)
             elif others or told.get("renew") is True:
-                self._certify(anew=True)
-                if others and counting != trust_digest(directory):
-                    raise HcnaError("M1 says that other authorities count, and does not name them")
-                self._stop_worker("this machine's worker starts again with a new certificate")
+
+                def taken(answer: Mapping[str, Any]) -> None:
+                    # Only now: a worker that cannot have another one goes on with the one it has.
+                    named = sha256(str(answer.get("trust_pem")).encode()).hexdigest()
+                    if others and named != counting:
+                        raise HcnaError("M1 says that other authorities count, and names none")
+                    self._stop_worker("this machine's worker starts again with a new certificate")
+
+                self._certify(anew=True, on_answer=taken)
             self._followed = told
         except (HcnaError, OSError) as error:
             self.log.error(str(error), extra={"action": "credentials.trouble"})
@@ -586,7 +592,12 @@ class Supervisor:
         )
         self.gate.start()
 
-    def _certify(self, *, anew: bool = False) -> None:
+    def _certify(
+        self,
+        *,
+        anew: bool = False,
+        on_answer: Callable[[Mapping[str, Any]], None] = lambda answer: None,
+    ) -> None:
         """Have the certificate of this machine's node be one that will do; tell of a new one.
 
         Raises:
@@ -608,6 +619,7 @@ class Supervisor:
                 ask=lambda body: ask_gate(membership, "/v1/certificate", body),
                 now=now,
                 anew=anew,
+                on_answer=on_answer,
             )
         if node.pem.read_bytes() != before:
             cert = load_cert(node.pem)

@@ -134,6 +134,7 @@ def ensure_member_node(
     ask: Callable[[Json], Json],
     now: datetime,
     anew: bool = False,
+    on_answer: Callable[[Json], None] = lambda answer: None,
 ) -> bool:
     """See to it that the files of a member's node will do; M1 is asked only if they would not.
 
@@ -144,6 +145,7 @@ def ensure_member_node(
         ask: Sends M1's gate a request for a certificate and returns the answer.
         now: The time, aware.
         anew: Ask even if the present one would do, or for whom to believe alone.
+        on_answer: Told what M1 answered, before any of it is taken into use.
 
     Returns:
         Whether they are other ones than before.
@@ -164,6 +166,7 @@ def ensure_member_node(
     if not (anew or node_problem(node, names=(), addresses=needed, now=now)):
         return False
     answer = ask(certificate_request(directory, name, address))
+    on_answer(answer)
     install_node(directory, str(answer.get("cert_pem")), str(answer.get("trust_pem")))
     if own is not None:
         _refuse_unbelieved(settings.worker.security, own, node)

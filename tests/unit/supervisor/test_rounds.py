@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -518,6 +518,39 @@ class TestMember:
             self.beat(member)
             assert done == []
 
+    def test_its_file_is_another_one_only_when_the_worker_has_ended(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Whoever waits for the new serial number must not take the old worker for the new one."""
+        with running(member, monkeypatch, "worker"):
+            member._certify()
+            self.beat(member)
+            before, at_stop = own_serial(w1.cluster_dir), []
+            monkeypatch.setattr(
+                Supervisor,
+                "_stop_worker",
+                lambda self, why: at_stop.append(own_serial(w1.cluster_dir)),
+            )
+            rig.post("/v1/rotate", owner, what="node", name="W1")
+            self.beat(member)
+        assert at_stop == [before]
+        assert own_serial(w1.cluster_dir) != before
+
+    def test_authorities_that_are_not_named_stop_no_worker(
+        self, rig: GateRig, member: Supervisor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with running(member, monkeypatch, "worker") as done:
+            member._certify()
+            assert member.contact is not None
+            assert member.contact.beat()
+            member._follow({**member.contact.facts, "trust": "0" * 64}, 0.0)
+            assert done == []
+
     def test_who_shows_a_certificate_of_his_own_is_not_told_to_renew_it(
         self, rig: GateRig, owner: str, member: Supervisor
     ) -> None:
@@ -910,7 +943,9 @@ class TestRotation:
             do.one("W1")
 
 
-def certify_here(one: Supervisor, *, anew: bool = False) -> None:
+def certify_here(
+    one: Supervisor, *, anew: bool = False, on_answer: Callable[[Json], None] = lambda answer: None
+) -> None:
     """Look after a member's certificate, on whatever machine this is."""
     membership = one.membership
     assert membership is not None
@@ -921,4 +956,5 @@ def certify_here(one: Supervisor, *, anew: bool = False) -> None:
         ask=lambda body: ask_gate(membership, "/v1/certificate", body),
         now=datetime.now(UTC),
         anew=anew,
+        on_answer=on_answer,
     )
