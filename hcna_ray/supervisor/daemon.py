@@ -71,7 +71,6 @@ from hcna_ray.supervisor.ports import (
 from hcna_ray.supervisor.processes import (
     ProcessRef,
     become_subreaper,
-    begun_at,
     describe,
     identify,
     is_alive,
@@ -467,7 +466,7 @@ class Supervisor:
         if told is self._followed or not isinstance(number, int) or now < self._next_follow_at:
             return
         directory = self.settings.cluster_dir
-        behind = number != read_round(directory).number
+        behind = number != read_round(directory).number or told.get("stale") is True
         believed, counting = trust_digest(directory), told.get("trust")
         # Where there is none yet one is asked for before Ray starts.
         others = bool(believed) and counting not in (None, "", believed)
@@ -540,14 +539,8 @@ class Supervisor:
             stop(scan(marker_of(settings)), term_s=2.0)
             self._reap()
             complete(settings.cluster_dir, settings.keys_dir)
-        state = read_state(settings.run_dir)
         members = self._plan_members()
-        for member in members:
-            member.process = recorded_process(state, member.name)
-            if member.process is not None:
-                member.started_at = self.monotonic()
-                member.certificate_ends_at = recorded_end(state, member.name)
-                self._say(f"found {member.name} running", "member.adopted", member=member.name)
+        self._adopt(members)
         if not any(member.process for member in members):
             left = stop(scan(marker_of(settings)), term_s=2.0)
             self._reap()
@@ -570,6 +563,24 @@ class Supervisor:
             self.contact.start()
         for warning in settings.warnings():
             self.log.warning(warning, extra={"action": "settings.warning"})
+
+    def _adopt(self, members: Sequence[Member]) -> None:
+        """Find what an earlier supervisor left running; nothing of it if Ray runs in clear."""
+        state = read_state(self.settings.run_dir)
+        for member in members:
+            member.process = recorded_process(state, member.name)
+            member.certificate_ends_at = recorded_end(state, member.name)
+        if any(
+            one.process is not None and one.node is not None and one.certificate_ends_at is None
+            for one in members
+        ):
+            self._say("what runs is of a version without TLS, all starts anew", "member.in_clear")
+            for member in members:
+                member.process = None
+        for member in members:
+            if member.process is not None:
+                member.started_at = self.monotonic()
+                self._say(f"found {member.name} running", "member.adopted", member=member.name)
 
     def _prepare_head(self) -> None:
         settings = self.settings
@@ -637,20 +648,16 @@ class Supervisor:
         get to start again for another reason. Only the one that they hold counts: a laptop gets
         another file with every network.
         """
-        path = Node.of(self.settings.cluster_dir).pem
         try:
-            written, cert = path.stat().st_mtime, load_cert(path)
-        except (OSError, HcnaError):
+            cert = load_cert(Node.of(self.settings.cluster_dir).pem)
+        except HcnaError:
             return
-        margin_s = renewal_margin(cert).total_seconds()
-        due = [
-            one
-            for one in self.members
-            if one.node is not None
-            and one.process is not None
-            and _is_outlived(one, one.process, cert.not_valid_after_utc, written, margin_s)
-        ]
-        if not due:
+        ends_at, margin_s = cert.not_valid_after_utc, renewal_margin(cert).total_seconds()
+        held = [one.certificate_ends_at for one in self.members if one.node and one.process]
+        if not any(
+            end is not None and end < ends_at.timestamp() and time.time() >= end - margin_s / 2
+            for end in held
+        ):
             return
         if self.membership is not None:
             self._stop_worker("this machine's worker starts again with its renewed certificate")
@@ -1019,16 +1026,6 @@ class Supervisor:
 
     def _say(self, message: str, action: str, **fields: Any) -> None:
         self.log.info(message, extra={"action": action, **fields})
-
-
-def _is_outlived(
-    member: Member, process: ProcessRef, ends_at: datetime, written: float, margin_s: float
-) -> bool:
-    """Whether the certificate that a process has read is soon over, and the file's is not."""
-    held = member.certificate_ends_at
-    if held is None:  # It was started by an earlier version.
-        return begun_at(process) <= written and time.time() >= written + margin_s / 2
-    return held < ends_at.timestamp() and time.time() >= held - margin_s / 2
 
 
 def _memory() -> int:

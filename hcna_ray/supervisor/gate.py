@@ -75,6 +75,7 @@ from hcna_ray.supervisor.rounds import (
     RoundRefused,
     begin,
     read_round,
+    token_digest,
     token_for_members,
 )
 
@@ -487,11 +488,13 @@ class Gate:
         """Give a member all that it needs for this round."""
         directory = self.settings.cluster_dir
         with self._rotating:
+            # First the round: who gets the token of a later one asks again.
+            current = read_round(directory)
             answer = {
                 **self._certificate(member, body, peer),
                 "ca_pem": gate_trust(directory),
                 "ray_token": token_for_members(directory, self.settings.keys_dir),
-                "round": read_round(directory).number,
+                "round": current.number,
             }
         # Who is shut out is removed before another token is made: this one is not for him.
         self._refuse_removed(member)
@@ -618,6 +621,7 @@ class Gate:
             # Its head is about to end: a worker that started now would have to start again.
             "hold": current.pending,
             "renew": renew,
+            "stale": self._is_stale(_text(body, "token")),
             "trust": trust_digest(self.settings.cluster_dir),
             "time": self.now(),
             "name": member.name,
@@ -626,6 +630,16 @@ class Gate:
             "m1_addresses": self._addresses(),
             "ray_tuning_hash": ray_tuning_hash(),
         }
+
+    def _is_stale(self, token: str) -> bool:
+        """Whether a member's token is not the one it should have, be its round's number right.
+
+        After a restore on M1 the numbers begin again at those of the backup.
+        """
+        if not token:
+            return False
+        settings = self.settings
+        return token != token_digest(token_for_members(settings.cluster_dir, settings.keys_dir))
 
     def _note(self, member: Member, beat: _Beat) -> None:
         if beat.same_ray_settings:

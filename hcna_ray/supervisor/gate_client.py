@@ -35,7 +35,7 @@ from hcna_ray.supervisor.invites import JoinCode
 from hcna_ray.supervisor.membership import Membership
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import explain
-from hcna_ray.supervisor.rounds import read_round
+from hcna_ray.supervisor.rounds import held_token_digest, read_round
 
 Json = dict[str, Any]
 
@@ -463,6 +463,7 @@ class Contact:
             "address": self.membership.address,
             "round": read_round(self.settings.cluster_dir).number,
             "serial": own_serial(self.settings.cluster_dir),
+            "token": held_token_digest(self.settings.keys_dir),
             "own_certificate": self.settings.worker.security.enable_mtls,
             "report": dict(self._report()) if self._report else {},
         }

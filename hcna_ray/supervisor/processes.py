@@ -53,14 +53,6 @@ def is_alive(process: ProcessRef) -> bool:
     return identify(process.pid) == process
 
 
-def begun_at(process: ProcessRef) -> float:
-    """Return when a process started, by the wall clock of now, in seconds since the epoch."""
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - process.started_ticks / os.sysconf(
-        "SC_CLK_TCK"
-    )
-    return time.time() - age_s
-
-
 def send(process: ProcessRef, signum: signal.Signals) -> bool:
     """Signal exactly this process; False if it is gone. A reused pid cannot be hit."""
     try:

@@ -11,6 +11,7 @@ in the store and in the workers' outboxes, so none is lost.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from dataclasses import asdict, dataclass, replace
@@ -155,6 +156,19 @@ def take_over(cluster_dir: Path, keys_dir: Path) -> Round:
         failpoints.hit("credentials.round.ended")
         following.unlink(missing_ok=True)
     return made
+
+
+def token_digest(token: str) -> str:
+    """Return what tells one token of Ray from another, and nothing of either."""
+    return hashlib.sha256(b"hcna.ray-token.v1\0" + token.encode()).hexdigest()[:16]
+
+
+def held_token_digest(keys_dir: Path) -> str:
+    """Return the digest of this machine's token; '' if it has none."""
+    try:
+        return token_digest((keys_dir / "ray.token").read_text(encoding="ascii").strip())
+    except (OSError, ValueError):
+        return ""
 
 
 def token_for_members(cluster_dir: Path, keys_dir: Path) -> str:

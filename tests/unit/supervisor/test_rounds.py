@@ -52,7 +52,7 @@ from hcna_ray.supervisor.rounds import (
     token_for_members,
 )
 from hcna_ray.supervisor.rounds import begin as start_round
-from hcna_ray.supervisor.state import read_state, recorded_end, write_supervisor
+from hcna_ray.supervisor.state import write_supervisor
 from tests.support.gates import LOG, GateRig, Json, joining, membership_of, serving
 
 NOW = 1_790_000_000.0
@@ -596,6 +596,38 @@ class TestMember:
             self.beat(member)
             assert done == ["goodbye", "worker"]
 
+    def test_a_token_that_is_not_the_rounds_is_replaced(
+        self, rig: GateRig, w1: Settings, member: Supervisor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After a restore on M1 a number may mean another token."""
+        with running(member, monkeypatch, "worker") as done:
+            self.beat(member)
+            assert done == []
+            w1.keys_dir.mkdir(parents=True, exist_ok=True)
+            (w1.keys_dir / "ray.token").write_text("f" * 64)
+            self.beat(member)
+            assert done == ["goodbye", "worker"]
+            assert token(w1).strip() == token(rig.settings).strip()
+            member._next_follow_at = 0.0
+            self.beat(member)
+            assert done == ["goodbye", "worker"]
+
+    def test_credentials_of_a_round_that_begins_meanwhile_are_asked_for_again(
+        self, rig: GateRig, w1: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """M1's supervisor may announce one by itself, while the gate answers."""
+        membership = read_membership(w1.cluster_dir)
+        assert membership is not None
+        at_last = gate.token_for_members
+
+        def announced(cluster_dir: Path, keys_dir: Path) -> str:
+            announce(cluster_dir, keys_dir, "certificates", now=NOW)
+            return at_last(cluster_dir, keys_dir)
+
+        monkeypatch.setattr(gate, "token_for_members", announced)
+        answer = rig.post("/v1/credentials", f"Member {membership.member_token}", **joining())
+        assert answer["round"] == 0
+
     def test_an_answer_that_lacks_something_changes_nothing(
         self,
         rig: GateRig,
@@ -725,42 +757,32 @@ class TestM1:
 class TestRenewal:
     """Ray's processes hold what they read when they started, long after it was renewed."""
 
-    @pytest.fixture
-    def begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All processes started an hour ago."""
-        monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 3600)
-
-    def renewed(self, settings: Settings, *, days: float) -> None:
-        """Have the certificate be renewed that many days ago; below zero: before they started."""
+    def renewed(self, settings: Settings, one: Supervisor, *, left_days: float) -> None:
+        """Have the certificate be renewed, and what runs hold one that ends in some days."""
         ensure_m1_node(settings, now=datetime.now(UTC))
-        at = time.time() - days * 86400
-        os.utime(Node.of(settings.cluster_dir).pem, (at, at))
+        for member in one.members:
+            if member.node is not None:
+                member.certificate_ends_at = time.time() + left_days * 86400
 
-    @pytest.mark.usefixtures("begun")
     def test_a_worker_starts_again_by_itself(
         self, member: Supervisor, w1: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with running(member, monkeypatch, "worker") as done:
             member._replace_old_nodes()
-            self.renewed(w1, days=0)
+            self.renewed(w1, member, left_days=16)
             member._replace_old_nodes()
             assert done == []
-            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
-            self.renewed(w1, days=14)
-            member._replace_old_nodes()
-            assert done == []
-            self.renewed(w1, days=16)
+            self.renewed(w1, member, left_days=14)
             member._replace_old_nodes()
             assert done == ["goodbye", "worker"]
 
-    @pytest.mark.usefixtures("begun")
     def test_on_m1_that_is_a_round(self, m1: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
         one = Supervisor(settings=m1, log=LOG, bootstrap=Bootstrap(wanted=False))
         with running(one, monkeypatch, "head", "edge"):
-            self.renewed(m1, days=16)
+            self.renewed(m1, one, left_days=16)
             one._replace_old_nodes()
             assert not one._round_announced.is_set()
-            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            self.renewed(m1, one, left_days=14)
             one._replace_old_nodes()
             one._replace_old_nodes()
         assert one._round_announced.is_set()
@@ -771,33 +793,46 @@ class TestRenewal:
         self, member: Supervisor, w1: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A laptop gets another file with every network, and none of them starts the wait anew."""
-        day = 86400.0
+        path = Node.of(w1.cluster_dir).pem
         with running(member, monkeypatch, "worker") as done:
-            (worker,) = member.members
-            self.renewed(w1, days=0)
-            for left, due in ((90, False), (16, False), (14, True)):
-                worker.certificate_ends_at = time.time() + left * day
-                member._replace_old_nodes()
-                assert bool(done) == due
+            for moved in range(3):
+                self.renewed(w1, member, left_days=16 - moved)
+                os.utime(path)
+            member._replace_old_nodes()
+            assert done == ["goodbye", "worker"]
             # What the file holds is no better.
             done.clear()
-            worker.process = ProcessRef(2**22, 1)
-            worker.certificate_ends_at = time.time() + 95 * day
+            member.members[0].process = ProcessRef(2**22, 1)
+            self.renewed(w1, member, left_days=95)
             member._replace_old_nodes()
             assert done == []
 
-    def test_an_adopted_process_keeps_what_it_holds(self, member: Supervisor) -> None:
-        member.members = [
-            Member(name="worker", command=lambda: [], port=1, node="W1", certificate_ends_at=7.5)
-        ]
+    @pytest.mark.parametrize("ends_at", [7.5, None])
+    def test_what_runs_is_adopted_with_what_it_holds_unless_it_is_in_clear(
+        self, member: Supervisor, ends_at: float | None
+    ) -> None:
+        me = identify(os.getpid())
+
+        def planned() -> list[Member]:
+            nodes = {"head": "M1", "worker": "W1", "edge": None}
+            return [
+                Member(name=name, command=lambda: [], port=1, node=node)
+                for name, node in nodes.items()
+            ]
+
+        head, worker, edge = member.members = planned()
+        head.process, worker.process, edge.process = me, None, me
+        head.certificate_ends_at = ends_at
         member._record()
 
-        state = read_state(member.settings.run_dir)
-        assert recorded_end(state, "worker") == 7.5
-        assert recorded_end(state, "head") is None
-        assert recorded_end({}, "worker") is None
+        head, worker, edge = found = planned()
+        member._adopt(found)
 
-    @pytest.mark.usefixtures("begun")
+        assert [head.process, worker.process, edge.process] == (
+            [me, None, me] if ends_at else [None, None, None]
+        )
+        assert head.certificate_ends_at == ends_at
+
     def test_a_round_that_cannot_be_announced_ends_nothing(
         self, m1: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -807,8 +842,7 @@ class TestRenewal:
             raise OSError(28, "No space left on device")
 
         with running(one, monkeypatch, "head"):
-            self.renewed(m1, days=16)
-            monkeypatch.setattr(daemon, "begun_at", lambda process: time.time() - 30 * 86400)
+            self.renewed(m1, one, left_days=14)
             monkeypatch.setattr(daemon, "announce", full)
             one._replace_old_nodes()
         assert not one._round_announced.is_set()
