@@ -413,7 +413,6 @@ CODES = {
     "invalid_payload": "The payload does not fit the model of its type; fields are named.",
     "invalid_request": "A field is unknown, missing, or has a wrong value; fields are named.",
     "dependency_not_found": "`depends_on` names a task or ref that is not there.",
-    "unknown_artifact": "The payload names an artifact that is not the caller's.",
     "dependency_cycle": "`depends_on` goes in a circle, or leads to one.",
     "digest_mismatch": "The bytes do not have the SHA-256 that was announced.",
     "quota": "As many tasks of the key's owner wait or run as the key allows.",
@@ -498,7 +497,13 @@ MADE_WITH_CODE = {
     "headers_too_large": 431,
 }
 #: Only between a worker and M1, or between M1 and its store.
-INTERNAL_CLASSES = {"stale_worker", "version_conflict", "artifact_too_large", "worker_name_taken"}
+INTERNAL_CLASSES = {
+    "stale_attempt",
+    "stale_worker",
+    "version_conflict",
+    "artifact_too_large",
+    "worker_name_taken",
+}
 
 FAILURES = {
     FailureKind.ERROR: "The handler raised, and no attempt is left or the error is not retried.",
@@ -750,9 +755,13 @@ def access() -> list[str]:
         What a key may not see is answered like a name that nobody has: 404, in the same words. So
         nobody finds out ids by asking.
 
-        *Artifacts* are their owner's: who has sent all of its bytes, or has seen its name in the
-        result of a task that it sees in full. Operators and admins without scopes see all. One
-        request names at most 20000 of them in its payloads, else 422.
+        *Artifacts* are their owner's: of the key's owner that has sent all of its bytes, and of the
+        owner of a task that has made it (`ctx.artifact()`, or a result too large to be kept
+        inline). A key that sees the tasks of others, but not all of them, sees what those that it
+        sees in full have made; once it has asked for an artifact that is its owner's too. Operators
+        and admins without scopes see all. A task reads what its owner may see: one that was
+        submitted with a key that does not see everything is told `there is no artifact` of all
+        else, on whatever worker it runs. Names in payloads and results are only words.
 
         Not separate: names of queues and task types, how many tasks they hold, ordering and
         concurrency keys (they are the house's: the same key of two owners is one key), and whether

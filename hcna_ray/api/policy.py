@@ -18,7 +18,7 @@ class Check(StrEnum):
     """What is looked at beside the role."""
 
     NONE = "none"
-    #: Task type and queue of what is submitted, tasks it depends on, artifacts it names.
+    #: Task type and queue of what is submitted, and tasks it depends on.
     SUBMISSION = "submission"
     #: The task in the path.
     TASK = "task"
@@ -37,10 +37,11 @@ class Check(StrEnum):
 MEANING: dict[Check, str] = {
     Check.NONE: "nothing else",
     Check.SUBMISSION: "task type and queue lie in the key's scopes, else 403 `out_of_scope`; tasks "
-    "it depends on and artifacts it names are the caller's to see, else they do not exist",
+    "it depends on are the caller's to see, else they do not exist",
     Check.TASK: "the task is the caller's to see, else 404",
     Check.TASKS: "other tasks than the caller's to see are left out; named, they do not exist",
-    Check.ARTIFACT: "the artifact is the caller's, else 404",
+    Check.ARTIFACT: "the artifact is the caller's, or was made by a task that it sees in full, "
+    "else 404",
     Check.QUEUE: "the queue lies in the key's scopes, and they name no task types (a queue holds "
     "those of others), else 403 `out_of_scope`",
     Check.WORKERS: "of what runs, only tasks of the caller's to see; addresses and telemetry "

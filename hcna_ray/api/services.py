@@ -141,5 +141,3 @@ class Services:
     empty_batches: Seen = field(default_factory=Seen)
     #: Which batches a key was found to see.
     seen_batches: Seen = field(default_factory=Seen)
-    #: Artifacts that were marked as an owner's.
-    granted: Seen = field(default_factory=Seen)

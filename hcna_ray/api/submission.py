@@ -157,6 +157,7 @@ class Submissions:
             batch_id=batch_id,
             traceparent=sender.traceparent,
             metadata=metadata,
+            confined=not caller.sees_all,
         )
 
     def _policy_of(self, task_type: TaskType) -> _Policy:

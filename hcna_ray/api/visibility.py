@@ -4,19 +4,19 @@ Keys that see everything (`ApiKey.sees_all`) are held against nothing here, and 
 others something that is not theirs does not exist: the answer is the one to a name nobody has.
 
 Artifacts are named by their digest, so a name cannot be guessed, but whoever has the bytes knows
-it. A caller that does not see everything sees those that it has sent, and those that are named in
-the result of a task it sees in full and were not named in that task's payload.
+it, and names are no secrets. A caller that does not see everything sees those that it has sent, and
+those that a task it sees in full has made. What payloads and results say is of no account: which
+artifacts a task may read is decided where it reads them (`hcna_ray.runtime.artifacts`).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from string import hexdigits
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hcna_ray.api.problems import refuse_field
 from hcna_ray.api.views import (
     Json,
     outline,
@@ -24,10 +24,11 @@ from hcna_ray.api.views import (
     worker_in_brief,
     worker_view,
 )
-from hcna_ray.core.errors import HcnaError, Invalid, NotFound
-from hcna_ray.core.models import Task, TaskFilter, TaskSpec, TaskState
+from hcna_ray.core.errors import CannotAccept, HcnaError, Invalid, NotFound
+from hcna_ray.core.models import Task, TaskFilter, TaskSpec
 from hcna_ray.runtime.messages import WorkerInfo
 from hcna_ray.security.keys import OF_OTHERS, ApiKey, View
+from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.base import Belongs, TaskReader
 
 if TYPE_CHECKING:
@@ -35,19 +36,8 @@ if TYPE_CHECKING:
 
 #: Pages of a listing that are looked through for tasks inside a key's scopes.
 SCANS_MAX = 20
-#: Batches, and grants of artifacts, that are remembered.
+#: Batches that are remembered.
 REMEMBERED_MAX = 10_000
-#: Artifacts that one request may name in payloads.
-DIGESTS_MAX = 20_000
-#: Artifacts that one look at results makes the caller's.
-GRANTS_MAX = 1000
-#: More than this is looked through on a thread, not on the event loop.
-INLINE_BYTES = 64 << 10
-DIGEST_CHARS = 64
-
-#: Hexadecimal digits as x, everything else as a blank.
-_MASK = bytes(120 if chr(code) in hexdigits else 32 for code in range(256))
-_RUN = b"x" * DIGEST_CHARS
 
 
 def view_of(caller: ApiKey, task: Task) -> View:
@@ -167,25 +157,15 @@ async def worker_views(
 # -- what a submission names ----------------------------------------------------------------------
 
 
-def names_anything(specs: Sequence[TaskSpec]) -> bool:
-    """Return whether any of the specs may name a task or an artifact; cheap."""
-    return any(spec.depends_on or len(spec.payload) > DIGEST_CHARS for spec in specs)
-
-
-async def foreign_names(
+async def foreign_parents(
     services: Services, caller: ApiKey, specs: Sequence[TaskSpec]
 ) -> Mapping[str, HcnaError]:
-    """Return, by the id of the spec, why it names what does not exist for its submitter.
+    """Return, by the id of the spec, why it depends on what does not exist for its submitter.
 
     Parents of the same batch are references still, or ids of specs given here; neither is looked
     for. What exists for nobody is left to the moderator, which answers in the same words.
-
-    Raises:
-        Invalid: the payloads name more artifacts than can be looked for.
     """
     refused: dict[str, HcnaError] = {}
-    if not names_anything(specs):
-        return refused
     own = {spec.id for spec in specs}
     parents = {name for spec in specs for name in spec.depends_on if name not in own}
     if parents:
@@ -195,66 +175,7 @@ async def foreign_names(
             for parent in spec.depends_on:
                 if parent in hidden:
                     refused.setdefault(spec.id, _no_parent(parent))
-    named = await _in_all(services, [(spec.id, spec.payload) for spec in specs])
-    digests = {digest for found in named.values() for digest in found}
-    if len(digests) > DIGESTS_MAX:
-        raise refuse_field(
-            "payload", f"names {len(digests)} artifacts, at most {DIGESTS_MAX} are allowed at once"
-        )
-    if digests:
-        loop = asyncio.get_running_loop()
-        others = await loop.run_in_executor(services.files, _foreign, services, caller, digests)
-        for task_id, found in named.items():
-            for digest in found:
-                if digest in others:
-                    refused.setdefault(task_id, _no_artifact(digest))
     return refused
-
-
-async def _in_all(
-    services: Services, texts: Sequence[tuple[str, bytes | None]]
-) -> dict[str, list[str]]:
-    """Return the digests in each of the texts that have any; much text is read on a thread."""
-    if sum(len(raw or b"") for _, raw in texts) <= INLINE_BYTES:
-        return _digests_in(texts)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(services.files, _digests_in, texts)
-
-
-def _digests_in(texts: Sequence[tuple[str, bytes | None]]) -> dict[str, list[str]]:
-    return {name: found for name, raw in texts if (found := digests_of(raw))}
-
-
-def _foreign(services: Services, caller: ApiKey, digests: Iterable[str]) -> set[str]:
-    store = services.artifacts
-    found = set()
-    for digest in digests:
-        try:
-            store.find(digest)
-        except NotFound:
-            continue
-        if not store.owned(digest, caller.owner):
-            found.add(digest)
-    return found
-
-
-def digests_of(raw: bytes | None) -> list[str]:
-    """Return what may be names of artifacts: 64 hexadecimal digits, no more in a row.
-
-    In time that grows with the length alone, whatever is written there.
-    """
-    if raw is None or len(raw) < DIGEST_CHARS:
-        return []
-    mask = raw.translate(_MASK)
-    names: dict[str, None] = {}
-    at = mask.find(_RUN)
-    while at >= 0:
-        end = mask.find(b" ", at + DIGEST_CHARS)
-        end = len(mask) if end < 0 else end
-        if end - at == DIGEST_CHARS:
-            names[raw[at:end].decode().lower()] = None
-        at = mask.find(_RUN, end)
-    return list(names)
 
 
 def _no_parent(parent: str) -> Invalid:
@@ -266,55 +187,29 @@ def _no_parent(parent: str) -> Invalid:
     )
 
 
-def _no_artifact(digest: str) -> Invalid:
-    return Invalid(
-        "unknown_artifact",
-        f"payload: there is no artifact {digest!r}; upload it with PUT /artifacts",
-        (("payload", f"there is no artifact {digest!r}"),),
-    )
-
-
 # -- artifacts -------------------------------------------------------------------------------------
 
 
 async def check_artifact(services: Services, caller: ApiKey, name: str) -> None:
-    """Raise `NotFound` unless an artifact is the caller's."""
+    """Raise `NotFound` unless an artifact is the caller's to see."""
     if caller.sees_all:
         return
-    store = services.artifacts
     loop = asyncio.get_running_loop()
-    if not await loop.run_in_executor(services.files, store.owned, name, caller.owner):
+    if not await loop.run_in_executor(
+        services.files, sees_artifact, services.artifacts, caller, name
+    ):
         raise NotFound("artifact", name[:64])
 
 
-async def grant_results(services: Services, caller: ApiKey, tasks: Iterable[Task]) -> None:
-    """Mark what the results of these tasks name as the caller's, if it sees them in full.
+def sees_artifact(store: ArtifactStore, caller: ApiKey, name: str) -> bool:
+    """Return whether it is the caller's, or was made by a task that it sees in full.
 
-    What the payload names is no product of the task: else a handler that returns what it was sent
-    would hand out anything.
+    That makes it the caller's own: whoever was given the bytes could send them.
     """
-    if caller.sees_all:
-        return
-    fresh = [
-        task
-        for task in tasks
-        if task.state is TaskState.COMPLETED
-        and view_of(caller, task) is View.FULL
-        and not services.granted.has(caller.owner, task.id)
-    ]
-    results = await _in_all(services, [(task.id, task.result) for task in fresh])
-    sent = await _in_all(services, [(t.id, t.spec.payload) for t in fresh if t.id in results])
-    new = {name for i, names in results.items() for name in names if name not in sent.get(i, ())}
-    new = {name for name in new if not services.granted.has(caller.owner, name)}
-    if new:
-        loop = asyncio.get_running_loop()
-        some = sorted(new)[:GRANTS_MAX]  # Each is made durable; the next look brings the rest.
-        for name in await loop.run_in_executor(services.files, _own, services, caller, some):
-            services.granted.add(caller.owner, name)
-    if len(new) <= GRANTS_MAX:
-        for task in fresh:  # A result does not change: it is read once.
-            services.granted.add(caller.owner, task.id)
-
-
-def _own(services: Services, caller: ApiKey, names: Iterable[str]) -> list[str]:
-    return [name for name in names if services.artifacts.own(name, caller.owner)]
+    if store.owned(name, caller.owner):
+        return True
+    if all(caller.view(*maker) is not View.FULL for maker in store.makers(name)):
+        return False
+    with suppress(CannotAccept):  # A full disk: then it is looked at again next time.
+        store.own(name, caller.owner)
+    return True

@@ -23,6 +23,7 @@
     │   ├── RateLimited       as many requests as the key may make
     │   └── DiskFull
     ├── StaleWorker           an old incarnation of a worker called
+    ├── StaleAttempt          an attempt asks for files, and its lease is over
     ├── StaleModerator        a moderator on an older store than this worker has worked for
     ├── StoreTooOld           the SQLite library is older than the WAL-reset fix
     ├── SchemaTooNew          a newer hcna-ray wrote the database
@@ -264,6 +265,22 @@ class StaleWorker(HcnaError):
 
     def __str__(self) -> str:
         return f"{self.worker}: incarnation {self.incarnation} was replaced by {self.current}"
+
+
+class StaleAttempt(HcnaError):
+    """An attempt asks for something, and its lease is over: the task has moved on."""
+
+    code = "stale_attempt"
+
+    def __init__(self, task_id: str, token: str) -> None:
+        super().__init__(task_id, token)
+        self.task_id, self.token = task_id, token
+
+    def __str__(self) -> str:
+        return (
+            f"attempt {self.token} of task {self.task_id} is not in force any more: "
+            "it is given no files, and none of it are kept"
+        )
 
 
 class StaleModerator(HcnaError):

@@ -186,6 +186,9 @@ class TaskSpec:
     webhook: str | None = None
     #: JSON object of the submitter's own, or ``None``.
     metadata: bytes | None = None
+    #: Whether its attempts read its principal's artifacts alone: the key that it was submitted with
+    #: does not see everything. Not so of what was accepted before there were such keys.
+    confined: bool = False
 
     @property
     def bytes_stored(self) -> int:

@@ -29,6 +29,7 @@ from hcna_ray.handlers.context import (
     remove_stale_scratch,
 )
 from hcna_ray.handlers.errors import (
+    ArtifactNotFound,
     CheckpointTooLarge,
     DuplicateTaskType,
     InvalidPayload,
@@ -53,6 +54,7 @@ from hcna_ray.handlers.registry import (
 from hcna_ray.handlers.run import HandlerOutcome, run_handler
 
 __all__ = [
+    "ArtifactNotFound",
     "ArtifactRef",
     "CheckpointTooLarge",
     "ContextEffects",

@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from hcna_ray.core.clock import boottime
+from hcna_ray.core.errors import NotFound
 from hcna_ray.core.models import Token
 from hcna_ray.handlers import encoding
-from hcna_ray.handlers.errors import CheckpointTooLarge, Reject, TaskCancelled, TaskTimedOut
+from hcna_ray.handlers.errors import (
+    ArtifactNotFound,
+    CheckpointTooLarge,
+    Reject,
+    TaskCancelled,
+    TaskTimedOut,
+)
 from hcna_ray.handlers.paths import resolve_worker_path
 
 CHECKPOINT_BYTES_MAX = 256 << 10
@@ -64,7 +71,11 @@ class ContextEffects(Protocol):
         ...
 
     def get_artifact(self, sha256: str) -> Path:
-        """Return a local, read-only file with this content; raise `NotFound` if there is none."""
+        """Return a local, read-only file with this content.
+
+        Raises:
+            NotFound: There is none, or it is not for whoever submitted the task.
+        """
         ...
 
     def is_cancelled(self) -> bool:
@@ -238,16 +249,24 @@ class TaskContext:
         local = Path(path)
         return self._effects.put_artifact(local, name or local.name)
 
-    def open_artifact(self, sha256: str) -> Path:
+    def open_artifact(self, sha256: str, *, field: str = "artifact") -> Path:
         """Return a local file with the content ``sha256``. It is read-only and shared.
+
+        Args:
+            sha256: Its digest.
+            field: Where it came from, such as ``payload.artifact``; named in the error.
 
         Raises:
             Reject: ``sha256`` is not 64 lower-case hex digits.
-            NotFound: No such artifact is stored.
+            ArtifactNotFound: No such artifact is stored, or it is not for whoever submitted the
+                task: what somebody has sent under the same owner, and what tasks of his have made.
         """
         if not _SHA256.fullmatch(sha256):
-            raise Reject(f"{sha256[:80]!r} is not a sha256: 64 lower-case hex digits are")
-        return self._effects.get_artifact(sha256)
+            raise Reject(f"{field}: {sha256[:80]!r} is not a sha256: 64 lower-case hex digits are")
+        try:
+            return self._effects.get_artifact(sha256)
+        except NotFound:
+            raise ArtifactNotFound(field, sha256) from None
 
     def resolve(self, path: str, *, field: str = "path") -> Path:
         """Return the real path of a file of this worker, links followed. It need not exist.

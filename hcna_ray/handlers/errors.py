@@ -7,6 +7,8 @@ HcnaError
 ├── DuplicateTaskType     two packages want the same name
 ├── Reject                a handler's word for "never try this again"
 │   └── PathOutsideDisk
+├── NotFound
+│   └── ArtifactNotFound
 ├── TaskCancelled, TaskTimedOut     how a handler stops when it is asked to
 └── ResultTooLarge, CheckpointTooLarge
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hcna_ray.core.errors import HcnaError, Invalid
+from hcna_ray.core.errors import HcnaError, Invalid, NotFound
 
 
 class UnknownTaskType(Invalid):
@@ -77,6 +79,21 @@ class PathOutsideDisk(Reject):
         return (
             f"{self.field}: {self.path[:300]!r} {self.why}; give a path below {self.disk_path!r} "
             "(worker.resources.disk_path)"
+        )
+
+
+class ArtifactNotFound(NotFound):
+    """A payload names an artifact that is not stored, or not for whoever submitted the task."""
+
+    def __init__(self, field: str, sha256: str) -> None:
+        super().__init__("artifact", sha256)
+        self.args = (field, sha256)
+        self.field = field
+
+    def __str__(self) -> str:
+        return (
+            f"{self.field}: there is no artifact {self.name!r} of whoever submitted this task; "
+            "upload it with PUT /artifacts under the same key, and submit the task again"
         )
 
 

@@ -51,6 +51,7 @@ from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.keyring import cipher_of, guard_of
 from hcna_ray.runtime.local_rpc import LocalServer
 from hcna_ray.runtime.messages import (
+    AttemptKey,
     Changes,
     Goodbye,
     Grant,
@@ -693,7 +694,10 @@ class _RayProcesses:
 
 
 class ArtifactsActor(_Face):
-    """Serves M1's artifact store to workers on other machines, part by part."""
+    """Serves M1's artifact store to workers, part by part, and says which attempt may read what.
+
+    What an attempt may read, it is asked by workers on M1's own machine too.
+    """
 
     def __init__(self) -> None:
         """Open the store."""
@@ -703,13 +707,19 @@ class ArtifactsActor(_Face):
         """Return what tells whether a caller sees the same directory."""
         return self._server.identity()
 
-    async def do_read(self, sha256: str, offset: int, size: int) -> bytes:
-        """Return a part of an artifact."""
-        return await asyncio.to_thread(self._server.read, sha256, offset, size)
+    async def do_read(
+        self, sha256: str, offset: int, size: int, attempt: AttemptKey | None = None
+    ) -> bytes:
+        """Return a part of an artifact to an attempt that may read it."""
+        return await asyncio.to_thread(self._server.read, sha256, offset, size, attempt)
 
-    async def do_size(self, sha256: str) -> int:
-        """Return an artifact's size."""
-        return await asyncio.to_thread(self._server.size, sha256)
+    async def do_size(self, sha256: str, attempt: AttemptKey | None = None) -> int:
+        """Return the size of an artifact that an attempt may read."""
+        return await asyncio.to_thread(self._server.size, sha256, attempt)
+
+    async def do_made(self, sha256: str, attempt: AttemptKey) -> None:
+        """Note what an attempt has made."""
+        await asyncio.to_thread(self._server.made, sha256, attempt)
 
     async def do_write(self, sha256: str, total: int, offset: int, part: bytes) -> int:
         """Add a part of an upload; return how much is there."""

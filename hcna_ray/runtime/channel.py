@@ -13,7 +13,7 @@ import threading
 
 import msgspec
 
-from hcna_ray.runtime.messages import Offer, Report
+from hcna_ray.runtime.messages import AttemptKey, Offer, Report
 
 _LENGTH = struct.Struct("<I")
 #: Larger frames are a bug: results beyond 256 KiB travel as artifacts.
@@ -43,6 +43,8 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
     offers: tuple[Offer, ...] = ()
     text: str = ""
     number: int = 0
+    #: For which attempt a file is stored or wanted.
+    attempt: AttemptKey | None = None
 
 
 _decoder = msgspec.msgpack.Decoder(Frame)

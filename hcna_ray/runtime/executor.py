@@ -32,7 +32,7 @@ from hcna_ray.observability import logs
 from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import BlockingChannel, ChannelClosed, Frame
 from hcna_ray.runtime.journal import RunnerFiles
-from hcna_ray.runtime.messages import Report
+from hcna_ray.runtime.messages import AttemptKey, Report
 from hcna_ray.runtime.output import OutputSettings, OutputTap
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 
@@ -252,14 +252,14 @@ class Executor:
 
     # `hcna_ray.runtime.runner.ArtifactLink`
 
-    def put(self, path: Path) -> tuple[str, int]:
+    def put(self, path: Path, attempt: AttemptKey) -> tuple[str, int]:
         """Have the host store a file."""
-        frame = self._ask(Frame(channel.PUT, text=str(path.resolve())))
+        frame = self._ask(Frame(channel.PUT, text=str(path.resolve()), attempt=attempt))
         return frame.text, frame.number
 
-    def get(self, sha256: str) -> Path:
+    def get(self, sha256: str, attempt: AttemptKey) -> Path:
         """Have the host find an artifact. Raises `NotFound`."""
-        frame = self._ask(Frame(channel.GET, text=sha256))
+        frame = self._ask(Frame(channel.GET, text=sha256, attempt=attempt))
         if not frame.text:
             raise NotFound("artifact", sha256)
         return Path(frame.text)

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
-from hcna_ray.core.errors import CannotAccept, NotFound, StaleWorker
+from hcna_ray.core.errors import CannotAccept, HcnaError, NotFound, StaleWorker
 from hcna_ray.core.models import FailureKind, TaskError, Token
 from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
@@ -46,6 +46,7 @@ from hcna_ray.runtime.messages import (
     NOT_STARTED,
     STUCK,
     UNSTARTED,
+    AttemptKey,
     Exchange,
     Grant,
     Offer,
@@ -77,6 +78,8 @@ DISK_PAUSE_S = 0.5
 DISK_PAUSE_MAX_S = 30.0
 #: Written to see whether the outbox takes anything: more than fits beside a file's name.
 PROBE = bytes(8192)
+#: What an executor is told that asks for a file for an attempt that it does not hold.
+NOT_RUNNING = "files are for attempts that run: this one has ended"
 #: Idle executors kept, beside the one that takes grants.
 SPARES = 1
 #: Pause before an executor is forked after one that died before its first word.
@@ -90,10 +93,6 @@ SPARE_IDLE_S = 30.0
 START_LOOKS = 200
 #: Looks at an attempt that must not begin any more before it is given back in the executor's stead.
 WITHDRAW_LOOKS = 4
-
-
-#: One attempt: task id and token. The token alone names none, every first attempt has the same.
-AttemptKey = tuple[str, Token]
 
 
 class SlotLink(Protocol):
@@ -470,27 +469,31 @@ class SlotHost:
 
     async def _serve_file(self, executor: _Executor, question: Frame) -> None:
         try:
+            attempt = question.attempt
+            if attempt is None or attempt not in executor.holds:
+                raise HcnaError(NOT_RUNNING)
             if question.kind == channel.PUT:
                 path = Path(question.text)
-                sha256, size = await asyncio.to_thread(self._artifacts.put, path)
+                sha256, size = await asyncio.to_thread(self._artifacts.put, path, attempt)
                 answer = Frame(channel.FILE, text=sha256, number=size)
             else:
-                found, lock = await asyncio.to_thread(self._get_locked, question.text)
+                found, lock = await asyncio.to_thread(self._get_locked, question.text, attempt)
                 executor.in_use.append(lock)
                 if executor.dead:
                     executor.let_files_go()
                 answer = Frame(channel.FILE, text=str(found))
-        except NotFound:
-            answer = Frame(channel.FILE)
+        except NotFound as error:
+            asked = question.kind == channel.GET
+            answer = Frame(channel.FILE) if asked else Frame(channel.FILE, (), (), str(error), -1)
         except Exception as error:
             # Whatever it was: the handler waits for an answer.
             answer = Frame(channel.FILE, text=str(error) or type(error).__name__, number=-1)
         executor.channel.send(answer)
 
-    def _get_locked(self, sha256: str) -> tuple[Path, int]:
+    def _get_locked(self, sha256: str, attempt: AttemptKey) -> tuple[Path, int]:
         """Return an artifact's file, and a descriptor that keeps it from being pruned."""
         for again in (True, True, False):
-            found = self._artifacts.get(sha256)
+            found = self._artifacts.get(sha256, attempt)
             try:
                 lock = os.open(found, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:

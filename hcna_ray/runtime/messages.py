@@ -295,6 +295,9 @@ class Offer(NamedTuple):
         return self._replace(expires_boot=elapsed + self.expires_in_s)
 
 
+#: One attempt: task id and token. The token alone names none, every first attempt has the same.
+AttemptKey = tuple[str, Token]
+
 #: Reason of a `Stop`: the attempt should have begun by now. If it has not, it must not any more and
 #: comes back; if it has, the order is void.
 UNSTARTED = "unstarted"

@@ -35,6 +35,7 @@ from hcna_ray.runtime.messages import (
     DISK_FAILED,
     DRAINED,
     UNSTARTED,
+    AttemptKey,
     Offer,
     Report,
     ReportKind,
@@ -64,14 +65,14 @@ class ReportLink(Protocol):
 
 
 class ArtifactLink(Protocol):
-    """Where a handler's files go to and come from."""
+    """Where a handler's files go to and come from, each for one attempt."""
 
-    def put(self, path: Path) -> tuple[str, int]:
-        """Store a file; return its SHA-256 (hex) and size."""
+    def put(self, path: Path, attempt: AttemptKey) -> tuple[str, int]:
+        """Store a file that the attempt has made; return its SHA-256 (hex) and size."""
         ...
 
-    def get(self, sha256: str) -> Path:
-        """Return a local read-only file; raise `NotFound` if there is none."""
+    def get(self, sha256: str, attempt: AttemptKey) -> Path:
+        """Return a local read-only file; raise `NotFound` if there is none for this attempt."""
         ...
 
 
@@ -353,14 +354,14 @@ class Runner:
             current.interruptible = False
         except ResultTooLarge as large:
             current.interruptible = False
-            return self._offload(large)
+            return self._offload(large, (offer.task_id, token))
         if current.stopping is not None and outcome.outcome is not Outcome.COMPLETED:
             # Whatever the handler made of the interruption, the order is why it ended.
             timed_out = current.stopping == "timeout"
             return _interrupted(TaskTimedOut() if timed_out else TaskCancelled())
         return outcome
 
-    def _offload(self, large: ResultTooLarge) -> HandlerOutcome:
+    def _offload(self, large: ResultTooLarge, attempt: AttemptKey) -> HandlerOutcome:
         """Keep a result that is too large to travel with its task as an artifact.
 
         Where that cannot be done (a full disk, here or at M1) the attempt fails and says so: a
@@ -372,7 +373,7 @@ class Runner:
             with tempfile.NamedTemporaryFile(dir=scratch, suffix=".json") as out:
                 out.write(large.result)
                 out.flush()
-                sha256, size = self._artifacts.put(Path(out.name))
+                sha256, size = self._artifacts.put(Path(out.name), attempt)
         except (OSError, HcnaError) as error:
             failure = TaskError(
                 kind=FailureKind.ERROR,
@@ -586,6 +587,7 @@ class _Effects:
 
     def __init__(self, runner: Runner, current: _Current, token: Token) -> None:
         self._runner, self._current, self._token = runner, current, token
+        self._attempt: AttemptKey = (current.offer.task_id, token)
 
     @contextlib.contextmanager
     def _shielded(self) -> Iterator[None]:
@@ -611,12 +613,12 @@ class _Effects:
 
     def put_artifact(self, path: Path, name: str | None) -> ArtifactRef:
         with self._shielded():
-            sha256, size = self._runner.artifacts.put(path)
+            sha256, size = self._runner.artifacts.put(path, self._attempt)
         return ArtifactRef(sha256=sha256, size=size, name=name)
 
     def get_artifact(self, sha256: str) -> Path:
         with self._shielded():
-            return self._runner.artifacts.get(sha256)
+            return self._runner.artifacts.get(sha256, self._attempt)
 
     def is_cancelled(self) -> bool:
         return self._runner.is_stopping(self._token)

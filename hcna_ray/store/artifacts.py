@@ -3,10 +3,12 @@
     artifacts/ab/ab12...         complete, never changed again
     artifacts/parts/ab12....4096.part   an upload of 4096 bytes; its length is what has arrived
     artifacts/owners/<who>/ab12...      an empty file: it is theirs, among others perhaps
+    artifacts/makers/ab/ab12...         which tasks have made it: principal, type and queue of each
 
 Who may see everything needs no mark of his own. Anybody else has one for what he has sent, byte for
 byte, or what a task of his has made; and an upload of his is apart from those of others, so that
-how far it is tells nothing of what others have.
+how far it is tells nothing of what others have. The makers are for keys that see tasks of others:
+what these have made is seen with them.
 
 A part is flushed to the disk before it is acknowledged, and so is its name. An upload becomes an
 artifact by a rename, after its digest was checked, so a name never stands for wrong or half bytes.
@@ -21,6 +23,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -31,7 +34,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from hcna_ray import failpoints
 from hcna_ray.core.errors import (
@@ -43,11 +46,13 @@ from hcna_ray.core.errors import (
     Overloaded,
     StoreUnavailable,
 )
-from hcna_ray.durable import sync_dir
+from hcna_ray.durable import sync_dir, write_private
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PART = re.compile(r"([0-9a-f]{64})\.([0-9]{1,18})(\.[0-9a-f]{32})?\.part\Z")
 _CHUNK = 1024 * 1024
+#: Kinds of tasks that are noted as makers of one artifact: the first so many.
+MAKERS_MAX = 100
 #: Seconds after which a full disk is worth another try.
 DISK_RETRY_S = 30
 
@@ -84,6 +89,14 @@ class Artifact:
 
     sha256: str
     size: int
+
+
+class Maker(NamedTuple):
+    """What a task is by which keys are held against it; its id is not kept."""
+
+    principal: str
+    task_type: str
+    queue: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +152,7 @@ class ArtifactStore:
         self._root = root
         self._parts = root / "parts"
         self._owners = root / "owners"
+        self._makers = root / "makers"
         self._artifact_bytes_max = artifact_bytes_max
         self._part_bytes_max = part_bytes_max
         self._uploads_max = uploads_max
@@ -186,7 +200,8 @@ class ArtifactStore:
     def owned(self, sha256: str, owner: str) -> bool:
         """Return whether a complete artifact is here and marked as theirs."""
         path = self._path(sha256)
-        return path is not None and path.is_file() and self._mark(path.name, owner).exists()
+        # The mark first: what is somebody else's takes no other time than what nobody has.
+        return path is not None and self._mark(path.name, owner).exists() and path.is_file()
 
     @_disk_errors()
     def own(self, sha256: str, owner: str) -> bool:
@@ -203,6 +218,36 @@ class ArtifactStore:
             mark.touch(mode=0o400)
             sync_dir(mark.parent)
         return True
+
+    @_disk_errors()
+    def made(self, sha256: str, maker: Maker) -> None:
+        """Note, durably, which kind of task has made a complete artifact: it is its principal's.
+
+        To be called in one process alone, from any of its threads.
+
+        Raises:
+            NotFound: it is not here.
+        """
+        path = self.path(sha256)
+        with self._lock:
+            known = self.makers(path.name)
+            if maker not in known and len(known) < MAKERS_MAX:
+                text = json.dumps([*known, maker], separators=(",", ":"))
+                write_private(self._maker(path.name), text)
+                for folder in (self._root, self._makers):  # Which may be new.
+                    sync_dir(folder)
+        self.own(path.name, maker.principal)
+
+    @_disk_errors()
+    def makers(self, sha256: str) -> list[Maker]:
+        """Return which kinds of tasks have made an artifact; none if it is not here."""
+        path = self._path(sha256)
+        if path is None:
+            return []
+        try:
+            return [Maker(*one) for one in json.loads(self._maker(path.name).read_bytes())]
+        except FileNotFoundError:
+            return []
 
     @_disk_errors()
     def put(self, data: bytes, sha256: str | None = None, *, owner: str | None = None) -> Artifact:
@@ -378,6 +423,9 @@ class ArtifactStore:
     def _mark(self, name: str, owner: str) -> Path:
         return self._owners / _folder_of(owner) / name
 
+    def _maker(self, name: str) -> Path:
+        return self._makers / name[:2] / name
+
     def _is_done(self, target: Path, owner: str | None) -> bool:
         return target.is_file() and (owner is None or self._mark(target.name, owner).exists())
 
@@ -503,6 +551,45 @@ def put_marks(root: Path, marks: Marks) -> None:
             (place / name).touch(mode=0o400)
         for path in (root, root / "owners", place):
             sync_dir(path)
+
+
+#: Which kinds of tasks have made artifacts: (principal, type, queue) by the artifact's name.
+Makers = Mapping[str, Sequence[Sequence[str]]]
+
+
+def makers_in(root: Path, names: Collection[str]) -> dict[str, list[list[str]]]:
+    """Return which kinds of tasks have made which of these artifacts."""
+    found = {}
+    for path in sorted((root / "makers").glob("*/*")):
+        if path.name in names:  # Not one that is just being written under another name.
+            found[path.name] = json.loads(path.read_bytes())
+    return found
+
+
+def checked_makers(data: object) -> Makers:
+    """Return makers that came from elsewhere. Raises `ValueError` if they are none."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no object")
+    for name, makers in data.items():
+        if not _SHA256.match(name) or not isinstance(makers, list):
+            raise ValueError("it names what is no artifact")
+        for maker in makers:
+            texts = isinstance(maker, list) and all(isinstance(text, str) for text in maker)
+            if not texts or len(maker) != len(Maker._fields):
+                raise ValueError("it names what is no task")
+    return data
+
+
+def put_makers(root: Path, makers: Makers) -> None:
+    """Add makers to those that are there, durably."""
+    for name, more in makers.items():
+        path = root / "makers" / name[:2] / name
+        known = json.loads(path.read_bytes()) if path.exists() else []
+        found = [*known, *(list(one) for one in more if list(one) not in known)]
+        write_private(path, json.dumps(found[:MAKERS_MAX], separators=(",", ":")))
+    if makers:
+        for folder in (root, root / "makers"):
+            sync_dir(folder)
 
 
 def _folder_of(owner: str) -> str:

@@ -9,6 +9,7 @@ checksum. Its members, in this order, each of them optional but the first and th
     store/queue.db         the store as of one commit; not of a store on a database server
     artifacts/<sha256>     every artifact that this commit refers to; without one, every artifact
     artifacts-owners.json  whose they are, if they are somebody's in particular
+    artifacts-makers.json  which kinds of tasks have made them, if any has
     data/...               files of a worker's data directory (``data-long/N``: a long name)
     sealed                 keys and certificates, under a passphrase
     manifest.json          `Manifest`: what there must be, with size and SHA-256 of each
@@ -55,6 +56,8 @@ MODERATOR, WORKER = "moderator", "worker"
 HEADER, CONFIG, MEMBERS = "hcna-backup", "config/hcna.yaml", "cluster/members.json"
 #: Whose the artifacts are; left out while they are nobody's in particular.
 OWNERS = "artifacts-owners.json"
+#: Which kinds of tasks have made them; left out while none has.
+MAKERS = "artifacts-makers.json"
 STORE, SEALED = "store/queue.db", "sealed"
 MANIFEST, MANIFEST_SUM = "manifest.json", "manifest.sha256"
 #: Members that are read into memory, and how large they may be.
@@ -63,6 +66,7 @@ SMALL: Mapping[str, int] = {
     CONFIG: 1 << 20,
     MEMBERS: 16 << 20,
     OWNERS: 128 << 20,
+    MAKERS: 128 << 20,
     SEALED: 64 << 20,
 }
 MANIFEST_BYTES_MAX = 512 << 20
@@ -753,7 +757,7 @@ def _parse_head(head: bytes) -> tuple[str, int]:
     return name, size
 
 
-_NAMES = frozenset({HEADER, CONFIG, MEMBERS, OWNERS, STORE, SEALED, MANIFEST, MANIFEST_SUM})
+_NAMES = frozenset({HEADER, CONFIG, MEMBERS, OWNERS, MAKERS, STORE, SEALED, MANIFEST, MANIFEST_SUM})
 
 
 def _number(raw: bytes) -> int:

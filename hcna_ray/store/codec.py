@@ -26,8 +26,11 @@ from hcna_ray.core.models import (
 
 _T = TypeVar("_T")
 
-#: First byte of everything written now.
+#: First byte of everything written now, but for specs that are confined.
 FORM = b"\x01"
+#: First byte of the spec of a task that is confined; all the rest of it is as in form 1. A version
+#: that knows nothing of that must not run it.
+CONFINED = b"\x02"
 
 #: What ``nil`` stands for in form 1, spelled out so that new defaults cannot reach old blobs.
 _RETRY_1 = RetryPolicy(
@@ -79,7 +82,7 @@ _decode_needs = msgspec.json.Decoder(Needs).decode
 
 def pack_spec(spec: TaskSpec) -> bytes:
     """Return a spec as bytes, payload included."""
-    return FORM + _encode(
+    return (CONFINED if spec.confined else FORM) + _encode(
         (
             spec.id,
             spec.task_type,
@@ -143,7 +146,7 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         traceparent,
         webhook,
         metadata,
-    ) = _decoded(_decode_spec, _body(blob))
+    ) = _decoded(_decode_spec, _body(blob, FORM, CONFINED))
     return TaskSpec(
         id=id_,
         task_type=task_type,
@@ -170,6 +173,7 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         traceparent=traceparent,
         webhook=webhook,
         metadata=metadata,
+        confined=blob[:1] == CONFINED,
     )
 
 
@@ -218,9 +222,10 @@ def to_json(items: Iterable[str] | Iterable[int]) -> str:
     return _encode_json(list(items)).decode()
 
 
-def _body(blob: bytes) -> Any:
-    if blob[:1] != FORM:
-        raise SchemaTooNew(blob[0], FORM[0])
+def _body(blob: bytes, *forms: bytes) -> Any:
+    known = forms or (FORM,)
+    if blob[:1] not in known:
+        raise SchemaTooNew(blob[0], known[-1][0])
     return memoryview(blob)[1:]
 
 

@@ -37,10 +37,18 @@ from hcna_ray.security.keys import (
     restored_keys,
 )
 from hcna_ray.security.sealing import seal, unseal
-from hcna_ray.store.artifacts import checked_marks, marks_in, put_marks
+from hcna_ray.store.artifacts import (
+    checked_makers,
+    checked_marks,
+    makers_in,
+    marks_in,
+    put_makers,
+    put_marks,
+)
 from hcna_ray.store.backup import (
     CONFIG,
     FORMAT,
+    MAKERS,
     MEMBERS,
     MODERATOR,
     OWNERS,
@@ -289,11 +297,15 @@ def _add_artifacts(
             failpoints.hit("backup.artifact.added")
         if entry.sha256 != name:
             damaged.append(name)
-    if marks := marks_in(root, present):
-        data = json.dumps(marks, separators=(",", ":")).encode()
-        if len(data) > SMALL[OWNERS]:
-            raise BackupRefused("too many artifacts have owners for one archive")
-        writer.add_bytes(OWNERS, data)
+    for member, found in (
+        (OWNERS, marks_in(root, present)),
+        (MAKERS, makers_in(root, present)),
+    ):
+        if found:
+            data = json.dumps(found, separators=(",", ":")).encode()
+            if len(data) > SMALL[member]:
+                raise BackupRefused("too many artifacts have owners for one archive")
+            writer.add_bytes(member, data)
     return replace(manifest, damaged=tuple(damaged))
 
 
@@ -509,10 +521,13 @@ class _Plan:
         self._notes: list[str] = []
         self._set_aside: list[str] = []
         self._config = secrets.get(CONFIG, contents.small.get(CONFIG))
+        member = OWNERS
         try:
             self._marks = checked_marks(json.loads(contents.small.get(OWNERS, b"{}")))
+            member = MAKERS
+            self._makers = checked_makers(json.loads(contents.small.get(MAKERS, b"{}")))
         except ValueError as error:
-            raise BackupDamaged(str(archive), f"{OWNERS}: {error}") from None
+            raise BackupDamaged(str(archive), f"{member}: {error}") from None
         #: Written with this machine's settings, or with the archive's if it has none yet.
         self._settings = self._effective(settings)
         self._stamp = self._free_stamp()
@@ -698,6 +713,7 @@ class _Plan:
                 self._put_artifact(at_home / "artifacts" / name, name)
             if self._marks:
                 put_marks(self._settings.artifacts_dir, self._marks)
+            put_makers(self._settings.artifacts_dir, self._makers)
             self._put_secrets()
             self._put_config()
             failpoints.hit("restore.config.put")

@@ -1,6 +1,6 @@
 """The adapter for hcna-ray's SQLite store: its tables become a dump (`inputs.Dump`).
 
-Knows the schema of ``0001_tasks.sql`` and ``0002_audit_chain.sql`` and form 1 of the blobs
+Knows the schema of ``0001_tasks.sql`` and ``0002_audit_chain.sql`` and forms 1 and 2 of the blobs
 from their files, not from the code that writes them. Another store needs another such module and
 nothing else.
 """
@@ -181,7 +181,7 @@ def _late(row: Any) -> Iterator[Record]:
 
 
 def _worker(row: Any) -> Record:
-    body = _unpack(row["body"])
+    body = _unpack_spec(row["body"])
     return {
         "record": "worker",
         **{name: body[name] for name in ("node_id", "incarnation", "cpu", "mem_gb", "gpu")},
@@ -193,7 +193,7 @@ def _worker(row: Any) -> Record:
 
 
 def _task(row: Any) -> Record:
-    spec = dict(zip(_SPEC, _unpack(row["body"]), strict=True)) if row["body"] else {}
+    spec = dict(zip(_SPEC, _unpack_spec(row["body"]), strict=True)) if row["body"] else {}
     payload, metadata = _json(spec.get("payload")), _json(spec.get("metadata"))
     retry = spec.get("retry") or {}
     held = row["granted_at"] is not None
@@ -239,6 +239,11 @@ def _nonce(value: Any) -> str | None:
 
 def _json(raw: bytes | None) -> Any:
     return None if raw is None else json.loads(raw)
+
+
+def _unpack_spec(blob: bytes) -> Any:
+    """Form 2 is form 1 of a task that is confined to its principal's artifacts."""
+    return _unpack(b"\x01" + bytes(blob[1:]) if blob[:1] == b"\x02" else blob)
 
 
 def _unpack(blob: bytes) -> Any:

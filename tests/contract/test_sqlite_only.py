@@ -153,9 +153,18 @@ class TestMigrations:
         assert codec.unpack_spec(old) == a_spec(payload=b"{}", accepted_at=0.0)
         assert codec.pack_spec(a_spec(payload=b"{}", accepted_at=0.0)) == old
 
+    def test_the_spec_of_a_confined_task_is_one_that_older_versions_refuse(self) -> None:
+        """Form 2 is form 1 but for that; whatever was accepted before sees everything."""
+        spec = a_spec(confined=True)
+        raw = codec.pack_spec(spec)
+        assert raw == b"\x02" + codec.pack_spec(a_spec())[1:]
+        assert codec.unpack_spec(raw) == spec
+        with pytest.raises(SchemaTooNew):  # Nothing else has such a form.
+            codec.unpack_error(b"\x02")
+
     def test_a_spec_of_a_newer_form_is_refused(self) -> None:
         with pytest.raises(SchemaTooNew):
-            codec.unpack_spec(b"\x02" + codec.pack_spec(a_spec())[1:])
+            codec.unpack_spec(b"\x03" + codec.pack_spec(a_spec())[1:])
 
     def test_a_worker_that_another_version_wrote_is_read(self) -> None:
         """Fields that are new have a value of their own, and those of a newer one are passed by."""

@@ -122,6 +122,7 @@ def full_task() -> Task:
         traceparent="00-1-2-01",
         webhook="https://example.org/hook",
         metadata=b'{"m": 1}',
+        confined=True,
     )
     return a_task(
         seq=3,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from hcna_ray.client import Client, TaskFailed
+from hcna_ray.client import Client, NotFound, TaskFailed
+from hcna_ray.security.keys import create_key, revoke_key
 from tests.integration.conftest import Cluster
 
 MIB = 1024 * 1024
@@ -169,6 +172,41 @@ def test_there_and_back_through_the_worker(client: Client, tmp_path: Path) -> No
     assert again["output_sha256"] == again["artifact"] == plain.sha256
     copy = client.download(again["artifact"], tmp_path / "copy")
     assert copy.read_bytes() == data
+
+
+def test_a_task_reads_what_its_submitter_may(
+    client: Client, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Names are no secrets, and a worker that has the bytes asks all the same."""
+    keys_dir, names = cluster.settings.keys_dir, [f"{n}-{uuid.uuid4().hex[:8]}" for n in "ab"]
+    clear = [create_key(keys_dir, name=n, role="submitter", now=time.time()) for n in names]
+    data = some_bytes(MIB, seed=8)
+    try:
+        with Client(cluster.url, clear[0]) as anna, Client(cluster.url, clear[1]) as ben:
+            sent = anna.upload(data).sha256
+            made = anna.submit("drgfc.compress", {"artifact": sent}).result(timeout_s=60)
+            said = []
+            for who, name in ((ben, sent), (ben, made["artifact"]), (ben, "0" * 64)):
+                task = who.submit("drgfc.decompress", {"artifact": name})
+                with pytest.raises(TaskFailed) as failure:
+                    task.result(timeout_s=60)
+                assert failure.value.kind == "rejected"
+                said.append(failure.value.message.replace(name, "N"))
+            assert said[0] == said[1] == said[2]
+            assert said[0].startswith("payload.artifact: there is no artifact 'N'")
+
+            again = anna.submit("drgfc.decompress", {"artifact": made["artifact"]})
+            assert again.result(timeout_s=60)["artifact"] == sent
+            assert anna.download(made["artifact"], tmp_path / "a").stat().st_size > 0
+            with pytest.raises(NotFound):
+                ben.download(made["artifact"], tmp_path / "b")
+            ben.upload(data)  # Whoever has the bytes himself has them.
+            ben.submit("drgfc.compress", {"artifact": sent}).result(timeout_s=60)
+        # The house sees everything.
+        client.submit("drgfc.decompress", {"artifact": made["artifact"]}).result(timeout_s=60)
+    finally:
+        for name in names:
+            revoke_key(keys_dir, name, now=time.time())
 
 
 def test_large_results_of_a_batch_become_artifacts(http: httpx.Client, client: Client) -> None:

@@ -20,6 +20,7 @@ from hcna_ray.runtime import wire
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.host import HostSettings, SlotHost, signal_group
 from hcna_ray.runtime.messages import (
+    AttemptKey,
     Exchange,
     Grant,
     Heartbeat,
@@ -51,10 +52,10 @@ class ProcessDied(Exception):
 class NoArtifacts:
     """No test here has files."""
 
-    def put(self, path: Path) -> tuple[str, int]:
+    def put(self, path: Path, attempt: AttemptKey) -> tuple[str, int]:
         raise AssertionError(path)
 
-    def get(self, sha256: str) -> Path:
+    def get(self, sha256: str, attempt: AttemptKey) -> Path:
         raise AssertionError(sha256)
 
 

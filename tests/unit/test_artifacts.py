@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from hcna_ray.core.errors import DiskFull, Invalid, NotFound, Overloaded, StoreUnavailable
+from hcna_ray.store import artifacts
 from hcna_ray.store.artifacts import (
     Artifact,
     ArtifactStore,
     ArtifactTooLarge,
+    Maker,
     OffsetMismatch,
     Upload,
+    checked_makers,
     checked_marks,
+    makers_in,
     marks_in,
+    put_makers,
     put_marks,
 )
 
@@ -373,6 +378,78 @@ def test_marks_are_taken_elsewhere_with_what_they_mark(tmp_path: Path) -> None:
 def test_marks_from_elsewhere_are_looked_at(data: object) -> None:
     with pytest.raises(ValueError, match="it"):
         checked_marks(data)
+
+
+ANNAS, BENS = Maker("anna", "echo", "lab"), Maker("ben", "echo", "lab")
+
+
+def test_what_a_task_has_made_is_its_principals_and_known_by_its_kind(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    with pytest.raises(NotFound):
+        store.made(SHA, ANNAS)
+    assert store.makers(SHA) == store.makers("../" + SHA[3:]) == []
+    store.put(DATA)
+
+    store.made(SHA.upper(), ANNAS)
+    store.made(SHA, BENS)
+    store.made(SHA, ANNAS)
+
+    again = a_store(tmp_path)
+    assert again.makers(SHA.upper()) == [ANNAS, BENS]
+    assert [again.owned(SHA, who) for who in ("anna", "ben", "carl")] == [True, True, False]
+    (noted,) = (tmp_path / "artifacts" / "makers").rglob(SHA)
+    assert noted.stat().st_mode & 0o777 == 0o600
+
+
+def test_makers_that_come_at_once_are_all_noted(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.put(DATA)
+    makers = [Maker("anna", "echo", f"q{number}") for number in range(20)]
+    threads = [threading.Thread(target=store.made, args=(SHA, maker)) for maker in makers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(store.makers(SHA)) == sorted(makers)
+
+
+def test_only_so_many_kinds_of_makers_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "MAKERS_MAX", 1)
+    store = a_store(tmp_path)
+    store.put(DATA)
+    store.made(SHA, ANNAS)
+    store.made(SHA, BENS)
+    assert store.makers(SHA) == [ANNAS]
+    assert store.owned(SHA, "ben")
+
+
+def test_makers_are_taken_elsewhere_with_what_they_have_made(tmp_path: Path) -> None:
+    store, other = a_store(tmp_path / "a"), a_store(tmp_path / "b")
+    more = store.put(b"more").sha256
+    store.put(DATA)
+    store.made(SHA, ANNAS)
+    store.made(more, ANNAS)
+
+    makers = makers_in(tmp_path / "a" / "artifacts", {SHA})
+    assert makers == {SHA: [list(ANNAS)]}
+    other.put(DATA)
+    other.made(SHA, BENS)
+    for _ in range(2):
+        put_makers(tmp_path / "b" / "artifacts", checked_makers(json.loads(json.dumps(makers))))
+    put_makers(tmp_path / "b" / "artifacts", {})
+
+    assert other.makers(SHA) == [BENS, ANNAS]
+    assert makers_in(tmp_path / "c", {SHA}) == {}
+
+
+@pytest.mark.parametrize(
+    "data", [[], {"../x": []}, {SHA: "x"}, {SHA: ["abc"]}, {SHA: [["a", "b"]]}, {SHA: [[1, 2, 3]]}]
+)
+def test_makers_from_elsewhere_are_looked_at(data: object) -> None:
+    with pytest.raises(ValueError, match="it"):
+        checked_makers(data)
 
 
 def test_idle_uploads_of_owners_are_swept_and_counted(tmp_path: Path) -> None:

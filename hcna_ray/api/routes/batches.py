@@ -26,14 +26,13 @@ from hcna_ray.api.schemas import BatchIn, BatchOut, BatchQuery, WaitIn, WaitOut
 from hcna_ray.api.submission import Sender, parents_first, resolve
 from hcna_ray.api.views import NOBODY, task_view
 from hcna_ray.api.visibility import (
-    foreign_names,
-    grant_results,
+    foreign_parents,
     seen_as,
     sees_batch,
     visible_ids,
 )
 from hcna_ray.core.errors import HcnaError, Invalid, NotFound
-from hcna_ray.core.models import Task, TaskSpec, TaskState
+from hcna_ray.core.models import TaskSpec, TaskState
 from hcna_ray.runtime.messages import Accepted, Refused, SubmitResult
 from hcna_ray.store.base import TaskReader
 
@@ -75,7 +74,7 @@ async def submit_batch(call: Call) -> Response:
     checked = await _check(call, bodies, sender, batch_id)
     if not caller.sees_all:
         specs_named = [item[1] for item in checked if not isinstance(item, HcnaError)]
-        foreign = await foreign_names(services, caller, specs_named)
+        foreign = await foreign_parents(services, caller, specs_named)
         checked = [
             item if isinstance(item, HcnaError) else foreign.get(item[1].id, item)
             for item in checked
@@ -228,7 +227,7 @@ async def wait_for_tasks(call: Call) -> Response:
         ids = await services.reads.run(lambda reader: visible_ids(reader, call.key, asked))
     deadline = services.clock.elapsed() + wait_s
 
-    def read(reader: TaskReader) -> tuple[int, int, list[Task], list[dict[str, Any]]]:
+    def read(reader: TaskReader) -> tuple[int, int, list[dict[str, Any]]]:
         # Counted first: what ends in between is then in the list, and never in neither.
         hidden = batch_id is not None and not _sees(reader, batch_id, call)
         pending = 0 if hidden else reader.open_count(ids=ids, batch_id=batch_id)
@@ -240,7 +239,6 @@ async def wait_for_tasks(call: Call) -> Response:
         elif not after and asked and len(found) + pending < min(len(asked), ENDED_MAX):
             _check_exist(reader, asked, set(ids))
         now = services.clock.now()
-        tasks = [task for _, task in found]
         views = [
             seen_as(
                 call.key,
@@ -253,23 +251,22 @@ async def wait_for_tasks(call: Call) -> Response:
                     with_attempts=False,
                 ),
             )
-            for task in tasks
+            for _, task in found
         ]
-        return pending, found[-1][0] if found else after, tasks, views
+        return pending, found[-1][0] if found else after, views
 
     with services.feed.watch(ids, batch_id) as ended:
         while True:
             ended.clear()
-            pending, cursor, tasks, views = await services.reads.run(read)
+            pending, cursor, views = await services.reads.run(read)
             left_s = deadline - services.clock.elapsed()
             if views or not pending or left_s <= 0:
                 break
             if not await call.wait_for(ended, left_s):
-                pending, cursor, tasks, views = await services.reads.run(read)
+                pending, cursor, views = await services.reads.run(read)
                 break
             if pending > 1:
                 await asyncio.sleep(LINGER_S)
-    await grant_results(services, call.key, tasks)
     return answer({"ended": views, "cursor": str(cursor), "pending": pending})
 
 

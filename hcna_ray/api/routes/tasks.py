@@ -30,15 +30,13 @@ from hcna_ray.api.services import Services
 from hcna_ray.api.submission import Sender
 from hcna_ray.api.views import NOBODY, task_view
 from hcna_ray.api.visibility import (
-    foreign_names,
-    grant_results,
-    names_anything,
+    foreign_parents,
     seen_as,
     visible_page,
     whose,
 )
 from hcna_ray.core.errors import InvalidName
-from hcna_ray.core.models import TERMINAL, FailureKind, Task, TaskFilter, TaskSpec, TaskState
+from hcna_ray.core.models import TERMINAL, FailureKind, TaskFilter, TaskSpec, TaskState
 from hcna_ray.core.naming import NodeName
 from hcna_ray.runtime.messages import Accepted, Refused, ReplayQuery, SubmitResult
 from hcna_ray.security.keys import ApiKey
@@ -79,8 +77,8 @@ async def submit_task(call: Call) -> Response:
     sender = Sender(key=key, idempotency_key=call.idempotency_key, traceparent=call.traceparent)
     (task_id,) = services.ids.task_ids(1)
     spec = services.submissions.task(body, sender, task_id=task_id, now=services.clock.now())
-    if not key.sees_all and names_anything((spec,)):
-        for refusal in (await foreign_names(services, key, (spec,))).values():
+    if spec.depends_on and not key.sees_all:
+        for refusal in (await foreign_parents(services, key, (spec,))).values():
             raise refusal
     if key.quota is None:
         (result,) = await services.gatherer.submit((spec,))
@@ -168,7 +166,6 @@ async def get_task(call: Call) -> Response:
                 break
     cluster = await services.cache.cluster() if task.state is TaskState.QUEUED else NOBODY
     view = task_view(task, attempts, cluster, now=services.clock.now(), with_payload=query.payload)
-    await grant_results(services, call.key, (task,))
     return answer(seen_as(call.key, task, view))
 
 
@@ -215,7 +212,7 @@ async def list_tasks(call: Call) -> Response:
     )
     before = None if query.cursor is None else int(query.cursor)
 
-    def read(reader: TaskReader) -> tuple[list[Task], list[dict[str, object]], int | None]:
+    def read(reader: TaskReader) -> tuple[list[dict[str, object]], int | None]:
         page, after = visible_page(reader, call.key, where, before_seq=before, limit=limit)
         views = [
             seen_as(
@@ -231,12 +228,11 @@ async def list_tasks(call: Call) -> Response:
             )
             for task in page
         ]
-        return page, views, after
+        return views, after
 
     cluster = await services.cache.cluster()
     now = services.clock.now()
-    page, views, after = await services.reads.run(read)
-    await grant_results(services, call.key, page)
+    views, after = await services.reads.run(read)
     return answer({"tasks": views, "next_cursor": None if after is None else str(after)})
 
 

@@ -16,9 +16,8 @@ from typing import BinaryIO, Literal, Self
 import zstandard
 from pydantic import BaseModel, Field, model_validator
 
-from hcna_ray.core.errors import NotFound
 from hcna_ray.handlers.context import TaskContext
-from hcna_ray.handlers.errors import Reject
+from hcna_ray.handlers.errors import ArtifactNotFound, Reject
 from hcna_ray.handlers.files import CHUNK_BYTES, AtomicOutput, BoundedWriter, chunks, open_regular
 from hcna_ray.handlers.paths import OptionalWorkerPath
 from hcna_ray.handlers.registry import Payload, task
@@ -159,9 +158,10 @@ class _Job:
             return field, path, path.name
         sha256 = self._payload.artifact or ""
         try:
-            return "payload.artifact", self._ctx.open_artifact(sha256), sha256[:12]
-        except NotFound as error:
-            raise Reject(f"payload.artifact: {error}; upload it with PUT /artifacts") from None
+            path = self._ctx.open_artifact(sha256, field="payload.artifact")
+        except ArtifactNotFound as error:
+            raise Reject(str(error)) from None
+        return "payload.artifact", path, sha256[:12]
 
     def _target(self, source: Path, name: str) -> Path:
         if self._payload.output_file is not None:

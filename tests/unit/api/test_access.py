@@ -13,8 +13,10 @@ import pytest
 
 from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.client import AsyncClient, Forbidden, NotFound
+from hcna_ray.core.errors import DiskFull
 from hcna_ray.core.models import TaskState
 from hcna_ray.security.keys import Role, create_key, revoke_key
+from hcna_ray.store.artifacts import Maker
 from tests.support.builders import a_task
 from tests.support.c1 import ADMIN_KEY, URL, Composite, a_composite
 
@@ -251,41 +253,87 @@ async def test_two_uploads_of_the_same_bytes_do_not_see_each_other(house: House)
         assert (await status_of(alice), await status_of(bob)) == (200, 200)
 
 
-async def test_what_a_task_made_is_its_owners(house: House) -> None:
+async def test_what_a_task_has_made_is_its_owners(house: House) -> None:
     async with house.c1.client(ADMIN_KEY) as owner:
         await owner.put("/artifacts", content=BYTES)
-    task = house.finished("alice", b"{}", f'{{"artifact":"{NAME}"}}'.encode())
+    store = house.c1.services.artifacts
     async with (
         house.client("alice") as alice,
         house.client("watcher", "viewer") as watcher,
         house.client("bob") as bob,
+        house.client("op", "operator", queues=("lab",)) as op,
+        house.client("op-at-night", "operator", queues=("night",)) as other,
     ):
-        assert await status_of(alice) == 404  # Not looked at yet.
-        for http in (alice, watcher, bob):
-            await http.get(f"/tasks/{task}")
-        assert [await status_of(http) for http in (alice, watcher, bob)] == [200, 404, 404]
+        people = (alice, watcher, bob, op, other)
+        assert [await status_of(http) for http in people] == [404] * 5
+        store.made(NAME, Maker("alice", "echo", "lab"))
+        assert [await status_of(http) for http in people] == [200, 404, 404, 200, 404]
+    # And so it is for tasks of whoever was given the bytes.
+    assert [store.owned(NAME, who) for who in ("alice", "op", "op-at-night")] == [True, True, False]
 
 
-async def test_a_result_that_repeats_a_payload_hands_out_nothing(house: House) -> None:
+async def test_a_disk_that_takes_no_note_hides_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = house.c1.services.artifacts
+    store.put(BYTES)
+    store.made(NAME, Maker("alice", "echo", "lab"))
+
+    def full(*_: object) -> bool:
+        raise DiskFull("the disk of the artifacts is full", 30)
+
+    monkeypatch.setattr(store, "own", full)
+    async with house.client("op", "operator", queues=("lab",)) as op:
+        assert (await op.get(f"/artifacts/{NAME}")).content == BYTES
+    assert not store.owned(NAME, "op")
+
+
+async def test_a_result_hands_out_nothing(house: House) -> None:
     async with house.client("alice") as alice:
         await alice.put("/artifacts", content=BYTES)
-    said = f'{{"message":"{NAME.upper()}"}}'.encode()
-    house.finished("bob", said, said)
+    said = f'{{"artifact":"{NAME}"}}'.encode()
+    task = house.finished("bob", b"{}", said)
     async with house.client("bob") as bob:
-        assert (await bob.get("/tasks")).json()["tasks"][0]["result"]["message"] == NAME.upper()
+        assert (await bob.get("/tasks")).json()["tasks"][0]["result"]["artifact"] == NAME
+        assert (await bob.get(f"/tasks/{task}")).json()["result"]["artifact"] == NAME
+        assert (await bob.post("/tasks/wait", json={"ids": [task]})).status_code == 200
         assert await status_of(bob) == 404
 
 
-async def test_a_payload_names_ones_own_artifacts_alone(house: House) -> None:
-    body = {"task_type": "echo", "payload": {"deep": [{"file": f"/artifacts/{NAME}"}]}}
+async def test_what_a_payload_says_tells_nothing_of_what_is_here(house: House) -> None:
+    """A digest is a word like others: what a task may read is looked at where it reads."""
+    names = [NAME, NAME.upper(), "0" * 64]
+    bodies = [{"task_type": "echo", "payload": {"deep": [f"/artifacts/{n}"]}} for n in names]
     async with house.client("alice") as alice, house.client("bob") as bob:
-        assert (await bob.post("/tasks", json=body)).status_code == 202  # Nobody has it.
         await alice.put("/artifacts", content=BYTES)
-        refused = await bob.post("/tasks", json=body)
-        assert (refused.status_code, refused.json()["code"]) == (422, "unknown_artifact")
-        assert (await alice.post("/tasks", json=body)).status_code == 202
-        await bob.put("/artifacts", content=BYTES)
-        assert (await bob.post("/tasks", json=body)).status_code == 202
+        for body in bodies:
+            assert (await bob.post("/tasks", json=body)).status_code == 202
+        batch = await bob.post("/tasks/batch", json={"tasks": bodies})
+        assert batch.json()["accepted"] == len(bodies)
+
+
+@pytest.mark.parametrize(
+    ("role", "scopes", "confined"),
+    [
+        ("submitter", {}, True),
+        ("submitter", {"queues": ("default",)}, True),
+        ("operator", {}, False),
+        ("operator", {"queues": ("default",)}, True),
+        ("operator", {"task_types": ("e*",)}, True),
+        ("admin", {}, False),
+    ],
+)
+async def test_a_task_reads_as_much_as_the_key_sees_that_submitted_it(
+    house: House, role: Role, scopes: dict[str, Any], confined: bool
+) -> None:
+    async with house.client("key", role, owner="team", **scopes) as http:
+        ids = [await submitted(http)]
+        batch = await http.post("/tasks/batch", json={"tasks": [{"task_type": "echo"}]})
+        ids += [one["task_id"] for one in batch.json()["results"]]
+    tasks = house.moderator.desk.memory.get(ids)
+    assert [(tasks[i].spec.principal, tasks[i].spec.confined) for i in ids] == [
+        ("team", confined)
+    ] * 2
 
 
 # -- quotas and rates ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hcna_ray.core.models import (
     TaskState,
 )
 from hcna_ray.runtime.messages import Heartbeat
+from hcna_ray.store.artifacts import Maker
 from tests.support.builders import T0, a_task
 from tests.support.c1 import ADMIN_KEY, Composite, a_composite
 
@@ -132,6 +133,8 @@ class World:
     c1: Composite
     running: str = ""
     file: str = ""
+    #: What a task of hers has made, in queue lab.
+    made: str = ""
     #: Everything that is Alice's, by id.
     ids: set[str] = field(default_factory=set)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1_000_000))
@@ -293,6 +296,9 @@ async def a_world(c1: Composite) -> World:
         reply = await alice.post("/tasks", json=ECHO | {"payload": {"message": CANARY}})
         world.running = reply.json()["task_id"]
         world.file = (await alice.put("/artifacts", content=FILE)).json()["sha256"]
+    artifacts = c1.services.artifacts
+    world.made = artifacts.put(FILE + b", and a task went on").sha256
+    artifacts.made(world.made, Maker("alice", "echo", "lab"))
     (offer,) = worker.granted()
     worker.report(worker.started(offer))
     # No id of one is the beginning of another's.
@@ -337,6 +343,34 @@ async def test_a_route_against_every_caller(route: Route, tmp_path: Path) -> Non
                     wrong.append(f"{caller.name}: {item}")
             if reply.status_code == 404:
                 wrong += await _differs_from_nothing(c1, route, caller, asked, request, reply)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_what_a_task_has_made_against_every_caller(c1: Composite, method: str) -> None:
+    """It is Alice's, and is seen by whoever sees all of such a task."""
+    world = await a_world(c1)
+    (route,) = [
+        one
+        for one in declared_routes()
+        if one.policy.check is Check.ARTIFACT and one.method == method
+    ]
+    wrong: list[str] = []
+    for caller in CALLERS:
+        want = 200 if caller.has_file or caller.sees == "all" else 404
+        want = want if caller.good else 401
+        before = world.snapshot()
+        async with c1.client(None) as http:
+            path = f"/artifacts/{world.made}"
+            reply = await http.request(method, path, headers=list(caller.headers))
+        if reply.status_code != want:
+            wrong.append(f"{caller.name}: {reply.status_code}, wanted {want}")
+        if want != 200:
+            if world.snapshot() != before:
+                wrong.append(f"{caller.name}: was refused, and something has changed")
+            wrong += leaks(route, caller, world, world.made, reply)
+        if want == 404:
+            wrong += await _differs_from_nothing(c1, route, caller, world.made, {}, reply)
     assert not wrong, "\n".join(wrong)
 
 

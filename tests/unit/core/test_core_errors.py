@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, object] = {
     "generation": 1,
     "seen": 7,
     "mark": "outbox/W1/generation",
+    "token": "1.2",
 }
 
 
@@ -71,6 +72,11 @@ def test_the_module_shows_the_whole_tree(error: HcnaError) -> None:
         (errors.Invalid("invalid_payload", "size: too small"), "size: too small"),
         (errors.Overloaded("the queue is full"), "the queue is full"),
         (errors.StaleWorker("W1", "a", "b"), "W1: incarnation a was replaced by b"),
+        (
+            errors.StaleAttempt("t1", "1.2"),
+            "attempt 1.2 of task t1 is not in force any more: "
+            "it is given no files, and none of it are kept",
+        ),
         (errors.InvalidTransition("t1", "queued", "X"), "task t1: no transition from queued on X"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

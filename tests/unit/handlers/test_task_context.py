@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def test_an_artifact_comes_back_as_a_file(context: Any, effects: Any, tmp_path: 
     assert (stored.size, stored.name, stored.uri) == (8, "mesh.obj", f"/artifacts/{stored.sha256}")
     assert context().open_artifact(stored.sha256).read_bytes() == b"v 0 0 0\n"
     assert context().artifact(str(source), name="other").name == "other"
-    with pytest.raises(NotFound):
-        context().open_artifact("0" * 64)
+    with pytest.raises(NotFound) as missing:
+        context().open_artifact("0" * 64, field="payload.mesh")
+    assert str(missing.value) == (
+        f"payload.mesh: there is no artifact '{'0' * 64}' of whoever submitted this task; "
+        "upload it with PUT /artifacts under the same key, and submit the task again"
+    )
+    assert pickle.loads(pickle.dumps(missing.value)).field == "payload.mesh"
 
 
 @pytest.mark.parametrize("sha256", ["", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 64 + "\n"])

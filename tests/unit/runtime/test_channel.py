@@ -29,6 +29,11 @@ async def test_frames_arrive_as_they_were_sent_in_both_directions() -> None:
     host.send(Frame(channel.ACK, number=1))
     assert await asyncio.to_thread(executor.receive) == Frame(channel.RUN, offers=(OFFER,))
     assert await asyncio.to_thread(executor.receive) == Frame(channel.ACK, number=1)
+    question = Frame(channel.GET, text="f" * 64, attempt=("t1", Token(1, 2)))
+    executor.send(question)
+    asked = await host.receive()
+    assert asked == question
+    assert asked.attempt in {question.attempt: "as a host keeps them"}
 
     large = REPORT._replace(kind=ReportKind.COMPLETED, error=None, result=bytes(4_000_000))
     sending = asyncio.create_task(

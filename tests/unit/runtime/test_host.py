@@ -18,7 +18,7 @@ from hcna_ray.core.models import FailureKind, TaskError, Token
 from hcna_ray.runtime import channel
 from hcna_ray.runtime import host as host_module
 from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
-from hcna_ray.runtime.host import STALE_S, HostSettings, SlotHost, describe_exit
+from hcna_ray.runtime.host import NOT_RUNNING, STALE_S, HostSettings, SlotHost, describe_exit
 from hcna_ray.runtime.journal import (
     GenerationMark,
     JournalWriter,
@@ -33,6 +33,7 @@ from hcna_ray.runtime.messages import (
     NOT_STARTED,
     STUCK,
     UNSTARTED,
+    AttemptKey,
     Exchange,
     Grant,
     Offer,
@@ -77,8 +78,10 @@ class Puppet:
 
     # -- what it does
 
-    def say(self, kind: str, *reports: Report, text: str = "") -> None:
-        self._says.put_nowait(Frame(kind, reports, text=text))
+    def say(
+        self, kind: str, *reports: Report, text: str = "", attempt: AttemptKey | None = None
+    ) -> None:
+        self._says.put_nowait(Frame(kind, reports, text=text, attempt=attempt))
 
     def start(self, offer: Offer, timeout_s: float = 300.0) -> Report:
         """Begin an attempt, as the runner does."""
@@ -134,6 +137,8 @@ class Bench:
         self._answers: asyncio.Queue[Grant | HcnaError] = asyncio.Queue()
         self._told: Callable[[int, int], None] = lambda _pid, _status: None
         self.files: dict[str, str] = {}
+        #: What was stored or wanted, and for which attempt.
+        self.asked: list[tuple[str, AttemptKey]] = []
         self.host = SlotHost(
             HostSettings(
                 worker="W1",
@@ -182,10 +187,14 @@ class Bench:
 
     # `hcna_ray.runtime.runner.ArtifactLink`
 
-    def put(self, path: Path) -> tuple[str, int]:
+    def put(self, path: Path, attempt: AttemptKey) -> tuple[str, int]:
+        self.asked.append((str(path), attempt))
+        if path.name == "copy":
+            raise NotFound("artifact", "f" * 64)
         raise OSError("disk full")
 
-    def get(self, sha256: str) -> Path:
+    def get(self, sha256: str, attempt: AttemptKey) -> Path:
+        self.asked.append((sha256, attempt))
         if sha256 not in self.files:
             raise NotFound("artifact", sha256)
         return Path(self.files[sha256])
@@ -1002,12 +1011,23 @@ def test_files_are_looked_up_for_the_executor(tmp_path: Path) -> None:
         bench = Bench(tmp_path)
         serving = asyncio.create_task(bench.host.serve())
         await asyncio.sleep(0.05)
-        (puppet, *_) = bench.puppets
+        puppet = await bench.granted("t1")
         there = tmp_path / "there"
         there.write_text("bytes")
         bench.files["f" * 64] = str(there)
-        for kind, text in ((channel.GET, "f" * 64), (channel.GET, "0" * 64), (channel.PUT, "x")):
-            puppet.say(kind, text=text)
+        own, other = ("t1", Token(1, 1)), ("t2", Token(1, 1))
+        questions: list[tuple[str, str, AttemptKey | None]] = [
+            (channel.GET, "f" * 64, own),
+            (channel.GET, "0" * 64, own),
+            (channel.PUT, "x", own),
+            (channel.PUT, "copy", own),
+            # An executor is served for what it was granted, and for nothing else.
+            (channel.GET, "f" * 64, other),
+            (channel.GET, "f" * 64, ("t1", Token(1, 2))),
+            (channel.PUT, "x", None),
+        ]
+        for kind, text, attempt in questions:
+            puppet.say(kind, text=text, attempt=attempt)
             async with asyncio.timeout(5.0):
                 while not puppet.told or puppet.told[-1].kind != channel.FILE:  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
@@ -1020,7 +1040,10 @@ def test_files_are_looked_up_for_the_executor(tmp_path: Path) -> None:
             Frame(channel.FILE, text=str(there)),
             Frame(channel.FILE),
             Frame(channel.FILE, text="disk full", number=-1),
+            Frame(channel.FILE, text=f"there is no artifact '{'f' * 64}'", number=-1),
+            *[Frame(channel.FILE, text=NOT_RUNNING, number=-1)] * 3,
         ]
+        assert bench.asked == [("f" * 64, own), ("0" * 64, own), ("x", own), ("copy", own)]
 
     asyncio.run(scenario())
 
@@ -1131,7 +1154,7 @@ def test_a_file_is_held_until_the_attempt_that_was_given_it_is_over(
         await asyncio.sleep(0.05)
         puppet = await bench.granted("t1")
         puppet.start(an_offer("t1"))
-        puppet.say(channel.GET, text="f" * 64)
+        puppet.say(channel.GET, text="f" * 64, attempt=("t1", Token(1, 1)))
         async with asyncio.timeout(5.0):
             while not puppet.told or puppet.told[-1].kind != channel.FILE:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
@@ -1158,7 +1181,7 @@ def test_a_file_that_was_pruned_in_between_is_fetched_again(tmp_path: Path) -> N
     bench = Bench.__new__(Bench)
     there, tries = tmp_path / "there", []
 
-    def get(_sha256: str) -> Path:
+    def get(_sha256: str, _attempt: AttemptKey) -> Path:
         tries.append(1)
         if len(tries) == 2:
             there.write_text("bytes")
@@ -1167,11 +1190,11 @@ def test_a_file_that_was_pruned_in_between_is_fetched_again(tmp_path: Path) -> N
     bench.get = get  # type: ignore[method-assign]
     host = SlotHost.__new__(SlotHost)
     host._artifacts = bench
-    found, lock = host._get_locked("f" * 64)
+    found, lock = host._get_locked("f" * 64, ("t1", Token(1, 1)))
     os.close(lock)
     assert (found, len(tries)) == (there, 2)
 
     there.unlink()
     with pytest.raises(FileNotFoundError):
-        host._get_locked("f" * 64)
+        host._get_locked("f" * 64, ("t1", Token(1, 1)))
     assert len(tries) == 5

@@ -29,6 +29,7 @@ def test_a_batch_arrives_as_it_was_sent() -> None:
         batch_id="batch-1",
         traceparent="00-1",
         metadata=b"{}",
+        confined=True,
     )
     batch = SubmitBatch(specs=(a_spec("t1"), rich), atomic=True)
 

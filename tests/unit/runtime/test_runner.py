@@ -30,7 +30,15 @@ from hcna_ray.runtime.journal import (
     read_note,
     write_stops,
 )
-from hcna_ray.runtime.messages import DISK_FAILED, DRAINED, UNSTARTED, Offer, Report, ReportKind
+from hcna_ray.runtime.messages import (
+    DISK_FAILED,
+    DRAINED,
+    UNSTARTED,
+    AttemptKey,
+    Offer,
+    Report,
+    ReportKind,
+)
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 from tests.support.paper_worker import PaperClock
 
@@ -82,13 +90,17 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.kept: dict[str, bytes] = {}
+        #: For which attempts, in order.
+        self.asked: list[AttemptKey] = []
 
-    def put(self, path: Path) -> tuple[str, int]:
+    def put(self, path: Path, attempt: AttemptKey) -> tuple[str, int]:
+        self.asked.append(attempt)
         data = path.read_bytes()
         self.kept["f" * 64] = data
         return "f" * 64, len(data)
 
-    def get(self, sha256: str) -> Path:
+    def get(self, sha256: str, attempt: AttemptKey) -> Path:
+        self.asked.append(attempt)
         if sha256 not in self.kept:
             raise NotFound("artifact", sha256)
         path = self.folder / sha256
@@ -244,10 +256,11 @@ def test_a_large_result_becomes_an_artifact(bench: Bench) -> None:
     reference = msgspec.json.decode(done.result or b"")["artifact"]
     assert reference["sha256"] == "f" * 64
     assert msgspec.json.decode(bench.shelf.kept["f" * 64]) == {"text": "x" * 2000}
+    assert bench.shelf.asked == [("t1", Token(1, 1))]
 
 
 def test_an_artifact_store_that_fails_fails_the_attempt(bench: Bench) -> None:
-    def refuse(path: Path) -> tuple[str, int]:
+    def refuse(path: Path, attempt: AttemptKey) -> tuple[str, int]:
         raise HcnaError("away")
 
     bench.shelf.put = refuse  # type: ignore[method-assign]
@@ -487,6 +500,7 @@ def test_files_go_through_the_artifact_link(bench: Bench) -> None:
     done = the(bench.run(bench.offer("t1")), ReportKind.COMPLETED)
 
     assert msgspec.json.decode(done.result or b"") == {"read": "data", "name": "out.bin"}
+    assert bench.shelf.asked == [("t1", Token(1, 1))] * 2
 
 
 # -- stop orders -----------------------------------------------------------------------------------
@@ -641,10 +655,10 @@ def test_a_signal_during_an_effect_waits_for_its_end(bench: Bench) -> None:
     kept: list[str] = []
     put = bench.shelf.put
 
-    def interrupted(path: Path) -> tuple[str, int]:
+    def interrupted(path: Path, attempt: AttemptKey) -> tuple[str, int]:
         bench.order("t1")
         kept.append("whole")
-        return put(path)
+        return put(path, attempt)
 
     def work(ctx: TaskContext) -> None:
         path = ctx.scratch / "out"

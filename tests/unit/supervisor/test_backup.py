@@ -43,6 +43,7 @@ from hcna_ray.security.keys import (
 )
 from hcna_ray.security.sealing import PassphraseRefused, SealBroken
 from hcna_ray.store import backup as archives
+from hcna_ray.store.artifacts import Maker
 from hcna_ray.store.backup import (
     STORE,
     BackupDamaged,
@@ -353,6 +354,25 @@ class TestSecrets:
         assert found.owned(mine, "anna")
         assert not found.owned(mine, "ben")
         assert not found.own(unnamed, "anna")
+
+    def test_what_a_task_has_made_stays_so(
+        self, m1: Settings, spare: Settings, tmp_path: Path
+    ) -> None:
+        maker = Maker("anna", "echo", "lab")
+        artifacts = open_store(m1)
+        made = artifacts.put(b"what anna's task has made").sha256
+        artifacts.made(made, maker)
+        store = SqliteTaskStore(m1.home / "queue.db")
+        with store.transaction():
+            store.insert([a_task("t2", seq=2, payload=json.dumps({"file": made}).encode())])
+        store.close()
+        report = backup(m1, to=tmp_path / "made.tar.zst", now=T0)
+
+        restore(spare, Path(report.path), now=T0)
+
+        found = open_store(spare)
+        assert found.makers(made) == [maker]
+        assert found.owned(made, "anna")
 
     def test_the_authority_goes_on_where_it_was(
         self, m1: Settings, spare: Settings, tmp_path: Path
