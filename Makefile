@@ -15,8 +15,8 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-rig faults soak bench bench-lock seeded-bugs lint types format docs lock clean \
-	tls-cost
+	test-integration test-rig fuzz faults soak bench bench-lock tls-cost seeded-bugs lint types format docs \
+	lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-integration: sync ## Tests and notebooks against a real cluster
 test-rig: sync ## Joining, failing and coming back on separate hosts inside this machine, in full (root)
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) --all rig
+
+fuzz: sync ## Schemathesis against the OpenAPI that C1 serves, 500 requests an operation and caller
+	@$(RUN_TESTS) --all fuzz
 
 faults: sync ## The fault programme (hours; resumes where it stopped), its table to docs/RELIABILITY.md
 	@scripts/system_packages.sh

@@ -35,7 +35,7 @@ REPEATED = ("state machine:", "measured:", "FAIL Required test coverage")
 #: database, and the tests bring their own.
 DROPPED = ("HCNA_", "RAY_", "PYTEST_", "PG", "DATABASE_URL")
 #: Those that do nevertheless.
-KEPT = ("HCNA_REQUIRE_ALL", "HCNA_MODEL_STEPS", "HCNA_KEEP_LOGS", "HCNA_TEST_")
+KEPT = ("HCNA_REQUIRE_ALL", "HCNA_MODEL_STEPS", "HCNA_KEEP_LOGS", "HCNA_TEST_", "HCNA_FUZZ_")
 
 
 class Interrupted(Exception):
@@ -117,6 +117,13 @@ def parts(everything: bool) -> list[Part]:
                 "--cov-report=term-missing:skip-covered",
             ],
             env={"COVERAGE_FILE": str(REPORTS / "core.coverage")},
+        ),
+        Part(
+            name="the served OpenAPI, fuzzed",
+            kind="fuzz",
+            budget_s=5400 if everything else 420,
+            pytest=["tests/fuzz"],
+            env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
         ),
         Part(name="slice of the faults", kind="faults", budget_s=720, pytest=["tests/faults"]),
         Part(

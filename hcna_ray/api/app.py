@@ -83,6 +83,7 @@ class Composite(FastAPI):
         self._direct: Mapping[tuple[str, str], Endpoint] = {
             (route.method, route.path): route.endpoint for route in routes if "{" not in route.path
         }
+        self._literal = frozenset(path for _, path in self._direct)
         self._limited = RequestLimits(self._to_route, bodies=bodies, on_refusal=self._count_refusal)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,12 +95,22 @@ class Composite(FastAPI):
 
     async def _to_route(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._direct.get((scope["method"], scope["path"]))
+        if endpoint is None and scope["path"] in self._literal:
+            # Not /tasks/{task_id} with the id "batch": a path that is written out is itself alone.
+            method = scope["method"]
+            self.state.services.stats.count("no route", method[:10], 405)
+            refusal = problems.not_offered(method, self._offered(scope["path"]))
+            await refusal(scope, receive, send)
+            return
         if endpoint is None:
             await super().__call__(scope, receive, send)
             return
         scope["app"] = self
         response = await endpoint(Request(scope, receive))
         await response(scope, receive, send)
+
+    def _offered(self, path: str) -> Sequence[str]:
+        return sorted(method for method, known in self._direct if known == path)
 
     def _count_refusal(self, scope: Scope, status: int) -> None:
         self.state.services.stats.count("refused before routing", scope["method"][:10], status)

@@ -35,7 +35,20 @@ def build(app: FastAPI, models: Iterable[type[BaseModel]], version: str) -> dict
     components = document.setdefault("components", {})
     components["schemas"] = schemas["$defs"]
     components["securitySchemes"] = SECURITY
+    _speak_ecma(document)
     return document
+
+
+def _speak_ecma(part: Any) -> None:
+    r"""Write patterns in OpenAPI's dialect: there the end of a text is ``$``, and ``\z`` is a z."""
+    if isinstance(part, dict):
+        pattern = part.get("pattern")
+        if isinstance(pattern, str) and pattern.endswith(r"\z"):
+            part["pattern"] = pattern.removesuffix(r"\z") + "$"
+        part = list(part.values())
+    if isinstance(part, list):
+        for one in part:
+            _speak_ecma(one)
 
 
 _STYLE = """

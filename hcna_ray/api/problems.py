@@ -298,8 +298,8 @@ def install(app: FastAPI, *, allowed: Allowed, counted: Counted) -> None:
         assert isinstance(error, HTTPException)
         counted(request.method, error.status_code)
         if error.status_code == 405 and (methods := allowed(request.url.path)):
-            error.headers = {"Allow": ", ".join(methods)}
-        return render(_of_http(request, error), error.headers)
+            return not_offered(request.method, methods)
+        return render(_of_http(error), error.headers)
 
     async def on_unexpected(_: Request, error: Exception) -> Response:
         return render(_unexpected(error))
@@ -309,18 +309,26 @@ def install(app: FastAPI, *, allowed: Allowed, counted: Counted) -> None:
     app.add_exception_handler(Exception, on_unexpected)
 
 
+def not_offered(method: str, allowed: Sequence[str]) -> Response:
+    """Return the response to a method that a path does not offer.
+
+    Args:
+        method: What was sent.
+        allowed: What the path offers.
+    """
+    methods = ", ".join(allowed)
+    detail = f"{method[:20]} is not offered here; use {methods}"
+    return render(problem(405, "method_not_allowed", detail), {"Allow": methods})
+
+
 def unexpected(error: BaseException) -> Response:
     """Log an error nobody expected and return a response that tells only its log id."""
     return render(_unexpected(error))
 
 
-def _of_http(request: Request, error: HTTPException) -> dict[str, Any]:
+def _of_http(error: HTTPException) -> dict[str, Any]:
     if error.status_code == 404:
         return problem(404, "not_found", "there is nothing at this path; see /docs")
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        detail = f"{request.method} is not offered here" + (f"; use {allowed}" if allowed else "")
-        return problem(405, "method_not_allowed", detail)
     code = title_of(error.status_code).lower().replace(" ", "_")
     return problem(error.status_code, code, str(error.detail))
 

@@ -25,6 +25,7 @@ from hcna_ray.api.admission import Sort
 from hcna_ray.api.auth import authenticate
 from hcna_ray.api.policy import Check, Policy, rank_of
 from hcna_ray.api.problems import (
+    PROBLEM_JSON,
     Forbidden,
     OutOfScope,
     Unauthorized,
@@ -179,11 +180,15 @@ _HEAD_PROBLEMS = (413, 414, 415, 422, 431, 500, 503)
 #: What changes something may end without anybody knowing whether it did.
 _UNKNOWN = {"POST": (504,), "DELETE": (504,)}
 
+#: Nothing is said beside the rest.
+_NONE: Mapping[str, str] = {}
+
 _WORDS = {
     400: "The body is not strict JSON, or a header is malformed.",
     401: "No key, or one that is not valid.",
     403: "The key's role or its scopes do not allow this.",
     404: "It does not exist.",
+    405: "The path is that of another route, such as /tasks/wait; see Allow.",
     409: "It does not fit the state of things.",
     413: "The body is too large.",
     414: "The URL is too long.",
@@ -216,8 +221,10 @@ class Routes:
         answers: Mapping[int, type[BaseModel] | str],
         problems: Sequence[int] = (),
         body: type[BaseModel] | str | None = None,
+        body_also: Mapping[str, str] = _NONE,
         body_optional: bool = False,
         query: type[Query] | None = NoQuery,
+        headers: Mapping[str, str] = _NONE,
         in_schema: bool = True,
     ) -> Callable[[Handler], Handler]:
         """Declare a route.
@@ -230,8 +237,10 @@ class Routes:
             answers: Model of each good status, or a media type for what is not JSON.
             problems: Further statuses that it may refuse with.
             body: Model of the body, or a media type.
+            body_also: Media types that it may have as well, and what each is.
             body_optional: Whether it may be left out.
             query: Model of the query; ``None`` ignores whatever is there.
+            headers: Header fields that it looks at, and what each says.
             in_schema: Whether ``/openapi.json`` shows it.
         """
 
@@ -263,9 +272,14 @@ class Routes:
                 response_class=Response,
                 response_model=None,
                 responses=_responses(
-                    answers, (*problems, *_UNKNOWN.get(method, ())), policy, body is not None
+                    answers,
+                    # A name with a slash in it leads to no route.
+                    (*problems, *_UNKNOWN.get(method, ()), *((404,) if "{" in path else ())),
+                    policy,
+                    body is not None,
                 ),
-                openapi_extra=_extra(method, path, policy, body, body_optional, query),
+                openapi_extra=_extra(method, path, policy, query, headers)
+                | _request_body(body, body_also, body_optional),
                 include_in_schema=in_schema,
             )
             return handler
@@ -414,19 +428,41 @@ def _responses(
     if rank_of(policy.least(public=True)) > 0:
         statuses.add(403)
     for status in sorted(statuses):
-        found[status] = {
-            "description": _WORDS[status],
-            "content": {"application/problem+json": {"schema": _reference(ProblemOut)}},
-        }
+        # A probe answers 503 itself; that it is refused with 503 is another answer.
+        entry = found.setdefault(status, {"description": _WORDS[status]})
+        entry.setdefault("content", {})[PROBLEM_JSON] = {"schema": _reference(ProblemOut)}
+    for status in statuses & _SENT.keys():
+        entry = found[status]
+        name, schema, text = _SENT[status]
+        # Not beside an answer of another kind, which comes without.
+        required = len(entry["content"]) == 1
+        entry["headers"] = {name: {"description": text, "required": required, "schema": schema}}
     return found
+
+
+_AGAIN: tuple[str, dict[str, Any], str] = (
+    "Retry-After",
+    {"type": "integer", "minimum": 1, "maximum": 3600},
+    "Seconds after which trying again is worth it.",
+)
+#: The header field that goes with a status.
+_SENT: Mapping[int, tuple[str, dict[str, Any], str]] = {
+    401: ("WWW-Authenticate", {"type": "string"}, "How to show a key."),
+    405: ("Allow", {"type": "string"}, "What the path offers."),
+    416: ("Content-Range", {"type": "string"}, "How many bytes there are."),
+    429: _AGAIN,
+    503: _AGAIN,
+    504: _AGAIN,
+    507: _AGAIN,
+}
 
 
 _TRACEPARENT = {
     "name": "traceparent",
     "in": "header",
     "required": False,
-    "description": "W3C trace context, handed on to the task.",
-    "schema": {"type": "string", "maxLength": 55},
+    "description": "W3C trace context, handed on to the task. One that is malformed is ignored.",
+    "schema": {"type": "string"},
 }
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
@@ -441,9 +477,8 @@ def _extra(
     method: str,
     path: str,
     policy: Policy,
-    body: type[BaseModel] | str | None,
-    body_optional: bool,
     query: type[Query] | None,
+    headers: Mapping[str, str],
 ) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -463,19 +498,36 @@ def _extra(
                     "schema": field,
                 }
             )
+    parameters += [
+        {
+            "name": name,
+            "in": "header",
+            "required": False,
+            "description": text,
+            "schema": {"type": "string"},
+        }
+        for name, text in headers.items()
+    ]
     if method == "POST":
         parameters += [_IDEMPOTENCY_KEY, _TRACEPARENT]
-    extra: dict[str, Any] = {
+    return {
         "parameters": parameters,
         "security": [] if policy.role is None else [{"bearer": []}, {"apiKey": []}],
         "x-hcna-role": policy.role or "open",
         "x-hcna-check": policy.check.value,
     }
-    if body is not None:
-        content: dict[str, Any] = (
-            {body: {"schema": {"type": "string", "format": "binary"}}}
-            if isinstance(body, str)
-            else {"application/json": {"schema": _reference(body)}}
-        )
-        extra["requestBody"] = {"required": not body_optional, "content": content}
-    return extra
+
+
+def _request_body(
+    body: type[BaseModel] | str | None, also: Mapping[str, str], optional: bool
+) -> dict[str, Any]:
+    if body is None:
+        return {}
+    content: dict[str, Any] = (
+        {body: {"schema": {"type": "string", "format": "binary"}}}
+        if isinstance(body, str)
+        else {"application/json": {"schema": _reference(body)}}
+    )
+    for media, text in also.items():
+        content[media] = {"schema": {"type": "string", "description": text}}
+    return {"requestBody": {"required": not optional, "content": content}}

@@ -28,6 +28,13 @@ _PART = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})\Z")
 _ASK = re.compile(r"bytes \*/([0-9]{1,18})\Z")
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})\Z")
 
+#: What a download may be asked for beside the whole.
+_ASKED = {
+    "Range": "One range of bytes; anything else is ignored.",
+    "If-Range": "The ETag for which the range is meant.",
+    "If-None-Match": "ETags that are known already.",
+}
+
 T = TypeVar("T")
 
 
@@ -41,7 +48,9 @@ async def _on_file_thread(call: Call, work: Callable[[], T]) -> T:
     policy=Policy(role="submitter", check=Check.ARTIFACT),
     sort=Sort.UPLOAD,
     body=OCTETS,
+    body_optional=True,
     query=ArtifactQuery,
+    headers={"Content-Range": "Which part this is, or ``bytes */total`` to ask how much is here."},
     answers={201: UploadOut, 202: UploadOut},
     problems=(409, 507),
 )
@@ -119,6 +128,7 @@ def _uploaded(result: Artifact | Upload) -> Response:
     "/artifacts/{sha256}",
     policy=Policy(role="viewer", check=Check.ARTIFACT),
     sort=Sort.READ,
+    headers=_ASKED,
     answers={200: OCTETS, 206: OCTETS, 304: ""},
     problems=(404, 416),
 )
@@ -132,6 +142,7 @@ async def get_artifact(call: Call) -> Response:
     "/artifacts/{sha256}",
     policy=Policy(role="viewer", check=Check.ARTIFACT),
     sort=Sort.READ,
+    headers=_ASKED,
     answers={200: "", 206: "", 304: ""},
     problems=(404, 416),
 )

@@ -44,6 +44,8 @@ SLICE = 100
 ENDED_MAX = 1000
 #: After the first of many has ended, the answer waits this long for more to go with it.
 LINGER_S = 0.01
+#: Media types of one task a line; the first is the one that we name.
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 #: Levels that {"tasks": [...]} adds around a task.
 WRAPPING = 2
 
@@ -54,6 +56,7 @@ WRAPPING = 2
     policy=SUBMITS,
     sort=Sort.BATCH,
     body=BatchIn,
+    body_also={NDJSON[0]: "One task a line, each a BatchTaskIn."},
     query=BatchQuery,
     answers={202: BatchOut},
     problems=(404, 409, 507),
@@ -114,7 +117,7 @@ async def _bodies(call: Call) -> list[Any]:
     """Return the items as parsed, or in the place of each that could not be, the reason."""
     limits = call.services.settings.limits
     kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("application/x-ndjson", "application/ndjson", "application/jsonl"):
+    if kind in NDJSON:
         raw = await call.request.body()
         lines = [line for line in raw.split(b"\n") if line.strip()]
         _check_count(len(lines), limits.batch_items)

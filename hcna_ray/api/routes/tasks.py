@@ -140,7 +140,7 @@ def submitted(result: Accepted) -> dict[str, object]:
     sort=read_or_wait,
     query=TaskQuery,
     answers={200: TaskOut},
-    problems=(404,),
+    problems=(404, 405),
 )
 async def get_task(call: Call) -> Response:
     """Show a task, waiting for its end if asked to.
@@ -261,7 +261,7 @@ def _short(worker: str | None) -> str | None:
     policy=CHANGES,
     sort=Sort.WRITE,
     answers={200: CancelOut, 202: CancelOut},
-    problems=(404, 409),
+    problems=(404, 405, 409),
 )
 async def delete_task(call: Call) -> Response:
     """Cancel a task; the same as POST /tasks/{task_id}/cancel."""
