@@ -81,7 +81,10 @@ bench: sync ## Measure beside Celery, Procrastinate, Dask and the floors; writes
 		VIRTUAL_ENV=$(PEERS) "$$UV" pip sync --quiet benchmarks/peers/requirements.txt
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-.PHONY: long-queue simulate
+.PHONY: long-queue simulate shares
+shares: sync ## Which process a task's CPU time goes to, under load
+	@$(BIN)/python -m benchmarks.shares
+
 long-queue: sync ## A million tasks in the plain moderator and store, beside an empty one (ARGS="--store postgres")
 	@$(BIN)/python -m benchmarks.long_queue $(ARGS)
 
