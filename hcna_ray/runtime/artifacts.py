@@ -47,8 +47,9 @@ from hcna_ray.store.factory import open_reader
 #: Names the store's directory, so that a worker can tell whether it sees the same one.
 _IDENTITY_FILE = "identity"
 _PART_TIMEOUT_S = 60.0
-#: How often M1 is asked about an artifact while it does not answer, and the pause in between.
-ASK_TRIES = 20
+#: How often M1 is asked about an artifact while it does not answer, and the pause in between: for
+#: so long that a worker out of contact is told to stop before an attempt fails for want of a file.
+ASK_TRIES = 120
 ASK_PAUSE_S = 1.0
 _PART_PREFIX = ".part-"
 #: A file that is still being fetched after this long was left behind by a process that died.

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hcna_ray.core.models import FailureKind, Needs, Outcome, TaskState, Token
+from hcna_ray.config import LimitSettings, Settings
+from hcna_ray.core.models import FailureKind, Needs, Outcome, Task, TaskState, Token
+from hcna_ray.runtime import artifacts
 from hcna_ray.runtime import host as host_module
+from hcna_ray.runtime.artifacts import ArtifactServer, WorkerArtifacts
 from hcna_ray.runtime.journal import RunnerFiles, process_birth, read_note
 from hcna_ray.runtime.messages import ReportKind
 from hcna_ray.runtime.output import output_file
@@ -89,6 +92,50 @@ async def test_what_an_attempt_prints_is_kept_beside_what_others_print(shop: Wor
     for name in ("t1", "t2"):
         kept = output_file(shop.outputs, name, Token(1, 1)).read_text().splitlines()
         assert sorted(kept) == ["an error", "by a child", f"printed by {name}", "written"]
+
+
+@pytest.mark.parametrize("place", ["m1", "w1"])
+async def test_files_are_read_by_tasks_of_whoever_has_them(
+    shop: Workshop, home: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """On M1's own machine, and where a copy is kept."""
+    limits = LimitSettings(disk_free_bytes_min=0)
+    m1, w1 = (Settings(home=home / name, limits=limits) for name in ("m1", "w1"))
+    server = ArtifactServer(m1, shop.desk.store.reader)
+
+    class Link:
+        """Calls M1 as the actor is called."""
+
+        def call(self, method: str, *args: object, timeout_s: float = 0.0) -> object:
+            return getattr(server, method)(*args)
+
+    monkeypatch.setattr(artifacts, "ActorLink", lambda _name: Link())
+    shop.artifacts = WorkerArtifacts(m1 if place == "m1" else w1)
+    shop.start_agent("a")
+
+    async def outcome(name: str, task_type: str, who: str, digest: str = "") -> Task:
+        payload = json.dumps({"artifact": digest}).encode()
+        shop.submit(name, task_type=task_type, payload=payload, principal=who, confined=True)
+        await shop.ended(name)
+        return shop.desk.task(name)
+
+    made = json.loads((await outcome("t1", "rig.make", "anna")).result or b"")
+    refused = []
+    for number, digest in enumerate((made["artifact"], made["other"])):
+        task = await outcome(f"b{number}", "rig.read", "ben", digest)
+        assert task.error is not None
+        assert task.error.type == "ArtifactNotFound"
+        refused.append(task.error.message.replace(digest, "N"))
+    assert refused[0] == refused[1]
+    assert refused[0].startswith("payload.artifact: there is no artifact 'N'")
+    for number in range(2):  # The second time from the copy, if there is one.
+        task = await outcome(f"a{number}", "rig.read", "anna", made["artifact"])
+        assert json.loads(task.result or b"") == {"text": "made here"}
+    assert (await outcome("b2", "rig.read", "ben", made["artifact"])).state is TaskState.FAILED
+    only = json.dumps({"artifact": made["artifact"]}).encode()
+    shop.submit("o1", task_type="rig.read", payload=only, principal="owner")
+    await shop.ended("o1")
+    assert shop.desk.task("o1").state is TaskState.COMPLETED
 
 
 async def test_a_flood_is_cut_and_holds_up_nobody(shop: Workshop) -> None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from hcna_ray import task
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.handlers import TaskContext
+from hcna_ray.handlers import Payload, TaskContext
 from hcna_ray.handlers.registry import AnyPayload
 
 RIG = Path(os.environ["HCNA_RIG"])
@@ -97,6 +97,27 @@ def flood(_payload: BaseModel, ctx: TaskContext) -> None:
     _note(ctx)
     while True:
         print("y" * 1000, end="")  # noqa: T201
+
+
+class FilePayload(Payload):
+    """Which artifact."""
+
+    artifact: str
+
+
+@task("rig.make", payload=AnyPayload)
+def make(_payload: BaseModel, ctx: TaskContext) -> dict[str, str]:
+    """Make an artifact, and return a digest that it has nothing to do with beside its own."""
+    path = ctx.scratch / "made"
+    path.write_bytes(b"made here")
+    return {"artifact": ctx.artifact(path).sha256, "other": "0" * 64}
+
+
+@task("rig.read", payload=FilePayload)
+def read(payload: FilePayload, ctx: TaskContext) -> dict[str, str]:
+    """Read an artifact."""
+    path = ctx.open_artifact(payload.artifact, field="payload.artifact")
+    return {"text": path.read_text()}
 
 
 @task("rig.exit", payload=AnyPayload)

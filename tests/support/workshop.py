@@ -34,6 +34,7 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.orders import OrderDesk, OrderGuard
 from hcna_ray.runtime.requests import Pending, Reports
+from hcna_ray.runtime.runner import ArtifactLink
 from hcna_ray.security.certs import ensure_ca
 from hcna_ray.security.orders import OrderSigner, OrderVerifier
 from tests.support.paper_worker import WAITING, Desk
@@ -104,7 +105,7 @@ class _Host:
             ),
             self,
             self.nursery,
-            NoArtifacts(),
+            shop.artifacts,
             SystemClock(),
         )
         self.crashed = False
@@ -164,6 +165,7 @@ class Workshop:
         self.reported: list[tuple[Report, ...]] = []
         self.hosts: dict[str, _Host] = {}
         self.attempts_max = 16
+        self.artifacts: ArtifactLink = NoArtifacts()
         self.away = False
         self.incarnation = ""
         self.agent: WorkerAgent | None = None
@@ -249,7 +251,9 @@ class Workshop:
                 "rig.exit",
                 "rig.family",
                 "rig.flood",
+                "rig.make",
                 "rig.print",
+                "rig.read",
                 "rig.stubborn",
             ),
             reports=reports,

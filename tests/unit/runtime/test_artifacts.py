@@ -384,6 +384,12 @@ def test_a_worker_that_does_not_say_for_whom_is_served_where_all_see_everything(
     for ask in (lambda: site.server.size(SHA), lambda: site.server.read(SHA, 0, 5)):
         with pytest.raises(HcnaError, match="upgrade hcna-ray on this worker"):
             ask()
+    # What it stores is nobody's in particular.
+    other = hashlib.sha256(b"other").hexdigest()
+    assert site.server.write(other, 5, 0, b"other") == 5
+    with pytest.raises(NotFound):
+        site.remote.get(other, site.attempt("a1", "anna"))
+    assert site.remote.get(other, HOUSE).read_bytes() == b"other"
 
 
 # -- the cache -------------------------------------------------------------------------------------
