@@ -138,7 +138,7 @@ def issue(
 @certs_app.command("list")
 def list_certs(as_json: AsJson = False) -> None:
     """List the authorities that count and every certificate that was given out."""
-    from hcna_ray.security.authority import list_issued, trusted
+    from hcna_ray.security.authority import is_rolling_over, list_issued, trusted
 
     directory = _m1_settings().cluster_dir
     with _trouble():
@@ -152,6 +152,8 @@ def list_certs(as_json: AsJson = False) -> None:
     out = paper()
     for each in authorities:
         out.print(f"authority {each['sha256']}  until {each['expires_at'][:10]}")
+    if is_rolling_over(directory):
+        talk().print("the older authority counts until: hcna certs rotate --finish")
     if not found:
         talk().print("no certificate was given out yet. Next: hcna up, or hcna certs init")
         return
@@ -300,6 +302,13 @@ def _asked_for(
     """Return kind, names and addresses of a certificate that is asked for."""
     from hcna_ray.supervisor.node_certs import names_of
 
+    if name.lower() in ("gate", "orders") or any(
+        f".{each.lower()}".endswith(".hcna.internal") for each in dns
+    ):
+        raise UsageProblem(
+            "names below hcna.internal are given by the cluster itself",
+            f"hcna certs issue {name} --dns another name",
+        )
     match kind:
         case "node":
             return "node", [*dns, *names_of(name, "")], [*addresses, "127.0.0.1", "::1"]

@@ -53,6 +53,7 @@ from hcna_ray.supervisor.gate_protocol import (
 from hcna_ray.supervisor.membership import Membership, node_id_for, read_members
 from hcna_ray.supervisor.ports import ray_tuning_hash, taken_ports
 from hcna_ray.supervisor.reach import Listeners, Reach, try_port, try_ports
+from hcna_ray.supervisor.rounds import Round, read_round
 from hcna_ray.supervisor.state import read_state, read_supervisor, recorded_process
 
 Level = Literal["ok", "warn", "fail"]
@@ -307,7 +308,7 @@ def judge_files(limit: int) -> Check:
     return Check(id="open files", level="ok", found=f"{limit} at most")
 
 
-def judge_member(beat: MemberBeat) -> Check:
+def judge_member(beat: MemberBeat, current: Round | None = None) -> Check:
     """How a member of this M1 is."""
     name, where = f"member {beat.name}", f"{beat.hostname} at {beat.address}"
     if beat.last_beat_age_s is None or beat.last_beat_age_s > BEAT_WARN_S:
@@ -330,6 +331,13 @@ def judge_member(beat: MemberBeat) -> Check:
     clock = judge_clock(beat.clock_skew_s or 0.0)
     if clock.level != "ok":
         return Check(id=name, level=clock.level, found=f"{where}: {clock.found}", fix=clock.fix)
+    if current is not None and not current.pending and beat.round != current.number:
+        return Check(
+            id=name,
+            level="warn",
+            found=f"{where}: has not taken over the last certificates and token yet",
+            fix=f"see why in logs/supervisor.log of {beat.name}, or there: hcna down && hcna up",
+        )
     return Check(id=name, level="ok", found=f"{where}: heard {beat.last_beat_age_s:.1f} s ago")
 
 
@@ -786,8 +794,9 @@ def _heard_of_members(settings: Settings) -> Iterator[Check]:
             id="gate", level="fail", found=f"does not answer: {error}", fix="hcna down && hcna up"
         )
         return
+    current = read_round(settings.cluster_dir)
     for beat in beats:
-        yield judge_member(beat)
+        yield judge_member(beat, current)
 
 
 def ask_members(settings: Settings) -> list[MemberBeat]:

@@ -241,8 +241,8 @@ class Supervisor:
     #: Until when the members are waited for.
     _round_until: float = 0.0
     _next_follow_at: float = 0.0
-    #: The last answer of M1 that was followed.
-    _followed: Mapping[str, Any] | None = None
+    #: What M1 answered to the beats up to this one has been followed, or knows nothing of it.
+    _followed: int = 0
     _written: dict[str, Any] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
@@ -451,7 +451,7 @@ class Supervisor:
         try:
             take_over(self.settings.cluster_dir, self.settings.keys_dir)
         except (HcnaError, OSError) as error:  # A full disk: again in a moment, with the old ones.
-            self._next_follow_at = now + _FOLLOW_S
+            self._next_follow_at = head.not_before = now + _FOLLOW_S
             self.log.error(str(error), extra={"action": "credentials.trouble"})
             return
         self._round_until = 0.0
@@ -462,20 +462,22 @@ class Supervisor:
 
     def _follow(self, told: Mapping[str, Any], now: float) -> None:
         """On a member: take over what M1's gate says is new."""
-        number = told.get("round")
-        if told is self._followed or not isinstance(number, int) or now < self._next_follow_at:
+        assert self.contact is not None
+        number, beat = told.get("round"), int(told.get("beat", 0))
+        if beat <= self._followed or not isinstance(number, int) or now < self._next_follow_at:
             return
         directory = self.settings.cluster_dir
         behind = number != read_round(directory).number or told.get("stale") is True
         believed, counting = trust_digest(directory), told.get("trust")
         # Where there is none yet one is asked for before Ray starts.
         others = bool(believed) and counting not in (None, "", believed)
+        wanted = behind or others or told.get("renew") is True
         try:
-            if behind or others or told.get("renew") is True:
+            if wanted:
                 self._next_follow_at = now + _FOLLOW_S
             if behind:
                 self._take_credentials(number)
-            elif others or told.get("renew") is True:
+            elif wanted:
 
                 def taken(answer: Mapping[str, Any]) -> None:
                     # Only now: a worker that cannot have another one goes on with the one it has.
@@ -485,7 +487,8 @@ class Supervisor:
                     self._stop_worker("this machine's worker starts again with a new certificate")
 
                 self._certify(anew=True, on_answer=taken)
-            self._followed = told
+            # It took a while, and M1 has answered meanwhile to what is no longer so.
+            self._followed = self.contact.begun if wanted else beat
         except (HcnaError, OSError) as error:
             self.log.error(str(error), extra={"action": "credentials.trouble"})
 

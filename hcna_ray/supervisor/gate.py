@@ -74,8 +74,8 @@ from hcna_ray.supervisor.rounds import (
     REASONS,
     RoundRefused,
     begin,
+    expected_token_digest,
     read_round,
-    token_digest,
     token_for_members,
 )
 
@@ -636,10 +636,9 @@ class Gate:
 
         After a restore on M1 the numbers begin again at those of the backup.
         """
-        if not token:
-            return False
         settings = self.settings
-        return token != token_digest(token_for_members(settings.cluster_dir, settings.keys_dir))
+        expected = expected_token_digest(settings.cluster_dir, settings.keys_dir)
+        return "" not in (token, expected) and token != expected
 
     def _note(self, member: Member, beat: _Beat) -> None:
         if beat.same_ray_settings:

@@ -415,6 +415,7 @@ class Contact:
         self._thread: threading.Thread | None = None
         #: The channel was opened with what was believed before.
         self._stale = False
+        self._begun = 0
         self._order: str | None = None
         self._last_ok: float | None = None
         self._facts: Json = {}
@@ -432,8 +433,16 @@ class Contact:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The last answer: ``ray_address``, ``seen_address``, ``m1_addresses``, ``time``, ..."""
+        """The last answer: ``ray_address``, ``seen_address``, ``m1_addresses``, ``time``, ...
+
+        ``beat`` is the number of the beat that it answers, see `begun`.
+        """
         return self._facts
+
+    @property
+    def begun(self) -> int:
+        """How many beats have begun: their answers may know nothing of what was done since."""
+        return self._begun
 
     @property
     def trouble(self) -> str:
@@ -457,6 +466,7 @@ class Contact:
         if self._stale:
             self._stale = False
             self.close()
+        self._begun += 1  # Before it looks at any file.
         body: Json = {
             "time": time.time(),
             "ray_tuning_hash": ray_tuning_hash(),
@@ -487,7 +497,7 @@ class Contact:
                 attempts.append(_attempt_of_member(address, error))
                 self._channel = None
                 continue
-            self._answered(answer)
+            self._answered({**answer, "beat": self._begun})
             return True
         self._silent(attempts)
         return False

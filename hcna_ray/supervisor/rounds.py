@@ -171,6 +171,20 @@ def held_token_digest(keys_dir: Path) -> str:
         return ""
 
 
+def expected_token_digest(cluster_dir: Path, keys_dir: Path) -> str:
+    """Return the digest of what `token_for_members` returns, '' if there is none yet.
+
+    Without waiting for whoever holds the lock: whenever it looks, it finds the one or the other.
+    """
+    try:
+        if read_round(cluster_dir).pending:
+            following = (keys_dir / "ray.token.next").read_text(encoding="ascii")
+            return token_digest(following.strip())
+    except (OSError, ValueError):
+        pass  # It was taken over just now.
+    return held_token_digest(keys_dir)
+
+
 def token_for_members(cluster_dir: Path, keys_dir: Path) -> str:
     """Return the token that a member needs: that of the round under way, if there is one."""
     with locked_dir(cluster_dir):

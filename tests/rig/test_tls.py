@@ -15,7 +15,7 @@ from tests.rig.computer import HOME, PYTHON, Computer, eventually, measured
 from tests.support.rig import Host
 from tests.support.rig.testing import rig_for_tests
 
-#: Ray restarts six times.
+#: Ray restarts eight times.
 pytestmark = pytest.mark.drill
 
 DATA = Path(__file__).parent / "data"
@@ -151,7 +151,7 @@ def test_rotation_under_load_loses_nothing(computer: Computer, people: dict[str,
         out, _ = load.communicate(timeout=180)
     finally:
         Host.end(load)
-    ids = json.loads(out)
+    ids = json.loads(out.splitlines()[-1])
     for task_id in ids:
         computer.completed(task_id, 60)
     ends = computer.ends()
@@ -164,7 +164,26 @@ def test_rotation_under_load_loses_nothing(computer: Computer, people: dict[str,
     call = f"{PYTHON} /root/no_token.py {computer.m1.address}:6379 {HOME}/cluster"
     assert one.sh(f"{call} {before['keys/ray.token'].strip()}").out.strip() == "UNAUTHENTICATED"
     assert one.sh(f"{call} {one.read(f'{HOME}/keys/ray.token').strip()}").out.strip() == "answered"
+    # M1 signs its orders under the new authority, and W1 believes them.
+    long = computer.submit("sleep", {"seconds": 120}, requires={"worker": "W1"})
+    eventually(lambda: computer.task(long)["status"] == "running", 30, "the task runs")
+    assert computer.api("POST", f"/tasks/{long}/cancel")[0] in (200, 202)
+    eventually(lambda: computer.task(long)["status"] == "cancelled", 30, "it is cancelled")
     measured(f"{len(ids)} tasks submitted during three restarts with other credentials: 0 lost")
+
+
+def test_a_machine_that_missed_a_change_of_the_authority_joins_again(computer: Computer) -> None:
+    computer.hcna("w1", "down")
+    away = computer.hcna("m1", "certs rotate --ca", timeout_s=300)
+    assert "W1 was away" in away.err
+    computer.hcna("m1", "certs rotate --finish --force", timeout_s=300)
+
+    told = computer.hcna("w1", "doctor", check=False)
+    assert "hcna join with a new code" in told.err
+
+    computer.join("w1")
+    eventually(lambda: computer.state_of("W1") == "online", 60, "W1 online")
+    computer.works("W1", 60)
 
 
 def test_revoked_access_ends_within_a_minute(computer: Computer) -> None:

@@ -178,12 +178,33 @@ def test_a_member_that_nobody_can_ask_keeps_the_old_authority(hcna: Hcna, cluste
     assert ran.code == 0
     assert "W2 was away and knows only the old authority" in ran.err
     assert len(hcna("certs", "list", "--json").json["authorities"]) == 2
+    assert "the older authority counts until: hcna certs rotate" in hcna("certs", "list").err
     refused = hcna("certs", "rotate", "--finish")
     assert refused.code == 4
     assert "M1 is down, so nobody can say" in refused.err
     assert hcna("certs", "rotate", "--ca").code == 4
     assert hcna("certs", "rotate", "--finish", "--force").code == 0
     assert len(hcna("certs", "list", "--json").json["authorities"]) == 1
+    assert "--finish" not in hcna("certs", "list").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["orders", "--kind", "server", "--dns", "x"],
+        ["gate"],
+        ["x", "--dns", "Orders.hcna.internal"],
+        ["x", "--dns", "hcna.internal"],
+        ["x", "--dns", "*.hcna.internal"],
+    ],
+)
+def test_nobody_gets_the_names_of_m1s_gate_and_orders(
+    hcna: Hcna, cluster: Path, words: list[str]
+) -> None:
+    ran = hcna("certs", "issue", *words)
+
+    assert ran.code == 2
+    assert "given by the cluster itself" in ran.err
 
 
 @pytest.mark.parametrize(

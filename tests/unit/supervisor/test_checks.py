@@ -58,6 +58,7 @@ from hcna_ray.supervisor.membership import Membership, remove_member, write_memb
 from hcna_ray.supervisor.node_certs import ensure_m1_node
 from hcna_ray.supervisor.processes import identify
 from hcna_ray.supervisor.reach import Listeners, Reach, explain, try_port
+from hcna_ray.supervisor.rounds import Round
 from hcna_ray.supervisor.state import write_state, write_supervisor
 from tests.support.gates import GateRig, answering, free_port, membership_of, serving
 
@@ -220,6 +221,10 @@ def test_how_a_member_is() -> None:
     assert judge_member(replace(beat, same_ray_settings=False)).level == "fail"
     assert judge_member(replace(beat, clock_skew_s=-5.0)).level == "warn"
     assert judge_member(replace(beat, clock_skew_s=None)).level == "ok"
+    behind = judge_member(replace(beat, round=1), Round(number=2))
+    assert (behind.level, "logs/supervisor.log of " in behind.fix) == ("warn", True)
+    assert judge_member(replace(beat, round=2), Round(number=2)).level == "ok"
+    assert judge_member(replace(beat, round=1), Round(number=2, pending=True)).level == "ok"
 
 
 # -- firewalls -------------------------------------------------------------------------------------

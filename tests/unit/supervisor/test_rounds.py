@@ -541,6 +541,39 @@ class TestMember:
         assert at_stop == [before]
         assert own_serial(w1.cluster_dir) != before
 
+    @pytest.mark.parametrize("what", ["node", "token"])
+    def test_what_m1_says_meanwhile_is_not_followed_twice(
+        self,
+        rig: GateRig,
+        owner: str,
+        w1: Settings,
+        member: Supervisor,
+        monkeypatch: pytest.MonkeyPatch,
+        what: str,
+    ) -> None:
+        """To end a worker takes seconds; the beats go on, and tell of what is on the disk."""
+        contact = member.contact
+        assert contact is not None
+        with running(member, monkeypatch, "worker"):
+            member._certify()
+            self.beat(member)
+            stops: list[str] = []
+
+            def stop_worker(self: Supervisor, why: str) -> None:
+                stops.append(why)
+                assert contact.beat()
+
+            monkeypatch.setattr(Supervisor, "_stop_worker", stop_worker)
+            rig.post("/v1/rotate", owner, what=what, name="W1")
+            self.beat(member)
+            serial = own_serial(w1.cluster_dir)
+            for later in (10.0, 20.0):
+                member._follow(contact.facts, member.monotonic() + later)
+                assert contact.beat()
+        assert len(stops) == 1
+        assert own_serial(w1.cluster_dir) == serial
+        assert contact.facts["renew"] is contact.facts["stale"] is False
+
     def test_authorities_that_are_not_named_stop_no_worker(
         self, rig: GateRig, member: Supervisor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
