@@ -15,8 +15,8 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-rig fuzz faults soak bench bench-lock tls-cost seeded-bugs lint types format docs \
-	lock clean
+	test-integration test-page test-rig fuzz audit faults soak bench bench-lock tls-cost seeded-bugs lint types format \
+	docs lock clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,12 +58,19 @@ test-integration: sync ## Tests and notebooks against a real cluster
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) integration
 
+test-page: sync ## The page at /ui in Chromium; screenshots to build/page
+	@scripts/system_packages.sh
+	@$(RUN_TESTS) page
+
 test-rig: sync ## Joining, failing and coming back on separate hosts inside this machine, in full (root)
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) --all rig
 
 fuzz: sync ## Schemathesis against the OpenAPI that C1 serves, 500 requests an operation and caller
 	@$(RUN_TESTS) --all fuzz
+
+audit: sync ## Known vulnerabilities of the locked packages (asks the Python package index; see scripts/)
+	@$(FIND_UV) $(BIN)/python scripts/audit_packages.py $(ARGS)
 
 faults: sync ## The fault programme (hours; resumes where it stopped), its table to docs/RELIABILITY.md
 	@scripts/system_packages.sh
@@ -81,9 +88,13 @@ bench: sync ## Measure beside Celery, Procrastinate, Dask and the floors; writes
 		VIRTUAL_ENV=$(PEERS) "$$UV" pip sync --quiet benchmarks/peers/requirements.txt
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-.PHONY: long-queue simulate shares
+.PHONY: long-queue simulate shares follow
 shares: sync ## Which process a task's CPU time goes to, under load
 	@$(BIN)/python -m benchmarks.shares
+
+follow: sync ## 200 clients follow events for a minute while the moderator restarts; one does not read
+	@HCNA_TEST_FOLLOWERS=200 HCNA_TEST_FOLLOWED_TASKS=1200 $(BIN)/python -m pytest -q \
+		tests/integration/test_events_live.py $(ARGS)
 
 long-queue: sync ## A million tasks in the plain moderator and store, beside an empty one (ARGS="--store postgres")
 	@$(BIN)/python -m benchmarks.long_queue $(ARGS)
@@ -116,6 +127,8 @@ format: sync ## Let Ruff sort imports and format
 
 docs: sync ## Write the generated pages of docs/ anew
 	@$(BIN)/python scripts/generate_reference.py
+	@$(BIN)/python scripts/generate_llms.py
+	@$(BIN)/python scripts/build_dashboards.py
 
 lock: ## Resolve the dependencies anew into uv.lock
 	@$(FIND_UV) "$$UV" lock --upgrade

@@ -20,7 +20,7 @@ from hcna_ray.api.admission import BATCHES_MAX
 from hcna_ray.api.app import build_app
 from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.api.ids import UlidIds
-from hcna_ray.api.ports import ModeratorPort
+from hcna_ray.api.ports import ModeratorPort, Outputs
 from hcna_ray.config import Settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.models import TaskState
@@ -63,6 +63,7 @@ class Bench:
             registry=load_registry(),
             keys=FileKeyRing(settings.keys_dir, self._clock),
             artifacts=cast(ArtifactStore, None),
+            outputs=cast(Outputs, None),
             settings=settings,
             clock=self._clock,
             ids=UlidIds(),
@@ -86,7 +87,11 @@ class Bench:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        headers = {"authorization": f"Bearer {self._key}", "content-length": str(len(body))}
+        headers = {
+            "host": "localhost",
+            "authorization": f"Bearer {self._key}",
+            "content-length": str(len(body)),
+        }
         scope = {
             "type": "http",
             "method": "POST",

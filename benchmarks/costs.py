@@ -1,12 +1,15 @@
 """What batches of the real moderator cost on this machine, for `benchmarks.simulation`.
 
 CPU time of many batches on a SQLite store, each with a known number of accepted, granted and ended
-tasks and of exchanges: a least-squares fit says what each of them takes.
+tasks and of exchanges: a least-squares fit says what each of them takes. Batches of every kind are
+among them, so that the parts can be told apart: that accept and grant, that accept alone, that end
+and grant, that end alone; with slots that take one task at a time, and with slots that take many.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
@@ -15,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.crowd import CpuClock, Crowd, plain_specs
 from benchmarks.simulation import Costs
-from hcna_ray.core.models import TaskState
+from hcna_ray.core.models import TaskSpec, TaskState
 from hcna_ray.runtime.messages import Exchange, Grant, SubmitBatch
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
@@ -53,7 +56,14 @@ class Scales:
         return outbound
 
 
-def measured(given: Costs, *, workers: int = 200, rounds: int = 60) -> Costs:
+#: Type of task, and how long one takes: of the second a slot takes one at a time.
+KINDS = (("echo", 1.0), ("resize", 40.0))
+#: Tasks of a batch of submits, and slots of a batch of exchanges.
+SUBMITS = (1, 8, 64, 100)
+EXCHANGES = (1, 3, 10, 30)
+
+
+def measured(given: Costs, *, workers: int = 100, rounds: int = 40) -> Costs:
     """Return the costs with those of batches, heartbeats and fsync as they are here."""
     with tempfile.TemporaryDirectory() as folder:
         store = SqliteTaskStore(Path(folder) / "queue.db")
@@ -68,19 +78,35 @@ def measured(given: Costs, *, workers: int = 200, rounds: int = 60) -> Costs:
         scales = Scales(moderator)
         crowd = Crowd(moderator, clock, workers=workers, slots_each=2, apply=scales.apply)
         crowd.join()
-        number = 0
-        for turn in range(rounds + 10):
-            if turn == 10:  # The first ones warm up.
+        numbers = itertools.count()
+
+        def submit(kind: str, count: int) -> None:
+            names = [next(numbers) for _ in range(count)]
+            now = clock.now()
+            crowd.submit_each([dataclasses.replace(_spec(n, now), task_type=kind) for n in names])
+
+        def drain() -> None:
+            while crowd.talking:
+                crowd.talk(30)
+
+        drain()
+        for turn in range(rounds + 6):
+            if turn == 6:  # The first ones warm up.
                 scales.rows.clear()
                 scales.walls.clear()
-            for size in (1, 8, 64, 200):
-                specs = list(plain_specs(number, size, now=clock.now()))
-                number += size
-                crowd.submit_each(specs)
-            for at_once in (1, 3, 10, 30):
-                crowd.talk(at_once)
-            while len(crowd.talking) > 60:
-                crowd.talk(30)
+            kind, crowd.duration_ms = KINDS[turn % len(KINDS)]
+            for size in SUBMITS:  # Every slot is idle: what is accepted is granted.
+                submit(kind, size)
+            for slots in EXCHANGES:  # Nothing waits: what ends makes room for nothing.
+                crowd.talk(slots)
+            drain()
+            while crowd.parked:
+                submit(kind, crowd.parked)
+            for size in SUBMITS:  # Every slot is busy: it is accepted, and waits.
+                submit(kind, size)
+            for slots in EXCHANGES:  # What ends makes room for what waits.
+                crowd.talk(slots)
+            drain()
         beats = []
         for _ in range(5):
             begun = time.process_time()
@@ -93,6 +119,10 @@ def measured(given: Costs, *, workers: int = 200, rounds: int = 60) -> Costs:
     return dataclasses.replace(
         given, heartbeat=statistics.median(beats), fsync=max(waits, 1e-5), **found
     )
+
+
+def _spec(number: int, now: float) -> TaskSpec:
+    return next(plain_specs(number, 1, now=now))
 
 
 def fitted(rows: Sequence[tuple[Sequence[float], float]]) -> list[float]:

@@ -164,6 +164,11 @@ class Crowd:
             )
             self.talking.extend(Slot(name, slot) for slot in range(self.slots_each))
 
+    @property
+    def parked(self) -> int:
+        """How many slots wait for work."""
+        return len(self._open)
+
     def beat(self) -> None:
         """Renew every session, in one batch."""
         self.beaten = self.clock.elapsed()

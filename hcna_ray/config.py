@@ -12,6 +12,7 @@ which add ``ports.offset``: a second instance beside the first needs only anothe
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -70,6 +72,27 @@ Host = Annotated[
 ]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}$")]
 
+
+def _word_of_a_switch(value: Any) -> Any:
+    """Return the word that was meant: YAML takes a bare ``on`` for true and ``off`` for false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_of_a_switch)]
+
+
+def _check_network(value: str) -> str:
+    try:
+        return str(ipaddress.ip_network(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} is no network such as 192.168.1.0/24") from error
+
+
+HookHost = Annotated[
+    str,
+    StringConstraints(max_length=253, pattern=r"^(\*\.)?[a-z0-9_]([a-z0-9_.:\-]*[a-z0-9_])?$"),
+]
+HookNetwork = Annotated[str, StringConstraints(max_length=100), AfterValidator(_check_network)]
 
 #: Ways to write that a store is a PostgreSQL server.
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
@@ -177,25 +200,71 @@ class CompositeSecuritySettings(_Section):
     """Encryption of the public API."""
 
     enable_tls: bool = Field(
-        default=False, description="Serve HTTPS. Without it a public address is not bound."
+        default=False,
+        description="Serve HTTPS. Without it nothing starts with a public listen_address.",
     )
-    cert_path: Path | None = Field(default=None, description="Certificate of the API (PEM).")
-    key_path: Path | None = Field(default=None, description="Private key of the API (PEM).")
+    cert_path: Path | None = Field(
+        default=None,
+        description="Certificate of the API (PEM); without it the cluster's authority gives one.",
+    )
+    key_path: Path | None = Field(
+        default=None, description="Private key of the API (PEM, mode 0600)."
+    )
     ca_path: Path | None = Field(
-        default=None, description="Authority whose client certificates are accepted, if any."
+        default=None,
+        description="Authority whose client certificates are accepted: who shows one must show a "
+        "good one. With enable_mtls, and without this path, the cluster's own.",
     )
     enable_mtls: bool = Field(
         default=False, description="Demand a client certificate on the public API."
     )
 
     @model_validator(mode="after")
-    def _tls_needs_its_files(self) -> Self:
-        missing = [n for n in ("cert_path", "key_path") if getattr(self, n) is None]
-        if self.enable_tls and missing:
-            raise ValueError(f"enable_tls needs {', '.join(missing)} too")
-        if self.enable_mtls and (not self.enable_tls or self.ca_path is None):
-            raise ValueError("enable_mtls needs enable_tls and ca_path too")
+    def _files_belong_together(self) -> Self:
+        if (self.cert_path is None) != (self.key_path is None):
+            missing = "cert_path" if self.cert_path is None else "key_path"
+            raise ValueError(f"a certificate of your own needs {missing} too")
+        if self.enable_mtls and not self.enable_tls:
+            raise ValueError("enable_mtls needs enable_tls: true too")
         return self
+
+
+class EdgeSettings(_Section):
+    """C1's entrance with TLS (``enable_tls``): what one address may do, and how slowly."""
+
+    address_requests_per_s: int = Field(
+        default=500,
+        ge=0,
+        le=1_000_000,
+        description="Requests a second from one address, over ten seconds; 0: no bound.",
+    )
+    address_connections_max: int = Field(
+        default=512, ge=1, le=1_000_000, description="Connections at once from one address."
+    )
+    head_s: float = Field(
+        default=10.0,
+        ge=1,
+        le=300,
+        description="A request's head arrives within this, and a small body once more.",
+    )
+    silent_s: float = Field(
+        default=30.0,
+        ge=1,
+        le=3600,
+        description="Whoever neither sends nor takes anything for this long is cut off.",
+    )
+    idle_s: float = Field(
+        default=60.0, ge=0.1, le=3600, description="A connection stays open between two requests."
+    )
+    hsts_s: int = Field(
+        default=365 * 86400,
+        ge=0,
+        le=10 * 365 * 86400,
+        description="Browsers that were here use HTTPS alone for this long; 0: not told.",
+    )
+    access_log: bool = Field(
+        default=True, description="A line about each request in logs/edge.log (JSON)."
+    )
 
 
 class NodeAddress(_Section):
@@ -252,7 +321,8 @@ class ModeratorSettings(_Section):
         default=LOOPBACK, description="Address for the control plane; public only with mTLS."
     )
     control_port: Port = Field(
-        default=8443, description="Control edge: /admin/*, /metrics and /health. Shifted by offset."
+        default=8443,
+        description="Control edge: /admin/*, /metrics, its targets, /health. Shifted by offset.",
     )
     local_worker: Literal["auto", "always", "never"] = Field(
         default="auto",
@@ -337,6 +407,15 @@ class CompositeSettings(_Section):
     )
     security: CompositeSecuritySettings = Field(
         default_factory=CompositeSecuritySettings, description="TLS of the API."
+    )
+    hosts: tuple[Host, ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names and addresses by which C1 is called besides those of this machine: in "
+        "its certificate, in Host, and as the origin of pages that may use it.",
+    )
+    edge: EdgeSettings = Field(
+        default_factory=EdgeSettings, description="Bounds of the entrance with TLS."
     )
 
     @property
@@ -504,6 +583,15 @@ class LimitSettings(_Section):
     waits_max: int = Field(
         default=5000, ge=1, le=100_000, description="Requests that wait for a task in a replica."
     )
+    streams_max: int = Field(
+        default=1000, ge=1, le=100_000, description="Streams of events and logs in a replica."
+    )
+    stream_s_max: float = Field(
+        default=900.0, gt=0, le=86400, description="A stream is ended then; clients come again."
+    )
+    stream_send_s_max: float = Field(
+        default=10.0, gt=0, le=300, description="A stream that is not read for so long is cut."
+    )
     wait_s_max: float = Field(default=60.0, gt=0, le=3600, description="Longest wait of a request.")
     wait_ids_max: int = Field(
         default=10_000, ge=1, le=1_000_000, description="Task ids in one POST /tasks/wait."
@@ -583,6 +671,43 @@ class RetrySettings(_Section):
         return self
 
 
+class WebhookSettings(_Section):
+    """Where M1 may send the reports that submitters ask for (``webhook`` of a task), and how often.
+
+    By default any host of the open network, over HTTPS on port 443, and nothing else.
+    """
+
+    hosts: tuple[HookHost, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="Only to these hosts; *.example.org means all below. None named: to any.",
+    )
+    networks: tuple[HookNetwork, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="Private networks that are allowed all the same, such as 192.168.1.0/24.",
+    )
+    ports: tuple[Port, ...] = Field(
+        default=(), max_length=1000, description="Ports beside 443 (and 80 with plain_http)."
+    )
+    plain_http: bool = Field(default=False, description="Also http://, which anybody can read.")
+    ca_path: Path | None = Field(
+        default=None, description="Authority (PEM) that is trusted beside those of the machine."
+    )
+    timeout_s: float = Field(
+        default=10.0, gt=0, le=300, description="A receiver that has not answered then has failed."
+    )
+    backoff_s: tuple[Annotated[float, Field(ge=0, le=30 * 86400)], ...] = Field(
+        default=(5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0),
+        max_length=100,
+        description="Pauses between the tries; after the last one it is given up.",
+    )
+    at_once: int = Field(default=16, ge=1, le=1000, description="Reports on their way at once.")
+    at_once_to_one: int = Field(
+        default=4, ge=1, le=1000, description="Of these, to one host and port."
+    )
+
+
 class PortSettings(_Section):
     """Every port of Ray and Serve, pinned, so that a firewall can name them.
 
@@ -616,12 +741,17 @@ class PortSettings(_Section):
     serve_grpc: Port = Field(default=10031, description="Serve's gRPC proxy, unused.")
     haproxy_stats: Port = Field(default=10032, description="Statistics page of Serve's HAProxy.")
     haproxy_metrics: Port = Field(default=10033, description="Prometheus page of Serve's HAProxy.")
+    serve_http: Port = Field(
+        default=10034, description="C1 behind its edge, with composite.security.enable_tls alone."
+    )
 
     gate: Port = Field(default=10040, description="M1's gate: where machines join (TLS).")
 
     replica_http_min: Port = Field(default=10100, description="First port of C1's replicas.")
     replica_http_max: Port = Field(default=10149, description="Last port of C1's replicas.")
-    replica_grpc_min: Port = Field(default=10150, description="First gRPC port of replicas.")
+    replica_grpc_min: Port = Field(
+        default=10150, description="First gRPC port of replicas: calls among them, under TLS."
+    )
     replica_grpc_max: Port = Field(default=10199, description="Last gRPC port of replicas.")
     head_processes_min: Port = Field(default=10200, description="First port of M1's processes.")
     head_processes_max: Port = Field(default=10399, description="Last port of M1's processes.")
@@ -655,7 +785,7 @@ class StoreSettings(_Section):
 
 
 class RaySettings(_Section):
-    """How much memory Ray may take and how fast the supervisor acts."""
+    """How much memory Ray may take, who reaches it, and how fast the supervisor acts."""
 
     object_store_bytes: int | None = Field(
         default=None,
@@ -669,6 +799,11 @@ class RaySettings(_Section):
     node_address: Host | None = Field(
         default=None,
         description="Address of this machine for the others; default that of the route to them.",
+    )
+    firewall: Switch = Field(
+        default="auto",
+        description="Rules for nftables by which only the cluster's machines reach Ray's ports. "
+        "auto: where hcna may (root, and nft is there); on: or it does not start; off: none.",
     )
     profile: Literal["standard", "tiny"] = Field(
         default="standard",
@@ -714,6 +849,55 @@ class RaySettings(_Section):
         return not self.is_tiny if self.dashboard is None else self.dashboard
 
 
+def _check_endpoint(value: str) -> str:
+    """Refuse what cannot be meant: the path of the traces is added, and secrets have a file."""
+    _, _, rest = value.partition("://")
+    place = rest.partition("/")[0]
+    if not place or any(letter in rest for letter in "@?#") or any(c <= " " for c in rest):
+        raise ValueError("must be http://host:port or https://host:port, without credentials")
+    return value.rstrip("/").removesuffix("/v1/traces")
+
+
+OtlpEndpoint = Annotated[
+    str,
+    StringConstraints(max_length=2048, pattern=r"^https?://"),
+    AfterValidator(_check_endpoint),
+]
+
+
+class TracingSettings(_Section):
+    """Spans of tasks, sent by OTLP to an OpenTelemetry collector. Off without an endpoint."""
+
+    endpoint: OtlpEndpoint | None = Field(
+        default=None,
+        description="Collector for OTLP over HTTP, such as http://127.0.0.1:4318; /v1/traces is "
+        "added. Machines that join take M1's unless they name their own. Without it: no spans.",
+    )
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the traces that begin at C1 and are recorded. Where a client sends a "
+        "traceparent, its sampled flag decides.",
+    )
+    spool_bytes: int = Field(
+        default=64 * MIB,
+        ge=MIB,
+        le=64 * GIB,
+        description="Spans kept on each machine's disk until the collector takes them; beyond "
+        "this the oldest go.",
+    )
+    headers_file: Path | None = Field(
+        default=None,
+        description="File (mode 0600) with a header a line, such as Authorization: Bearer ..., "
+        "sent to the collector.",
+    )
+    ca_path: Path | None = Field(
+        default=None,
+        description="Authority (PEM) of the collector's certificate; default the system's.",
+    )
+
+
 def _default_home() -> Path:
     return Path("~/.hcna").expanduser()
 
@@ -734,9 +918,13 @@ class Settings(_Section):
     slots: SlotSettings = Field(default_factory=SlotSettings, description="Slots.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Bounds.")
     retry: RetrySettings = Field(default_factory=RetrySettings, description="Default retries.")
+    webhooks: WebhookSettings = Field(
+        default_factory=WebhookSettings, description="Reports that tasks ask for."
+    )
     ports: PortSettings = Field(default_factory=PortSettings, description="Pinned ports.")
     store: StoreSettings = Field(default_factory=StoreSettings, description="The task store.")
     ray: RaySettings = Field(default_factory=RaySettings, description="Ray on this machine.")
+    tracing: TracingSettings = Field(default_factory=TracingSettings, description="Traces.")
 
     @model_validator(mode="after")
     def _every_port_is_used_once(self) -> Self:
@@ -790,9 +978,28 @@ class Settings(_Section):
         return self.worker.worker_port + self.ports.offset
 
     @property
+    def has_edge(self) -> bool:
+        """Whether an edge with TLS stands before C1."""
+        return self.composite.security.enable_tls
+
+    @property
     def api_host(self) -> str:
-        """Address that C1 really binds: a loopback one as long as nothing encrypts the API."""
+        """Address that C1 really binds: a loopback one as long as nothing encrypts the API.
+
+        `check_start` refuses any other one before; this holds whoever forgets to ask it.
+        """
+        asked = self.composite.listen_address
+        return asked if self.has_edge else _bindable(asked)
+
+    @property
+    def serve_host(self) -> str:
+        """Loopback address on which Serve listens for C1, in clear."""
         return _bindable(self.composite.listen_address)
+
+    @property
+    def serve_port(self) -> int:
+        """Port on which Serve listens for C1: C1's own, or the one behind the edge."""
+        return self.port("serve_http") if self.has_edge else self.api_port
 
     @property
     def control_host(self) -> str:
@@ -802,7 +1009,7 @@ class Settings(_Section):
     @property
     def is_public(self) -> bool:
         """Whether C1 is bound to an address that other machines can reach."""
-        return not all(host.startswith("127.") for host in (self.api_host, self.control_host))
+        return not all(map(is_loopback, (self.api_host, self.control_host)))
 
     @property
     def worker_host(self) -> str:
@@ -817,7 +1024,21 @@ class Settings(_Section):
     @property
     def api_url(self) -> str:
         """URL of C1 for a client on this machine."""
-        return f"http://{LOOPBACK}:{self.api_port}"
+        return f"http://{self.serve_host}:{self.serve_port}"
+
+    def public_url(self, hostname: str) -> str:
+        """URL of C1 for clients on other machines; that for this machine's if nobody else can.
+
+        Args:
+            hostname: What to call this machine where the settings give it no name.
+        """
+        if not self.has_edge:
+            return self.api_url
+        asked, names = self.composite.listen_address, self.composite.hosts
+        name = names[0] if names else asked
+        if name in ("0.0.0.0", "::"):
+            name = hostname
+        return f"https://{f'[{name}]' if ':' in name else name}:{self.api_port}"
 
     @property
     def control_url(self) -> str:
@@ -888,6 +1109,11 @@ class Settings(_Section):
         return self.home / "outbox" / self.worker.name
 
     @property
+    def traces_dir(self) -> Path:
+        """Spans that wait for the collector."""
+        return self.home / "traces"
+
+    @property
     def data_dir(self) -> Path:
         """Directory below which handlers may read and write files by path."""
         return self.worker.resources.disk_path or self.home / "data"
@@ -906,17 +1132,11 @@ class Settings(_Section):
                     f"there, so only {used}:{port} is bound; from another machine use: "
                     f"ssh -L {port}:{used}:{port} <this machine>"
                 )
-        asked, used, port = self.composite.listen_address, self.api_host, self.api_port
-        forward = f"ssh -L {port}:{used}:{port} <this machine>"
-        if self.composite.security.enable_tls:
+        asked, used = self.composite.listen_address, self.api_host
+        if is_loopback(asked) and asked not in (used, "localhost"):
             found.append(
-                "composite.security.enable_tls is true, but this version encrypts nothing there "
-                f"yet: only {used}:{port} is bound; from another machine use: {forward}"
-            )
-        elif asked not in (used, "localhost"):
-            found.append(
-                f"composite.listen_address is {asked} without composite.security.enable_tls, "
-                f"so only {used}:{port} is bound; from another machine use: {forward}"
+                f"composite.listen_address is {asked}, but without composite.security.enable_tls "
+                f"{used}:{self.api_port} is bound"
             )
         if self._store_in_clear():
             found.append(
@@ -925,6 +1145,25 @@ class Settings(_Section):
                 "append ?sslmode=verify-full"
             )
         return tuple(found)
+
+    def check_start(self) -> None:
+        """Refuse what M1's machine must not start with: a C1 that others would reach in clear.
+
+        The settings themselves are valid, so that everything but a start goes on working.
+
+        Raises:
+            ConfigError: The text names the field and what to do.
+        """
+        asked, port = self.composite.listen_address, self.api_port
+        if self.has_edge or is_loopback(asked):
+            return
+        raise ConfigError(
+            f"composite.listen_address is {asked} without composite.security.enable_tls, so C1 "
+            "would answer other machines in clear; set composite.security.enable_tls: true, or "
+            "take listen_address out and use from another machine: "
+            f"ssh -L {port}:{LOOPBACK}:{port} <this machine>",
+            str(self.source) if self.source else "environment",
+        )
 
     def _store_in_clear(self) -> bool:
         """Whether the store is on another machine and its URL does not insist on TLS."""
@@ -938,6 +1177,8 @@ class Settings(_Section):
 
 #: Sections that M1 decides for every machine of the cluster.
 _SHARED = ("lease", "slots", "limits", "retry", "ports")
+#: What a machine takes of M1's traces unless it names a collector itself; files are each one's own.
+_SHARED_TRACING = ("endpoint", "sample_ratio", "spool_bytes")
 
 
 def shared_part(settings: Settings) -> dict[str, Any]:
@@ -945,7 +1186,10 @@ def shared_part(settings: Settings) -> dict[str, Any]:
     data = settings.model_dump(mode="json", include=set(_SHARED), exclude_none=True)
     moderator = {"node_id": settings.moderator.node_id}
     scheduling = settings.moderator.scheduling.model_dump(mode="json")
-    return {**data, "moderator": {**moderator, "scheduling": scheduling}}
+    tracing = settings.tracing.model_dump(
+        mode="json", include=set(_SHARED_TRACING), exclude_none=True
+    )
+    return {**data, "moderator": {**moderator, "scheduling": scheduling}, "tracing": tracing}
 
 
 def with_shared(
@@ -965,6 +1209,8 @@ def with_shared(
     data = settings.model_dump(mode="json", exclude={"home", "source"}, exclude_none=True)
     data |= {name: shared[name] for name in _SHARED if name in shared}
     data["moderator"] = {**data["moderator"], **shared.get("moderator", {})}
+    if settings.tracing.endpoint is None:
+        data["tracing"] = {**data["tracing"], **shared.get("tracing", {})}
     m1 = {"node_id": data["moderator"]["node_id"], "address": moderator}
     m1["port"] = data["moderator"]["control_port"]
     data["worker"] = {**data["worker"], "node_id": node_id, "moderator_node": m1}
@@ -973,6 +1219,11 @@ def with_shared(
         return Settings.model_validate(data)
     except ValidationError as error:
         raise ConfigError(_explain(error), "settings of M1") from None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach what is bound to the address."""
+    return address.startswith("127.") or address in ("localhost", "::1")
 
 
 def _bindable(address: str) -> str:
@@ -1029,7 +1280,12 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a word, not a list or a mapping",
+                    problem_mark=key_node.start_mark,
+                )
+            if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
                 )

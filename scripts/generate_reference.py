@@ -26,14 +26,16 @@ from hcna_ray.api import schemas
 from hcna_ray.api.admission import BATCHES_MAX, PROBES_MAX, UPLOADS_MAX, Sort
 from hcna_ray.api.app import GROUPS
 from hcna_ray.api.policy import MEANING, Check
-from hcna_ray.api.problems import status_of, title_of
+from hcna_ray.api.problems import status_of
 from hcna_ray.cli.main import app
 from hcna_ray.config import PortSettings, Settings
+from hcna_ray.core import advice
 from hcna_ray.core.errors import CannotAccept, Conflict, HcnaError, Invalid
 from hcna_ray.core.models import FailureKind
-from hcna_ray.observability.exposition import Sample, families
+from hcna_ray.observability.exposition import families, full_sample
 from hcna_ray.runtime.worker_page import GAUGES
 from hcna_ray.security.keys import OF_OTHERS, ROLES, View
+from hcna_ray.supervisor.firewall import reach_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hcna_ray"
@@ -193,14 +195,7 @@ def configuration() -> list[str]:
 
 #: Settings that are read, but do less than their description says.
 NOT_YET = {
-    "enable_tls": "**Encrypts nothing yet**: loopback is bound, with a warning.",
-    "composite.security.enable_mtls": (
-        "**Encrypts nothing yet**: loopback is bound, with a warning."
-    ),
-    "composite.security.cert_path": "**No effect yet.**",
-    "composite.security.key_path": "**No effect yet.**",
-    "composite.security.ca_path": "**No effect yet.**",
-    "listen_address": "**Only loopback is bound yet.**",
+    f"{node}.listen_address": "**Only loopback is bound yet.**" for node in ("moderator", "worker")
 }
 
 
@@ -218,7 +213,7 @@ def _attributes_read() -> frozenset[str]:
 def _meaning(section: str, name: str, info: FieldInfo) -> str:
     """Return what a setting does, and whether it does it already."""
     text = info.description or ""
-    note = NOT_YET.get(f"{section}.{name}") or NOT_YET.get(name)
+    note = NOT_YET.get(f"{section}.{name}")
     if note is not None:
         return f"{text} {note}"
     # Ports are read by name (`Settings.port`); of all others somebody must use the field.
@@ -253,12 +248,13 @@ def _section(path: str, info: FieldInfo) -> list[str]:
 #: ``every``: on all addresses of the machine, whatever is configured.
 EVERYWHERE = "every address"
 HERE = "loopback"
+OWN = "the node's address, loopback"
 LISTENS = {
     "gcs": EVERYWHERE,
     "dashboard": HERE,
     "head_node_manager": EVERYWHERE,
     "head_object_manager": EVERYWHERE,
-    "head_agent_http": HERE,
+    "head_agent_http": OWN,
     "head_agent_grpc": EVERYWHERE,
     "head_runtime_env_agent": "",
     "head_metrics_export": EVERYWHERE,
@@ -266,17 +262,18 @@ LISTENS = {
     "dashboard_metrics": EVERYWHERE,
     "worker_node_manager": EVERYWHERE,
     "worker_object_manager": EVERYWHERE,
-    "worker_agent_http": HERE,
+    "worker_agent_http": OWN,
     "worker_agent_grpc": EVERYWHERE,
     "worker_runtime_env_agent": "",
     "worker_metrics_export": EVERYWHERE,
     "serve_fallback_proxy": HERE,
     "serve_grpc": "",
-    "haproxy_stats": EVERYWHERE,
-    "haproxy_metrics": EVERYWHERE,
+    "haproxy_stats": HERE,
+    "haproxy_metrics": HERE,
+    "serve_http": HERE,
     "gate": EVERYWHERE,
     "replica_http": HERE,
-    "replica_grpc": "",
+    "replica_grpc": EVERYWHERE,
     "head_processes": EVERYWHERE,
     "worker_processes": EVERYWHERE,
 }
@@ -289,29 +286,37 @@ def ports() -> list[str]:
         `ports.offset` is added to every port of an instance, so a second one beside the first needs
         another offset and another `HCNA_HOME`. *Listens on* is what `ss -ltn` showed beside a
         running cluster with Ray 2.60: Ray opens most of its ports on every address of the machine,
-        and no setting of Ray changes that. Ray's gRPC ports speak TLS and demand a certificate of
-        the cluster's authority and its token; object transfer too, which is gRPC as well. Its
-        Prometheus pages, and what is marked "no key", demand nothing and are not encrypted. **Close
-        everything but what you mean to offer in the machine's firewall.**
+        and no setting of Ray changes that. *Open to* is whom the firewall's rules of hcna let in
+        from other machines ([Ports in SECURITY](../SECURITY.md#ports)): `members` are the addresses
+        of the cluster's machines; loopback reaches everything. Ray's gRPC ports speak TLS and
+        demand a certificate of the cluster's authority and its token; object transfer too, which is
+        gRPC as well. Ray's Prometheus pages, and what is marked "no key", demand nothing and are
+        not encrypted. C1's own port speaks TLS if `composite.security.enable_tls` says so. **Where
+        hcna may not set rules** (`hcna up` and `hcna doctor` say so, with commands) **all that
+        listens on every address is open to whoever reaches it.** `hcna observe up` starts
+        Prometheus (9090), Alertmanager (9093) and Grafana (3000) on loopback.
         """)
     settings = Settings()
     public = [
         (
             settings.composite.api_port,
             "`composite.api_port`",
-            HERE,
-            "C1: the HTTP API. Needs a key.",
+            f"{HERE}; with `enable_tls` `composite.listen_address`",
+            "nobody; with a public address everybody",
+            "C1: the HTTP API. Needs a key. With `enable_tls` the edge: TLS 1.2 or 1.3 alone.",
         ),
         (
             settings.moderator.control_port,
             "`moderator.control_port`",
             HERE,
-            "Control edge: `/admin/*` (admin key), `/metrics` and `/health` (no key).",
+            "nobody",
+            "Control edge: `/admin/*` (admin key), `/metrics`, its targets, `/health` (no key).",
         ),
         (
             settings.worker.worker_port,
             "`worker.worker_port`",
             HERE,
+            "nobody",
             "The worker's `/metrics` and `/health` (no key).",
         ),
     ]
@@ -330,9 +335,9 @@ def ports() -> list[str]:
             text += " No key."
         described.append(short)
         where = LISTENS.get(short) or "nothing listens"
-        rows.append((number_of, f"`ports.{name}`", where, text))
+        rows.append((number_of, f"`ports.{name}`", where, reach_of(short), text))
     agree("ports", LISTENS, described)
-    return lines + table(("port", "setting", "listens on", "what for"), rows)
+    return lines + table(("port", "setting", "listens on", "open to", "what for"), rows)
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -379,55 +384,6 @@ def _help(command: Any, path: str, parent: Any) -> Iterator[tuple[str, str]]:
 
 
 # -- errors ----------------------------------------------------------------------------------------
-
-#: Every ``code`` of a problem that a client can meet.
-CODES = {
-    "malformed_json": "The body is not JSON, not UTF-8, empty, or holds half a surrogate pair.",
-    "duplicate_key": "An object of the body names a key twice.",
-    "too_deep": "The body is nested deeper than `limits.json_depth`.",
-    "too_many_keys": "An object of the body has more than 1000 keys.",
-    "not_finite": "The body holds NaN, an infinity, or a number too large for a double.",
-    "number_out_of_range": "An integer of the body does not fit into 64 bits.",
-    "invalid_header": "Content-Length is not a number.",
-    "unauthorized": "No key, two keys, or one that is not known, has expired or was revoked.",
-    "forbidden": "The key's role is lower than the route needs.",
-    "out_of_scope": "The key is not for this task type or queue.",
-    "not_found": "There is nothing at this path.",
-    "task_not_found": "There is no such task.",
-    "batch_not_found": "There is no such batch.",
-    "artifact_not_found": "There is no such artifact.",
-    "worker_not_found": "There is no such worker.",
-    "intent_not_found": "The node does not know this intent.",
-    "method_not_allowed": "The path is there, the method is not; see `Allow`.",
-    "task_finished": "The task has ended, so it cannot be cancelled.",
-    "not_failed": "The task has not failed, so it cannot be run again.",
-    "worker_online": "The worker is in contact, so it cannot be forgotten (`force` would).",
-    "idempotency_conflict": "The idempotency key was used before for another request.",
-    "offset_mismatch": "The part does not begin where the upload stands; `received` says where.",
-    "too_large": "More bytes or items than the route takes.",
-    "uri_too_long": "The URL has more than 8 KiB.",
-    "headers_too_large": "More than 80 header fields, or more than 12 KiB of them.",
-    "unsupported_encoding": "The body is compressed; send it as it is.",
-    "range_not_satisfiable": "The range begins behind the end of the artifact.",
-    "unknown_task_type": "No handler has this name; near names are given.",
-    "invalid_payload": "The payload does not fit the model of its type; fields are named.",
-    "invalid_request": "A field is unknown, missing, or has a wrong value; fields are named.",
-    "dependency_not_found": "`depends_on` names a task or ref that is not there.",
-    "dependency_cycle": "`depends_on` goes in a circle, or leads to one.",
-    "digest_mismatch": "The bytes do not have the SHA-256 that was announced.",
-    "quota": "As many tasks of the key's owner wait or run as the key allows.",
-    "rate_limited": "As many requests were made as the key allows for now.",
-    "overloaded": "A budget, buffer or the queue is full. Nothing was stored.",
-    "moderator_unavailable": "M1 does not answer. Reads go on.",
-    "outcome_unknown": "M1 was asked and did not answer: it may have been done. Send it again with "
-    "the same idempotency key, or look.",
-    "worker_unavailable": "The worker that an intent was for is away, or does not answer.",
-    "store_unavailable": "The store cannot be read or written.",
-    "store_damaged": "The store's file is not what was written: keep it, and restore a backup.",
-    "store_full": "There is no space left where the store lies.",
-    "disk_full": "Less free space than `limits.disk_free_bytes_min`.",
-    "internal": "Something unexpected; `log_id` finds it in `composite.log`.",
-}
 
 #: Codes that only our own processes and commands meet.
 NOT_OVER_HTTP = {
@@ -487,6 +443,9 @@ def _codes_of_classes() -> dict[str, int]:
 MADE_WITH_CODE = {
     "unauthorized": 401,
     "forbidden": 403,
+    "origin_refused": 403,
+    "request_timeout": 408,
+    "host_refused": 421,
     "out_of_scope": 403,
     "too_large": 413,
     "uri_too_long": 414,
@@ -505,37 +464,6 @@ INTERNAL_CLASSES = {
     "worker_name_taken",
 }
 
-FAILURES = {
-    FailureKind.ERROR: "The handler raised, and no attempt is left or the error is not retried.",
-    FailureKind.TIMEOUT: "An attempt ran longer than `timeout_s`, or the task waited longer than "
-    "`queue_timeout_s`.",
-    FailureKind.LOST: "`max_losses` attempts were lost, the last one with its worker.",
-    FailureKind.OOM: "`max_losses` attempts were lost, the last one for want of memory.",
-    FailureKind.POISON: "`max_losses` attempts were lost, the last one when its process died.",
-    FailureKind.REJECTED: "The handler said that no attempt can help, or a task it depends on did "
-    "not complete.",
-}
-
-REASONS = {
-    "scheduled": "Its `run_at` has not come.",
-    "due": "Its time has come; M1 queues it in a moment.",
-    "waiting_dependencies": "Tasks it depends on have not ended.",
-    "backoff": "An attempt failed; the pause before the next one is not over.",
-    "granted": "A worker has it and is about to start it.",
-    "ordering_key": "An earlier task of the same ordering key has not ended.",
-    "concurrency_key": "As many tasks of the same concurrency key run as are allowed.",
-    "queue_paused": "Its queue is paused.",
-    "moderator_unavailable": "M1 does not answer, so nothing is placed now.",
-    "waiting_worker_return": "It waits for the worker that fell silent (`on_disconnect: wait`).",
-    "waiting_worker": "It names a worker that has never joined, or was forgotten.",
-    "no_workers": "No worker has joined yet.",
-    "no_healthy_workers": "No worker takes tasks now.",
-    "unplaceable": "No worker has what it needs; says which need excludes which worker.",
-    "no_room": "A worker could run it, but has too little free now.",
-    "max_concurrent_tasks": "As many attempts run as `max_concurrent_tasks` allows.",
-    "waiting_turn": "Others come first.",
-}
-
 
 def error_codes() -> list[str]:
     """Problems, failure kinds and pending reasons."""
@@ -545,9 +473,11 @@ def error_codes() -> list[str]:
     found = {**classes, **source, **MADE_WITH_CODE}
     for code in INTERNAL_CLASSES | NOT_OVER_HTTP:
         found.pop(code, None)
-    agree("error codes", CODES, found)
-    agree("failure kinds", FAILURES, FailureKind)
-    agree("pending reasons", REASONS, _reasons_in_source())
+    agree("error codes", advice.REFUSAL, found)
+    agree("internal codes", advice.INTERNAL, _codes_of_ours())
+    agree("failure kinds", advice.FAILURE, FailureKind)
+    agree("pending reasons", advice.WAITING, _reasons_in_source())
+    agree("codes of why", advice.TASK, _whys_in_source())
     lines = header("Error codes", "the errors in `hcna_ray/`")
     lines += prose("""
         Every error of C1 is `application/problem+json`
@@ -555,25 +485,59 @@ def error_codes() -> list[str]:
 
         ```json
         {"type": "urn:hcna:task_not_found", "title": "Not Found", "status": 404,
-         "detail": "there is no task 'task-x'", "code": "task_not_found"}
+         "detail": "there is no task 'task-x'", "code": "task_not_found",
+         "fix": "hcna task list (GET /tasks) shows those that you may see"}
         ```
 
-        `code` is stable and may be matched on; `detail` is for people. `errors` lists
+        `code` is stable and may be matched on; `detail` and `fix` are for people. `errors` lists
         `{field, message}` where fields are wrong. 429, 503, 504 and 507 carry `Retry-After`, also
         as `retry_after_s`: nothing was stored, trying again later is safe.
         """)
-    ranked = sorted(CODES, key=lambda code: (found[code], list(CODES).index(code)))
-    rows = [(found[code], title_of(found[code]), f"`{code}`", CODES[code]) for code in ranked]
-    lines += table(("status", "title", "code", "means"), rows)
-    lines += ["## Why a task failed", "", "`error.kind` of a task that is `failed`.", ""]
-    lines += table(("kind", "means"), [(f"`{k.value}`", text) for k, text in FAILURES.items()])
+    order = list(advice.REFUSAL)
+    ranked = sorted(order, key=lambda code: (found[code], order.index(code)))
+    rows = [(found[code], f"`{code}`", *advice.REFUSAL[code]) for code in ranked]
+    lines += table(("status", "code", "means", "next step (`fix`)"), rows)
     lines += prose("""
-        ## Why a task waits
+        ## Where a task stands
 
-        `pending_reason.code` of a task that is `scheduled` or `queued`; `message` and `fix` say it
-        in words.
+        `why` of `GET /tasks/{id}`, and what `hcna why ID` prints: one of the codes below, a
+        sentence about this very task, and the next step.
         """)
-    return lines + table(("code", "means"), [(f"`{c}`", text) for c, text in REASONS.items()])
+    for title, text, codes in (
+        ("It waits", "Also `pending_reason.code`.", advice.WAITING),
+        ("It runs", "", advice.RUNNING),
+        ("It has ended", "For a failed task also `error.kind`, where there is one.", advice.ENDED),
+    ):
+        lines += [f"### {title}", "", *([text, ""] if text else [])]
+        lines += table(
+            ("code", "means", "next step"), [(f"`{c}`", *one) for c, one in codes.items()]
+        )
+    return lines
+
+
+def _codes_of_ours() -> set[str]:
+    """Return the codes of errors that never become a problem of their own."""
+    found = INTERNAL_CLASSES | NOT_OVER_HTTP
+    pending: list[type[HcnaError]] = [HcnaError]
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        if kind.__module__.startswith("hcna_ray.core") and status_of(kind.__new__(kind)) == 500:
+            found.add(kind.code)
+    return found - advice.REFUSAL.keys()
+
+
+def _whys_in_source() -> set[str]:
+    """Return the codes that `hcna_ray.core.why` can answer with."""
+    found = _reasons_in_source() | {kind.value for kind in FailureKind}
+    for node in ast.walk(ast.parse((PACKAGE / "core" / "why.py").read_text("utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_say":
+            if isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value))
+        elif isinstance(node, ast.FunctionDef) and node.name == "_failure":
+            returns = [one.value for one in ast.walk(node) if isinstance(one, ast.Return)]
+            found |= {str(one.value) for one in returns if isinstance(one, ast.Constant)}
+    return found
 
 
 def _reasons_in_source() -> set[str]:
@@ -595,14 +559,17 @@ def metrics() -> list[str]:
     lines = header("Metrics", "`hcna_ray/observability/` and `hcna_ray/runtime/worker_page.py`")
     lines += prose("""
         C1 serves them at `/metrics` on its own port and on the control port, each worker its own at
-        `/metrics` on `worker.worker_port`. Prometheus' text format, no key. Counters of tasks live
-        in the store, so a restart never makes them go backwards; while the store cannot be read
-        they are left out. Ids are never labels.
+        `/metrics` on `worker.worker_port`. Prometheus' text format, no key where C1 is on loopback.
+        Counters of tasks, and how long they wait and run, live in the store, so a restart never
+        makes them go backwards; while the store cannot be read they are left out. What M1 counts of
+        itself (writer, commits, renewals) and what C1 counts of its requests begin at zero with
+        each process; while M1 does not answer its figures are left out. Ids of tasks are never
+        labels. `/metrics/targets` lists what to scrape; [how to monitor](../how-to/monitor.md).
 
         ## C1
         """)
     rows = []
-    for family in families(Sample(store_readable=True, workers={})):
+    for family in families(full_sample()):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = ", ".join(getattr(family, "_labelnames", ()))
         rows.append((f"`{name}`", family.type, labels, family.documentation))
@@ -640,6 +607,7 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     schemas.AttemptErrorOut,
     schemas.WaitOut,
     schemas.TasksOut,
+    schemas.EventOut,
     schemas.CancelOut,
     schemas.ReplayOut,
     schemas.UploadOut,
@@ -647,6 +615,7 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     schemas.WorkersOut,
     schemas.IntentOut,
     schemas.QueueOut,
+    schemas.WhoOut,
     schemas.HealthOut,
     schemas.ReadyOut,
 )
@@ -689,14 +658,50 @@ def http_api() -> list[str]:
         key: [who may do what](access.md). *Budget*: what the request is counted against while it
         is in progress. Budgets are apart, so that waiting clients take nothing from those who
         submit; a full one answers 503 with `Retry-After` at once. For each replica:
-        `limits.writes_max`, `limits.reads_max`, `limits.waits_max`, {BATCHES_MAX} batches,
-        {UPLOADS_MAX} uploads, {PROBES_MAX} probes.
+        `limits.writes_max`, `limits.reads_max`, `limits.waits_max`, `limits.streams_max`,
+        {BATCHES_MAX} batches, {UPLOADS_MAX} uploads, {PROBES_MAX} probes.
 
         ## Waiting
 
         `GET /tasks/{{id}}?wait=30` answers as soon as the task has ended, or after 30 s as it
         stands then; 60 s at most (`limits.wait_s_max`). `POST /tasks/wait` does it for many: send
         the `cursor` of the answer before until `pending` is 0.
+
+        ## Events
+
+        `GET /events` and `GET /tasks/{{id}}/events` are streams of server-sent events
+        (`text/event-stream`): one message for each line of history, in the order of commits, with
+        an `id` and an *event* as JSON in `data`. A client that sends the last `id` as
+        `Last-Event-ID`, as browsers do by themselves, is told everything behind it, once, however
+        long it was away; of a task that was pruned (`limits.retention_s`) nothing is told any more.
+        Without it, `/events` begins now, and the events of a task at its beginning; `?after=` is
+        the same for the first connection, and `?after=0` begins with the oldest there is.
+
+        The stream of a task ends with the task; to whoever was told its end, the answer is 204. A
+        message with `event: reset` says that the store was restored from a backup since: what was
+        told may not have happened. At least every 15 s there is a comment with the current `id`. A
+        stream is ended after `limits.stream_s_max`, when its key is good no more, and when nothing
+        of it was read for `limits.stream_send_s_max`; connect again, and it goes on.
+
+        Kinds: `accepted` `queued` `granted` `returned` `started` `retry_scheduled` `lost`
+        `unpinned` `cancel_requested` `replayed`, and as a task ends `completed` `failed`
+        `cancelled` `expired`. More may come.
+
+        ## What handlers print
+
+        Standard output and error of an attempt are kept on the worker that ran it, up to
+        `limits.output_bytes`, for 7 days (`limits.outputs_bytes` in all). `GET /tasks/{{id}}/logs`
+        fetches them from there: 503 `output_unavailable` while that worker does not answer. With
+        `?follow=true` the answer goes on until the attempt has ended; one that breaks off is taken
+        up with `?offset=`, the bytes that came. What looks like an API key of this house is
+        overwritten with stars. Empty: nothing was printed, or it is no longer kept.
+
+        ## Webhooks
+
+        A task's `webhook` is a URL that is told how it has ended: one `POST` as Standard Webhooks
+        has it, signed with the caller's secret (`GET /webhooks/secret`), tried again until a 2xx
+        answers or `webhooks.backoff_s` has run out. 422: the URL leads where section `webhooks`
+        of the settings does not let reports go.
 
         ## Uploads
 

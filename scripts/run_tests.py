@@ -89,7 +89,7 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="unit",
             kind="unit",
-            budget_s=240,
+            budget_s=480,
             pytest=["tests/unit", "--ignore=tests/unit/core"],
         ),
         Part(name="contract", kind="contract", budget_s=600, pytest=["tests/contract"]),
@@ -125,11 +125,18 @@ def parts(everything: bool) -> list[Part]:
             pytest=["tests/fuzz"],
             env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
         ),
+        Part(
+            name="Prometheus, rules, Grafana",
+            kind="unit",
+            budget_s=240,
+            pytest=["tests/monitoring"],
+        ),
+        Part(name="the page, in Chromium", kind="page", budget_s=300, pytest=["tests/page"]),
         Part(name="slice of the faults", kind="faults", budget_s=720, pytest=["tests/faults"]),
         Part(
             name="integration, notebooks",
             kind="integration",
-            budget_s=900,
+            budget_s=1500,
             pytest=["tests/integration"],
         ),
         Part(

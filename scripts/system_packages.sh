@@ -9,7 +9,8 @@ set -euo pipefail
 wanted=(
   curl:curl git:git ss:iproute2 sshd:openssh-server rsync:rsync nft:nftables iptables:iptables
   ps:procps sudo:sudo faketime:faketime initdb:postgresql systemd-analyze:systemd
-  strace:strace
+  strace:strace promtool:prometheus prometheus-alertmanager:prometheus-alertmanager
+  chromium:chromium chromedriver:chromium-driver
 )
 if [[ ${1:-} == benchmarks ]]; then
   wanted+=(redis-server:redis-server cc:gcc)

@@ -7,8 +7,7 @@ for a result take nothing from those who submit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 
 from hcna_ray.core.errors import Overloaded
@@ -20,6 +19,8 @@ class Sort(StrEnum):
     WRITE = "write"
     READ = "read"
     WAIT = "wait"
+    #: Event streams and logs that are followed, from their beginning to their end.
+    STREAM = "stream"
     #: Large bodies held in memory: batches, and parts of uploads.
     BATCH = "batch"
     UPLOAD = "upload"
@@ -36,11 +37,12 @@ PROBES_MAX = 64
 class Admission:
     """Budgets of one replica. Invariant: ``in_progress[sort] <= budgets[sort]``."""
 
-    def __init__(self, *, writes: int, reads: int, waits: int) -> None:
+    def __init__(self, *, writes: int, reads: int, waits: int, streams: int) -> None:
         self.budgets: Mapping[Sort, int] = {
             Sort.WRITE: writes,
             Sort.READ: reads,
             Sort.WAIT: waits,
+            Sort.STREAM: streams,
             Sort.BATCH: BATCHES_MAX,
             Sort.UPLOAD: UPLOADS_MAX,
             Sort.PROBE: PROBES_MAX,
@@ -48,9 +50,8 @@ class Admission:
         self.in_progress: dict[Sort, int] = dict.fromkeys(Sort, 0)
         self.refused: dict[Sort, int] = dict.fromkeys(Sort, 0)
 
-    @contextmanager
-    def admit(self, sort: Sort) -> Iterator[None]:
-        """Count a request while it is in progress.
+    def take(self, sort: Sort) -> None:
+        """Count a request from here on; who took a place gives it back.
 
         Raises:
             Overloaded: the budget is used up.
@@ -62,7 +63,7 @@ class Admission:
                 "try again in a moment"
             )
         self.in_progress[sort] += 1
-        try:
-            yield
-        finally:
-            self.in_progress[sort] -= 1
+
+    def give(self, sort: Sort) -> None:
+        """The request is no longer in progress."""
+        self.in_progress[sort] -= 1

@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -19,16 +27,35 @@ from hcna_ray.api import openapi, problems
 from hcna_ray.api.admission import Admission
 from hcna_ray.api.allowance import DOUBT_S, Quotas, Rates
 from hcna_ray.api.audit import AuditDesk
+from hcna_ray.api.bounds import BodyLimits
+from hcna_ray.api.clients import Guesses, Origins
+from hcna_ray.api.events import EventHub
 from hcna_ray.api.gather import Gatherer
-from hcna_ray.api.limits import BodyLimits, RequestLimits
-from hcna_ray.api.metrics import RequestStats
-from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
+from hcna_ray.api.hosts import HostRule
+from hcna_ray.api.limits import RequestLimits
+from hcna_ray.api.metrics import Certificates, RequestStats
+from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort, Outputs
 from hcna_ray.api.reads import Reads
-from hcna_ray.api.routes import admin, artifacts, batches, probes, reference, tasks, workers
+from hcna_ray.api.routes import (
+    admin,
+    artifacts,
+    batches,
+    events,
+    page,
+    probes,
+    reference,
+    tasks,
+    webhooks,
+    workers,
+)
+from hcna_ray.api.routes import (
+    outputs as output_routes,
+)
 from hcna_ray.api.routing import Endpoint, Route, Routes
 from hcna_ray.api.schemas import ProblemOut
 from hcna_ray.api.services import ClusterCache, Services
 from hcna_ray.api.submission import Submissions
+from hcna_ray.api.targets import Exporters, RayNode
 from hcna_ray.api.waiters import ChangeFeed
 from hcna_ray.config import Settings
 from hcna_ray.core.clock import Clock
@@ -37,17 +64,24 @@ from hcna_ray.handlers import Registry
 from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.base import TaskReader
 
+if TYPE_CHECKING:
+    from hcna_ray.observability.spans import Traces
+
 log = logging.getLogger(__name__)
 
 GROUPS: tuple[Routes, ...] = (
     # Batches first: POST /tasks/batch must not be taken for a task id.
     batches.routes,
     tasks.routes,
+    events.routes,
+    output_routes.routes,
     artifacts.routes,
     workers.routes,
     admin.routes,
+    webhooks.routes,
     probes.routes,
     reference.routes,
+    page.routes,
 )
 
 #: Bytes that one call to the moderator carries, unless a single request has more.
@@ -59,8 +93,6 @@ CLOSE_S = 5.0
 AUDIT_CLOSE_S = 2.0
 #: Pause between two sweeps of stale uploads.
 SWEEP_S = 600.0
-#: What goes around a part in a request, counted generously.
-PART_SLACK_BYTES = 64 * 1024
 
 
 def declared_routes() -> Iterator[Route]:
@@ -78,13 +110,26 @@ class Composite(FastAPI):
     goes the long way.
     """
 
-    def __init__(self, routes: Sequence[Route], bodies: BodyLimits, **settings: Any) -> None:
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        bodies: BodyLimits,
+        hosts: HostRule,
+        origins: Origins,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
         self._direct: Mapping[tuple[str, str], Endpoint] = {
             (route.method, route.path): route.endpoint for route in routes if "{" not in route.path
         }
         self._literal = frozenset(path for _, path in self._direct)
-        self._limited = RequestLimits(self._to_route, bodies=bodies, on_refusal=self._count_refusal)
+        self._limited = RequestLimits(
+            self._to_route,
+            bodies=bodies,
+            hosts=hosts,
+            origins=origins,
+            on_refusal=self._count_refusal,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or the lifespan."""
@@ -123,11 +168,16 @@ def build_app(
     registry: Registry,
     keys: KeyRing,
     artifacts: ArtifactStore,
+    outputs: Outputs,
     settings: Settings,
     clock: Clock,
     ids: IdSource,
+    ray_nodes: Callable[[], Sequence[RayNode]] = tuple,
     threaded_reads: bool = True,
     public: bool | None = None,
+    traces: Traces | None = None,
+    hosts: Collection[str] | None = None,
+    edge_mark: str | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -138,13 +188,19 @@ def build_app(
         registry: Task types, for checking what is submitted.
         keys: Who may do what.
         artifacts: Files by their digest.
+        outputs: What handlers have printed.
         settings: Limits, names and defaults.
         clock: Time.
         ids: New ids.
+        ray_nodes: Lists Ray's living nodes; may block.
         threaded_reads: False reads on the event loop, for a reader that is not safe elsewhere.
         public: Whether others than this machine can reach it; by default the settings say so.
+        traces: Makes spans of what is submitted.
+        hosts: Names by which it may be called besides loopback's; by default those in the settings.
+        edge_mark: By what the edge is believed; None: nobody is.
     """
     limits = settings.limits
+    hosts = settings.composite.hosts if hosts is None else hosts
     open_reader = reader if callable(reader) else _always(reader)
     reads = Reads(open_reader, threaded=threaded_reads)
 
@@ -156,17 +212,22 @@ def build_app(
             if task.spec.batch_id is not None and task.state in TERMINAL
         }
 
+    files = ThreadPoolExecutor(FILE_THREADS, "files")
     services = Services(
         moderator=moderator,
         reads=reads,
         registry=registry,
         keys=keys,
         artifacts=artifacts,
+        outputs=outputs,
         settings=settings,
         clock=clock,
         ids=ids,
         admission=Admission(
-            writes=limits.writes_max, reads=limits.reads_max, waits=limits.waits_max
+            writes=limits.writes_max,
+            reads=limits.reads_max,
+            waits=limits.waits_max,
+            streams=limits.streams_max,
         ),
         gatherer=Gatherer(
             moderator,
@@ -178,24 +239,27 @@ def build_app(
             resend_s=limits.resend_s,
         ),
         feed=ChangeFeed(moderator, batches_of, clock),
+        events=EventHub(moderator, reads),
         cache=ClusterCache(moderator, reads, clock),
         submissions=Submissions(registry, settings),
         stats=RequestStats(),
+        certificates=Certificates(settings.cluster_dir, clock),
         audit=AuditDesk(moderator, clock),
         rates=Rates(clock),
         quotas=Quotas(reads, clock, doubt_s=limits.resend_s + DOUBT_S),
+        guesses=Guesses(clock),
         public=settings.is_public if public is None else public,
+        traces=traces,
         started_at=clock.now(),
-        files=ThreadPoolExecutor(FILE_THREADS, "files"),
+        exporters=Exporters(ray_nodes, files),
+        files=files,
     )
     routes = list(declared_routes())
     app = Composite(
         routes,
-        BodyLimits(
-            default=limits.body_bytes,
-            batch=limits.batch_bytes,
-            artifact_part=limits.artifact_part_bytes + PART_SLACK_BYTES,
-        ),
+        BodyLimits.by(limits),
+        HostRule(hosts, any_address=settings.has_edge),
+        Origins(edge_mark),
         title="hcna C1",
         openapi_url=None,
         docs_url=None,
@@ -239,6 +303,9 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         services.feed.start()
+        if services.traces is not None:
+            services.traces.start()
+        services.events.start()
         sweeping = asyncio.create_task(_sweep(services), name="sweep-uploads")
         auditing = asyncio.create_task(services.audit.run(), name="audit")
         try:
@@ -250,9 +317,12 @@ def _lifespan(services: Services) -> Callable[[FastAPI], Any]:
             with suppress(TimeoutError):
                 async with asyncio.timeout(AUDIT_CLOSE_S):
                     await services.audit.flush()
+            await services.events.stop()
             await services.feed.stop()
             await services.reads.close()
             services.files.shutdown(wait=False)
+            if services.traces is not None:
+                await asyncio.to_thread(services.traces.close)
 
     return lifespan
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
+from hcna_ray.api.clients import Guesses
 from hcna_ray.api.ports import KeyRing
 from hcna_ray.api.problems import Unauthorized
 from hcna_ray.core.clock import Clock
@@ -69,11 +70,26 @@ class FileKeyRing:
         self._keys, self._known, self._stamp = keys, by_digest(keys), stamp
 
 
-def authenticate(headers: Headers, keys: KeyRing, clock: Clock) -> ApiKey:
+def authenticate(
+    headers: Headers,
+    keys: KeyRing,
+    clock: Clock,
+    *,
+    guesses: Guesses,
+    address: str | None,
+) -> ApiKey:
     """Return the key that a request carries.
+
+    Args:
+        headers: Of the request.
+        keys: Those that there are.
+        clock: Time of day.
+        guesses: Counts wrong keys.
+        address: Where the request comes from; None: from this machine.
 
     Raises:
         Unauthorized: there is none, there are two, it is not known, or it is good no more.
+        RateLimited: Too many came from there that were not known; this one was not looked at.
     """
     presented = _presented(headers)
     if presented is None:
@@ -81,9 +97,12 @@ def authenticate(headers: Headers, keys: KeyRing, clock: Clock) -> ApiKey:
             "this route needs a key: send 'Authorization: Bearer <key>' or 'X-API-Key: <key>' "
             "(hcna env prints yours)"
         )
+    guesses.check(address, presented)
     key = keys.verify(presented) if 0 < len(presented) <= KEY_CHARS_MAX else None
     if key is None:
+        guesses.wrong(address)
         raise Unauthorized("the key is not valid")
+    guesses.right(address, presented)
     if (key.revoked_at is not None or key.expires_at is not None) and (
         state := key.state(clock.now())
     ) != "good":

@@ -36,9 +36,12 @@ class Composite:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the application; Serve calls this once, inside the replica."""
+        from hcna_ray.api.inner_port import keep_inner_port
         from hcna_ray.api.replica import build_replica_app
 
         self._app = build_replica_app(self._home, self._config)
+        settings = self._app.state.services.settings
+        keep_inner_port(settings.port("replica_grpc_min"), settings.port("replica_grpc_max"))
         return self._app
 
     async def check_health(self) -> None:

@@ -1,63 +1,65 @@
 """Bounds on what a request may be, checked before anything reads it: plain ASGI, no buffering.
 
-Header fields, URL and encoding are looked at first. The body is counted while it streams, so a
-client that lies about its length, or gives none, is stopped at the limit all the same.
+Header fields, URL, encoding and by which name C1 is called are looked at first. The body is counted
+while it streams, so a client that lies about its length, or gives none, is stopped at the limit all
+the same; so is one that lets it trickle.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hcna_ray.api.bounds import (
+    BODY_BYTES_PER_S_MIN,
+    BODY_GRACE_S,
+    HEADER_BYTES_MAX,
+    HEADERS_MAX,
+    LAST_FIELD,
+    URL_BYTES_MAX,
+    BodyLimits,
+)
+from hcna_ray.api.clients import Origins
+from hcna_ray.api.hosts import HostRule
 from hcna_ray.api.problems import (
     BadRequest,
     HeadersTooLarge,
     RequestRefused,
     TooLarge,
+    TooSlow,
     UnsupportedEncoding,
     UriTooLong,
     respond,
 )
 
-#: Below what Serve's HAProxy takes (101 fields, some 15 KiB of head with the URL): what is beyond
-#: that it refuses by itself, with a page that is no problem details.
-HEADERS_MAX = 80
-HEADER_BYTES_MAX = 12 * 1024
-URL_BYTES_MAX = 8 * 1024
 #: A refused body is read and thrown away this far, so that the client gets to read the answer:
 #: closing a socket with unread input resets the connection and may destroy the answer.
 DRAIN_BYTES_MAX = 16 * 1024 * 1024
 DRAIN_S_MAX = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """Largest body by route, in bytes."""
-
-    default: int
-    batch: int
-    artifact_part: int
-
-    def of(self, method: str, path: str) -> int:
-        """Return the limit for one request."""
-        if method == "POST" and path == "/tasks/batch":
-            return self.batch
-        if method == "PUT" and path == "/artifacts":
-            return self.artifact_part
-        return self.default
+#: Of these one is enough: with two, each reader could believe another one.
+_ONCE = frozenset(
+    (b"host", b"origin", b"content-encoding", b"content-length", b"transfer-encoding")
+)
 
 
 class RequestLimits:
     """ASGI middleware that refuses what is too large with a problem and closes the connection."""
 
     def __init__(
-        self, app: ASGIApp, *, bodies: BodyLimits, on_refusal: Callable[[Scope, int], None]
+        self,
+        app: ASGIApp,
+        *,
+        bodies: BodyLimits,
+        hosts: HostRule,
+        origins: Origins,
+        on_refusal: Callable[[Scope, int], None],
     ) -> None:
         self._app = app
         self._bodies = bodies
+        self._hosts = hosts
+        self._origins = origins
         self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,8 +68,10 @@ class RequestLimits:
             await self._app(scope, receive, send)
             return
         limit = self._bodies.of(scope["method"], scope["path"])
+        scope["headers"] = _of_the_head(scope["headers"])
+        self._origins.settle(scope)
         try:
-            length = _check_head(scope)
+            length = _check_head(scope, self._hosts)
             if length is not None and length > limit:
                 raise _too_large(limit)
         except RequestRefused as refusal:
@@ -87,7 +91,7 @@ class RequestLimits:
 
         try:
             await self._app(scope, body.receive, guarded_send)
-        except TooLarge as refusal:
+        except (TooLarge, TooSlow) as refusal:
             if started:
                 raise
             self._on_refusal(scope, refusal.status)
@@ -103,16 +107,18 @@ class RequestLimits:
 
 
 class _CountedBody:
-    """Passes body chunks on until there are more bytes than allowed."""
+    """Passes body chunks on until there are more bytes than allowed, or they come too slowly."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
         self._seen = 0
+        #: When the first piece had come, if there are more to come.
+        self._began: float | None = None
         self.exceeded = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        message = await (self._receive() if self._began is None else self._in_time(self._began))
         if message["type"] == "http.request":
             self._seen += len(message.get("body", b""))
             if self._seen > self._limit:
@@ -120,14 +126,39 @@ class _CountedBody:
                 if message.get("more_body", False):
                     await _drain(self._receive)
                 raise _too_large(self._limit)
+            if not message.get("more_body", False):
+                self._began = None
+            elif self._began is None:
+                self._began = asyncio.get_running_loop().time()
         return message
+
+    async def _in_time(self, began: float) -> Message:
+        until = began + BODY_GRACE_S + self._seen / BODY_BYTES_PER_S_MIN
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._receive()
+        except TimeoutError:
+            self.exceeded = True
+            raise TooSlow from None
 
 
 def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body is larger than {limit} bytes, the limit of this route")
 
 
-def _check_head(scope: Scope) -> int | None:
+def _of_the_head(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the fields that came before the body, as a list of their own.
+
+    uvicorn puts those that come behind the last chunk of a body into the same list, before the
+    application has begun or after: there a client could say again what the edge has taken out.
+    """
+    for place, (name, _) in enumerate(fields):
+        if name == LAST_FIELD:
+            return fields[:place]
+    return fields[:]
+
+
+def _check_head(scope: Scope, hosts: HostRule) -> int | None:
     """Return the declared length of the body, if there is one."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     if len(headers) > HEADERS_MAX:
@@ -137,15 +168,28 @@ def _check_head(scope: Scope) -> int | None:
     path = scope.get("raw_path") or scope["path"].encode()
     if len(path) + len(scope.get("query_string", b"")) > URL_BYTES_MAX:
         raise UriTooLong(URL_BYTES_MAX)
-    length: int | None = None
+    found: dict[bytes, bytes] = {}
     for name, value in headers:
-        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise UnsupportedEncoding(value.decode("latin-1"))
-        if name == b"content-length":
-            if not value.isdigit() or len(value) > 18:
-                raise BadRequest("invalid_header", "Content-Length is not a number")
-            length = int(value)
-    return length
+        if name in _ONCE:
+            if name in found:
+                raise BadRequest("invalid_header", f"{name.decode()} is given twice")
+            found[name] = value
+    hosts.check(found.get(b"host"), found.get(b"origin"))
+    encoding = found.get(b"content-encoding", b"")
+    if encoding.strip().lower() not in (b"", b"identity"):
+        raise UnsupportedEncoding(encoding.decode("latin-1"))
+    coding = found.get(b"transfer-encoding")
+    if coding is not None and coding.strip().lower() != b"chunked":
+        raise BadRequest("invalid_header", "Transfer-Encoding is not chunked")
+    length = found.get(b"content-length")
+    if length is None:
+        return None
+    if coding is not None:
+        # Which of the two counts is what those who smuggle requests rely on.
+        raise BadRequest("invalid_header", "Content-Length and Transfer-Encoding are both given")
+    if not length.isdigit() or len(length) > 18:
+        raise BadRequest("invalid_header", "Content-Length is not a number")
+    return int(length)
 
 
 def _has(scope: Scope, name: bytes) -> bool:

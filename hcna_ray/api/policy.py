@@ -24,6 +24,8 @@ class Check(StrEnum):
     TASK = "task"
     #: Each task that is named, or that fits a filter.
     TASKS = "tasks"
+    #: What the handler of the task in the path has printed.
+    OUTPUT = "output"
     ARTIFACT = "artifact"
     #: The queue in the path.
     QUEUE = "queue"
@@ -40,6 +42,7 @@ MEANING: dict[Check, str] = {
     "it depends on are the caller's to see, else they do not exist",
     Check.TASK: "the task is the caller's to see, else 404",
     Check.TASKS: "other tasks than the caller's to see are left out; named, they do not exist",
+    Check.OUTPUT: "the caller sees the task in full, else 404",
     Check.ARTIFACT: "the artifact is the caller's, or was made by a task that it sees in full, "
     "else 404",
     Check.QUEUE: "the queue lies in the key's scopes, and they name no task types (a queue holds "

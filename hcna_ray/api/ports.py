@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
+from hcna_ray.core.models import AuditEntry, TaskState, Token, WorkerView
 from hcna_ray.runtime.messages import (
     Changes,
     ModeratorStatus,
@@ -51,6 +51,10 @@ class ModeratorPort(Protocol):
         """Return what ended since ``after``, waiting up to ``wait_s`` for the first of it."""
         ...
 
+    async def written(self, after: int, wait_s: float) -> Changes:
+        """Return once there is history after the fact ``after``, or after ``wait_s``."""
+        ...
+
     async def workers(self) -> Sequence[WorkerInfo]:
         """Return every worker on record."""
         ...
@@ -90,6 +94,20 @@ class ModeratorPort(Protocol):
 
     async def audit(self, *entries: AuditEntry) -> None:
         """Add lines to the audit log."""
+        ...
+
+
+class Outputs(Protocol):
+    """What attempts have printed, wherever it is kept."""
+
+    async def read(
+        self, worker: str, task_id: str, token: Token, offset: int, size: int
+    ) -> bytes | None:
+        """Return a piece of an output; ``None`` when there is none, or none any more.
+
+        Raises:
+            OutputUnavailable: the worker that keeps it does not answer.
+        """
         ...
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from hcna_ray.core.advice import next_step
 from hcna_ray.core.errors import (
     CannotAccept,
     Conflict,
@@ -87,6 +88,42 @@ class OutOfScope(RequestRefused):
     def __init__(self, message: str) -> None:
         super().__init__("out_of_scope", message)
         self.args = (message,)
+
+
+class HostRefused(RequestRefused):
+    """The request is for a name that is not C1's (421)."""
+
+    status = 421
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            "host_refused",
+            f"C1 is not called {host[:100]!r}; use a name of it, or add yours to composite.hosts",
+        )
+        self.args = (host,)
+
+
+class OriginRefused(RequestRefused):
+    """A browser sends the request for a page that is not C1's (403)."""
+
+    status = 403
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(
+            "origin_refused",
+            f"pages of {origin[:100]!r} may not use C1; a host in composite.hosts may",
+        )
+        self.args = (origin,)
+
+
+class TooSlow(RequestRefused):
+    """The body does not arrive in time (408)."""
+
+    status = 408
+
+    def __init__(self) -> None:
+        super().__init__("request_timeout", "the body of the request arrives too slowly")
+        self.args = ()
 
 
 class TooLarge(RequestRefused):
@@ -204,6 +241,7 @@ def problem(
         "status": status,
         "detail": detail,
         "code": code,
+        "fix": next_step(code),
     }
     if errors:
         body["errors"] = [

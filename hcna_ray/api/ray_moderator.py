@@ -86,6 +86,11 @@ class RayModerator:
         changes: Changes = await self._look("changes", after, wait_s, timeout_s=wait_s + SLACK_S)
         return changes
 
+    async def written(self, after: int, wait_s: float) -> Changes:
+        """Return once there is history after ``after``."""
+        changes: Changes = await self._look("written", after, wait_s, timeout_s=wait_s + SLACK_S)
+        return changes
+
     async def workers(self) -> Sequence[WorkerInfo]:
         """Return every worker on record."""
         workers: Sequence[WorkerInfo] = await self._look("workers", timeout_s=LOOK_S)

@@ -10,7 +10,8 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -23,6 +24,8 @@ from hcna_ray import failpoints
 from hcna_ray.api import strict_json
 from hcna_ray.api.admission import Sort
 from hcna_ray.api.auth import authenticate
+from hcna_ray.api.clients import ADDRESS
+from hcna_ray.api.events import MEDIA_TYPE as EVENT_STREAM
 from hcna_ray.api.policy import Check, Policy, rank_of
 from hcna_ray.api.problems import (
     PROBLEM_JSON,
@@ -36,10 +39,15 @@ from hcna_ray.api.problems import (
 )
 from hcna_ray.api.schemas import IDEMPOTENCY_KEY, NoQuery, ProblemOut, Query
 from hcna_ray.api.services import Services
+from hcna_ray.api.streaming import StreamResponse
 from hcna_ray.api.visibility import check_artifact, check_task
 from hcna_ray.core.envelopes import trace_id
-from hcna_ray.core.errors import HcnaError
+from hcna_ray.core.errors import HcnaError, RateLimited
+from hcna_ray.observability.log_context import lines_about
 from hcna_ray.security.keys import ApiKey
+
+if TYPE_CHECKING:
+    from hcna_ray.observability.spans import RequestSpan
 
 Method = Literal["GET", "HEAD", "POST", "PUT", "DELETE"]
 M = TypeVar("M", bound=BaseModel)
@@ -52,7 +60,7 @@ PARSE_INLINE_BYTES_MAX = 256 * 1024
 class Call:
     """One request, authenticated and admitted: what a handler works with."""
 
-    __slots__ = ("_query", "caller", "request", "services")
+    __slots__ = ("_query", "caller", "request", "services", "span")
 
     def __init__(
         self, request: Request, services: Services, caller: ApiKey | None, query: Query
@@ -61,6 +69,8 @@ class Call:
         self.services = services
         self.caller = caller
         self._query = query
+        #: The span of this request, where one is made.
+        self.span: RequestSpan | None = None
 
     @property
     def key(self) -> ApiKey:
@@ -75,6 +85,14 @@ class Call:
         Whose a task is says the key's *owner*, which several keys may share.
         """
         return "" if self.caller is None else self.caller.name
+
+    def still_good(self) -> bool:
+        """Whether the caller's key still opens this, for what goes on for long."""
+        try:
+            found = _caller(self.request, self.services)
+        except (Unauthorized, RateLimited):
+            return False
+        return found == self.caller
 
     def path(self, name: str) -> str:
         """Return a path parameter."""
@@ -97,9 +115,24 @@ class Call:
 
     @property
     def traceparent(self) -> str | None:
-        """The W3C trace context; one that is malformed is ignored, as the standard wants it."""
+        """The W3C trace context to keep with what is submitted: this request's span, if it has one.
+
+        Else the client's; one that is malformed is ignored, as the standard wants it.
+        """
+        if self.span is not None and self.span.traceparent is not None:
+            return self.span.traceparent
         value = self.request.headers.get("traceparent")
         return value if trace_id(value) is not None else None
+
+    def log_fields(self) -> Mapping[str, object]:
+        """Return what the lines are about that are logged for this request."""
+        found = trace_id(self.traceparent)
+        return _NONE if found is None else {"trace_id": found}
+
+    def say_of_span(self, attributes: Mapping[str, str | int]) -> None:
+        """Add to this request's span what became known, if it has one."""
+        if self.span is not None:
+            self.span.set(attributes)
 
     async def json(self, *, extra_depth: int = 0) -> Any:
         """Return the body parsed as strict JSON, whatever its Content-Type.
@@ -176,7 +209,7 @@ class Route:
 
 
 #: Problems that the way to a route may bring about, whatever the route.
-_HEAD_PROBLEMS = (413, 414, 415, 422, 431, 500, 503)
+_HEAD_PROBLEMS = (400, 403, 413, 414, 415, 421, 422, 431, 500, 503)
 #: What changes something may end without anybody knowing whether it did.
 _UNKNOWN = {"POST": (504,), "DELETE": (504,)}
 
@@ -186,16 +219,18 @@ _NONE: Mapping[str, str] = {}
 _WORDS = {
     400: "The body is not strict JSON, or a header is malformed.",
     401: "No key, or one that is not valid.",
-    403: "The key's role or its scopes do not allow this.",
+    403: "The key's role or its scopes do not allow this, or a page of elsewhere asks.",
     404: "It does not exist.",
     405: "The path is that of another route, such as /tasks/wait; see Allow.",
+    408: "The body arrives too slowly.",
     409: "It does not fit the state of things.",
     413: "The body is too large.",
     414: "The URL is too long.",
     415: "The body is compressed.",
     416: "The range lies behind the end.",
+    421: "C1 is not called by this name (Host).",
     422: "The request does not fit its model.",
-    429: "The key's rate or quota is used up; see Retry-After.",
+    429: "The key's rate or quota is used up, or wrong keys came from there; see Retry-After.",
     431: "The header fields are too large.",
     500: "Something went wrong inside; the log id tells what.",
     503: "Not now; see Retry-After.",
@@ -303,13 +338,15 @@ def _guard(
         services: Services = request.app.state.services
         since = services.clock.elapsed()
         caller: ApiKey | None = None
+        span: RequestSpan | None = None
+        fields: Mapping[str, object] = _NONE
         try:
             rank = ranks[services.public]
             if rank < 0:
                 if check is not Check.NONE:
                     caller = _perhaps(request, services)
             else:
-                caller = authenticate(request.headers, services.keys, services.clock)
+                caller = _caller(request, services)
                 if caller.rate is not None:
                     services.rates.take(caller)
                 if caller.rank < rank:
@@ -318,22 +355,37 @@ def _guard(
                         f"{least[services.public]}, or a higher one"
                     )
             budget = sort if isinstance(sort, Sort) else sort(request)
-            with services.admission.admit(budget):
+            services.admission.take(budget)
+            goes_on = False
+            try:
                 if caller is not None and not caller.sees_all and check in _OF_THE_PATH:
                     await _check_path(services, caller, check, request)
                 query = NoQuery() if query_model is None else _read_query(request, query_model)
                 call = Call(request, services, caller, query)
                 if method == "POST":
                     _ = call.idempotency_key  # Refused wherever it is unusable.
+                if services.traces is not None and check is Check.SUBMISSION:
+                    span = call.span = services.traces.request(method, path, call.traceparent)
                 failpoints.hit("c1.request.admitted")
-                response = await handler(call)
+                fields = call.log_fields()
+                with lines_about(fields):
+                    response = await handler(call)
                 failpoints.hit("c1.answer.made")
+                if isinstance(response, StreamResponse):
+                    response.when_over(partial(services.admission.give, budget))
+                    goes_on = True
+            finally:
+                if not goes_on:
+                    services.admission.give(budget)
         except HcnaError as error:
             response = respond(error)
         except ClientDisconnect:
             response = Response(status_code=400)  # Nobody is there to read it.
         except Exception as error:
-            response = unexpected(error)
+            with lines_about(fields):
+                response = unexpected(error)
+        if span is not None:
+            span.end(response.status_code)
         services.audit.count(request, caller, method, path, response.status_code)
         services.stats.count(path, method, response.status_code, services.clock.elapsed() - since)
         return response
@@ -343,7 +395,7 @@ def _guard(
 
 #: What the path names is held against the key here, before a handler sees the request. The other
 #: checks concern bodies, filters and answers: handlers make them, with `hcna_ray.api.visibility`.
-_OF_THE_PATH = frozenset({Check.TASK, Check.QUEUE, Check.ARTIFACT, Check.MACHINES})
+_OF_THE_PATH = frozenset({Check.TASK, Check.OUTPUT, Check.QUEUE, Check.ARTIFACT, Check.MACHINES})
 
 
 async def _check_path(services: Services, caller: ApiKey, check: Check, request: Request) -> None:
@@ -351,6 +403,8 @@ async def _check_path(services: Services, caller: ApiKey, check: Check, request:
     params = request.path_params
     if check is Check.TASK:
         await check_task(services, caller, params["task_id"])
+    elif check is Check.OUTPUT:
+        await check_task(services, caller, params["task_id"], in_full=True)
     elif check is Check.QUEUE:
         if caller.task_types:
             raise OutOfScope(
@@ -371,9 +425,19 @@ async def _check_path(services: Services, caller: ApiKey, check: Check, request:
 def _perhaps(request: Request, services: Services) -> ApiKey | None:
     """Return the caller of an open route: nobody, unless the key it shows is good."""
     try:
-        return authenticate(request.headers, services.keys, services.clock)
-    except Unauthorized:
+        return _caller(request, services)
+    except (Unauthorized, RateLimited):
         return None
+
+
+def _caller(request: Request, services: Services) -> ApiKey:
+    return authenticate(
+        request.headers,
+        services.keys,
+        services.clock,
+        guesses=services.guesses,
+        address=request.scope.get(ADDRESS),
+    )
 
 
 def _read_query(request: Request, kind: type[Query]) -> Query:
@@ -415,18 +479,18 @@ def _responses(
         entry: dict[str, Any] = {"description": "Good."}
         if isinstance(model, str):
             if model:
-                entry["content"] = {model: {"schema": {"type": "string"}}}
+                # OpenAPI 3.1 has no words for the messages of a stream of events.
+                schema = {} if model == EVENT_STREAM else {"type": "string"}
+                entry["content"] = {model: {"schema": schema}}
         else:
             entry["description"] = (model.__doc__ or "Good.").partition("\n")[0]
             entry["content"] = {"application/json": {"schema": _reference(model)}}
         found[status] = entry
     statuses = {*problems, *_HEAD_PROBLEMS}
     if has_body:
-        statuses.add(400)
+        statuses.add(408)
     if policy.role is not None or policy.in_public is not None:
         statuses |= {401, 429}
-    if rank_of(policy.least(public=True)) > 0:
-        statuses.add(403)
     for status in sorted(statuses):
         # A probe answers 503 itself; that it is refused with 503 is another answer.
         entry = found.setdefault(status, {"description": _WORDS[status]})

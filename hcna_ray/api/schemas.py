@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     StringConstraints,
     WithJsonSchema,
     model_validator,
@@ -127,8 +128,8 @@ class TaskIn(Strict):
     idempotency_key: IdempotencyKey | None = Field(
         default=None, description="Sending it again returns the task stored before."
     )
-    webhook: None = Field(
-        default=None, description="Not offered yet: use ?wait= or POST /tasks/wait."
+    webhook: Annotated[str, StringConstraints(max_length=2048)] | None = Field(
+        default=None, description="URL that is told, by a signed POST, how the task has ended."
     )
     metadata: JsonObject | None = Field(default=None, description="Kept with the task.")
 
@@ -249,6 +250,46 @@ class ListQuery(Query):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
+class WebhooksQuery(Query):
+    """How many reports to show."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+#: How far somebody has read: the ``id`` of an event, or 0 for the beginning.
+PlaceText = Annotated[
+    str, StringConstraints(pattern=r"^(0|(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,17}))\z")
+]
+
+
+class TaskEventsQuery(Query):
+    """From where on, and for how long."""
+
+    after: PlaceText | None = Field(
+        default=None,
+        description="Id of the last event seen, 0 for all; Last-Event-ID overrules it.",
+    )
+    follow: bool = Field(default=True, description="False: end when everything there is was told.")
+
+
+class EventsQuery(TaskEventsQuery):
+    """Which events to tell. Several kinds are separated by commas."""
+
+    task_type: TaskTypeName | None = None
+    queue: Name | None = None
+    kind: Annotated[str, StringConstraints(pattern=r"^[a-z_]+(,[a-z_]+){0,19}\z")] | None = None
+
+
+class OutputQuery(Query):
+    """Which output, and from where on."""
+
+    attempt: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None, description="Number of the attempt; the newest unless said."
+    )
+    offset: int = Field(default=0, ge=0, le=1 << 40, description="Bytes that are left out.")
+    follow: bool = Field(default=False, description="Go on until the attempt has ended.")
+
+
 class ArtifactQuery(Query):
     """Which bytes are sent."""
 
@@ -262,6 +303,12 @@ class PageQuery(Query):
 
     cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}\z")] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class TargetsQuery(Query):
+    """Which targets to list."""
+
+    job: Literal["hcna", "ray"] | None = Field(default=None, description="Only those of one job.")
 
 
 class ForgetQuery(Query):
@@ -291,6 +338,7 @@ class ProblemOut(BaseModel):
     status: int
     detail: str
     code: str
+    fix: str = Field(default="", description="The next step.")
     errors: list[FieldProblem] = []
     retry_after_s: int | None = None
 
@@ -325,6 +373,14 @@ class BatchOut(Answer):
 
 class PendingReasonOut(Answer):
     """Why a task waits, and what would help."""
+
+    code: str
+    message: str
+    fix: str
+
+
+class WhyOut(Answer):
+    """Where a task stands, in one sentence, and the next step; empty where there is none."""
 
     code: str
     message: str
@@ -371,7 +427,7 @@ class AttemptOut(Answer):
 
 
 class TaskOut(Answer):
-    """A task as it stands. In listings and waits ``attempts`` is left out."""
+    """A task as it stands. In listings and waits ``attempts`` and ``why`` are left out."""
 
     task_id: str
     task_type: str
@@ -386,6 +442,7 @@ class TaskOut(Answer):
     run_at: Time | None
     expires_at: Time | None
     pending_reason: PendingReasonOut | None
+    why: WhyOut | None = None
     progress: ProgressOut | None
     result: JsonObject | None
     error: FailureOut | None
@@ -410,6 +467,23 @@ class WaitOut(Answer):
     ended: list[TaskOut]
     cursor: str
     pending: int
+
+
+class EventOut(Answer):
+    """What an event's ``data`` holds: one line of a task's history."""
+
+    number: int
+    task_id: str
+    kind: str
+    at: Time
+    status: Status = Field(description="The task's status after it.")
+    attempt: int | None
+    generation: int | None
+    worker: str | None
+    detail: str | None
+    task_type: str | None
+    queue: str | None
+    outline: bool = Field(default=False, description="A viewer is not told details of others.")
 
 
 class TasksOut(Answer):
@@ -538,6 +612,42 @@ class KeysOut(Answer):
     keys: list[KeyOut]
 
 
+class WebhookSecretOut(Answer):
+    """What reports on one's own tasks are signed with."""
+
+    secret: str
+
+
+class WebhookOut(Answer):
+    """A report that waits."""
+
+    id: str
+    task_id: str
+    principal: str
+    target: str
+    created_at: str
+    due_at: str
+    tries: int
+    note: str
+
+
+class WebhooksOut(Answer):
+    """Reports that wait."""
+
+    waiting: list[WebhookOut]
+
+
+class WhoOut(Answer):
+    """The key that a request was made with."""
+
+    name: str
+    role: Literal["viewer", "submitter", "operator", "admin"]
+    owner: str = Field(description="Whose tasks it submits and sees.")
+    task_types: list[str] = Field(description="Task types it is limited to; empty: every one.")
+    queues: list[str] = Field(description="Queues likewise.")
+    expires_at: Time | None
+
+
 class HealthOut(Answer):
     """How the whole is doing."""
 
@@ -572,7 +682,19 @@ class StatusOut(BaseModel):
     moderator: JsonObject | None
     workers: list[JsonObject]
     queues: dict[str, dict[str, int]]
+    totals: dict[str, int] | None
     paused: list[str]
     requests: dict[str, dict[str, int]]
     task_types: list[str]
     problems: list[str]
+
+
+class TargetGroupOut(BaseModel):
+    """Addresses that Prometheus scrapes, and the labels of what it finds there."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+class TargetsOut(RootModel[list[TargetGroupOut]]):
+    """What Prometheus' HTTP service discovery reads."""

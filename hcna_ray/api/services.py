@@ -7,15 +7,19 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hcna_ray.api.admission import Admission
 from hcna_ray.api.allowance import Quotas, Rates
 from hcna_ray.api.audit import AuditDesk
+from hcna_ray.api.clients import Guesses
+from hcna_ray.api.events import EventHub
 from hcna_ray.api.gather import Gatherer
-from hcna_ray.api.metrics import RequestStats
-from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort
+from hcna_ray.api.metrics import Certificates, RequestStats
+from hcna_ray.api.ports import IdSource, KeyRing, ModeratorPort, Outputs
 from hcna_ray.api.reads import Reads
 from hcna_ray.api.submission import Submissions
+from hcna_ray.api.targets import Exporters
 from hcna_ray.api.views import NOBODY, Cluster
 from hcna_ray.api.visibility import Seen
 from hcna_ray.api.waiters import ChangeFeed
@@ -25,6 +29,9 @@ from hcna_ray.core.errors import HcnaError, StoreUnavailable
 from hcna_ray.handlers import Registry
 from hcna_ray.runtime.messages import ModeratorStatus, WorkerInfo
 from hcna_ray.store.artifacts import ArtifactStore
+
+if TYPE_CHECKING:
+    from hcna_ray.observability.spans import Traces
 
 log = logging.getLogger(__name__)
 
@@ -119,15 +126,19 @@ class Services:
     registry: Registry
     keys: KeyRing
     artifacts: ArtifactStore
+    outputs: Outputs
     settings: Settings
     clock: Clock
     ids: IdSource
     admission: Admission
     gatherer: Gatherer
     feed: ChangeFeed
+    events: EventHub
     cache: ClusterCache
     submissions: Submissions
     stats: RequestStats
+    certificates: Certificates
+    exporters: Exporters
     audit: AuditDesk
     started_at: float
     #: Blocking file work.
@@ -135,6 +146,10 @@ class Services:
     #: Requests and open tasks by key.
     rates: Rates
     quotas: Quotas
+    #: Wrong keys by address.
+    guesses: Guesses
+    #: Makes spans of requests that hand over work, if anybody wants them.
+    traces: Traces | None = None
     #: Whether C1 listens on more than loopback.
     public: bool = False
     #: Recent batches none of whose items was new, by principal: there is nothing to wait for.

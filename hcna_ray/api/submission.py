@@ -17,6 +17,7 @@ from hcna_ray.core.errors import HcnaError, Invalid
 from hcna_ray.core.models import Needs, OnDisconnect, RetryPolicy, TaskSpec
 from hcna_ray.handlers import Registry, TaskDefaults, TaskType
 from hcna_ray.security.keys import ApiKey
+from hcna_ray.security.outbound import TargetRefused, policy_of, vet_url
 
 REF = "ref:"
 #: Items named of a circle.
@@ -64,6 +65,7 @@ class Submissions:
         self._timeout_s = scheduling.task_timeout_seconds
         self._max_losses = scheduling.max_losses
         self._wait_max_s = scheduling.wait_max_s
+        self._outbound = policy_of(settings.webhooks)
         self._policies: dict[str, _Policy] = {}
 
     def task(self, body: object, sender: Sender, *, task_id: str, now: float) -> TaskSpec:
@@ -128,6 +130,11 @@ class Submissions:
                 "depends_on",
                 f"names {len(model.depends_on)} tasks, at most {self._depends_on_max} are allowed",
             )
+        if model.webhook is not None:
+            try:
+                vet_url(model.webhook, self._outbound)
+            except TargetRefused as error:
+                raise refuse_field("webhook", str(error)) from error
         if model.expires_at is not None and model.expires_at <= now:
             raise refuse_field("expires_at", "lies in the past")
         key = model.idempotency_key or key
@@ -156,6 +163,7 @@ class Submissions:
             fingerprint="" if key is None else fingerprint(model, payload),
             batch_id=batch_id,
             traceparent=sender.traceparent,
+            webhook=model.webhook,
             metadata=metadata,
             confined=not caller.sees_all,
         )

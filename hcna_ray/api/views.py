@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from hcna_ray.core.advice import TASK
 from hcna_ray.core.models import (
     ACCEPTING,
     TERMINAL,
@@ -25,7 +26,9 @@ from hcna_ray.core.models import (
     WorkerView,
 )
 from hcna_ray.core.placement import PendingReason, explain, state_in_words
+from hcna_ray.core.why import why
 from hcna_ray.runtime.messages import WorkerInfo
+from hcna_ray.store.base import Belongs, StoredFact
 
 Json = dict[str, Any]
 
@@ -71,7 +74,7 @@ def task_view(
         cluster: For the reason why it waits.
         now: For the same.
         with_payload: Show the payload.
-        with_attempts: Show the attempts.
+        with_attempts: Show the attempts, and say where the task stands.
     """
     spec = task.spec
     reason = pending_reason(task, cluster, now)
@@ -109,6 +112,9 @@ def task_view(
     }
     if with_attempts:
         view["attempts"] = [_attempt(attempt) for attempt in attempts]
+        workers = cluster.workers if cluster.moderator_answers else None
+        told = why(task, attempts, reason, workers, now=now)
+        view["why"] = {"code": told.code, "message": told.message, "fix": told.fix}
     if with_payload:
         view["payload"] = msgspec.Raw(spec.payload)
     return view
@@ -266,6 +272,9 @@ def outline(view: Json) -> Json:
         bare["error"] = bare["error"] | {"message": "", "type": None}
     if bare["pending_reason"] is not None and bare["pending_reason"]["code"] in _QUOTING:
         bare["pending_reason"] = bare["pending_reason"] | {"message": "another task comes first"}
+    if "why" in bare:
+        code = bare["why"]["code"]
+        bare["why"] = bare["why"] | {"message": TASK[code].means}
     if "attempts" in bare:
         bare["attempts"] = [
             attempt
@@ -277,6 +286,29 @@ def outline(view: Json) -> Json:
 
 
 _NO_ERROR: Json = {"kind": "", "message": "", "type": None, "traceback": None}
+
+
+def event_view(stored: StoredFact, belongs: Belongs | None) -> Json:
+    """Return one line of history as event streams tell it."""
+    fact = stored.fact
+    return {
+        "number": stored.number,
+        "task_id": fact.task_id,
+        "kind": fact.kind,
+        "at": iso(fact.at),
+        "status": fact.state.value,
+        "attempt": None if fact.token is None else fact.token.attempt,
+        "generation": None if fact.token is None else fact.token.generation,
+        "worker": fact.worker,
+        "detail": fact.detail,
+        "task_type": None if belongs is None else belongs.task_type,
+        "queue": None if belongs is None else belongs.queue,
+    }
+
+
+def outline_of_event(view: Json) -> Json:
+    """Return of an event only what happened: a detail may quote the submitter or the handler."""
+    return view | {"detail": None, "outline": True}
 
 
 def worker_in_brief(view: Json, running: Sequence[Mapping[str, Any]], *, brief: bool) -> Json:

@@ -68,10 +68,13 @@ class Seen:
         return (who, what) in self._pairs
 
 
-async def check_task(services: Services, caller: ApiKey, task_id: str) -> None:
-    """Raise `NotFound` unless the caller sees a task."""
+async def check_task(
+    services: Services, caller: ApiKey, task_id: str, *, in_full: bool = False
+) -> None:
+    """Raise `NotFound` unless the caller sees a task, or all of it."""
     found = await services.reads.run(lambda reader: reader.belongs((task_id,)))
-    if task_id not in found or caller.view(*found[task_id]) is View.NONE:
+    view = caller.view(*found[task_id]) if task_id in found else View.NONE
+    if view is View.NONE or (in_full and view is not View.FULL):
         raise NotFound("task", task_id[:100])
 
 

@@ -87,7 +87,7 @@ def up(
     if as_json:
         print_json({**asdict(info), "join_code": code})
         return
-    for line in card(info.url, info.dashboard_url, Path(info.home), code):
+    for line in card(info.url, info.dashboard_url, Path(info.home), code, info.public_url):
         typer.echo(line)
 
 
@@ -106,10 +106,16 @@ def _launched(
     return settings, bring
 
 
-def card(url: str, dashboard_url: str, home: Path, code: str) -> list[str]:
-    """What a newcomer needs after ``up``, in at most 12 lines."""
+def card(
+    url: str, dashboard_url: str, home: Path, code: str, public_url: str | None = None
+) -> list[str]:
+    """What a newcomer needs after ``up``, in at most 13 lines."""
     return [
         f"C1         {url}",
+        *(
+            [f"           {public_url} for others (HCNA_URL, HCNA_API_KEY, HCNA_CA_FILE)"]
+            * bool(public_url)
+        ),
         f"docs       {url}/docs",
         f"dashboard  {dashboard_url}",
         f"key        {home / 'keys' / 'client.key'} (yours alone; sent by every hcna command)",

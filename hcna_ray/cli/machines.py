@@ -481,16 +481,21 @@ def doctor(as_json: AsJson = False) -> None:
         head_checks,
         member_checks,
     )
+    from hcna_ray.supervisor.firewall import BY_HAND, Role, commands_for
     from hcna_ray.supervisor.membership import read_membership
+    from hcna_ray.supervisor.state import read_state
 
     settings = load_settings()
     joined = read_membership(settings.cluster_dir)
     settings = machine_settings(settings)
     run = head_checks(settings) if joined is None else member_checks(settings, joined)
     checks = _print_checks(run, talk())
-    role = "head" if joined is None else "worker"
+    role: Role = "head" if joined is None else "worker"
     ports = documented_ports(settings, role)
     commands = [firewall_command(ports, tool) for tool in ("ufw", "firewall-cmd", "nft")]
+    is_open = any(check.id == "firewall" and check.level == "warn" for check in checks)
+    told = read_state(settings.run_dir).get("firewall") or {}
+    closing = commands_for(settings, role, told) if is_open else []
     if as_json:
         print_json(
             {
@@ -498,11 +503,16 @@ def doctor(as_json: AsJson = False) -> None:
                 "ok": all(check.ok for check in checks),
                 "checks": _as_json(checks),
                 "firewall": commands,
+                "closing": closing,
             }
         )
     elif any(not check.ok and "port" in check.id for check in checks):
         typer.echo("what the others need to reach here, for the firewall that is in use:")
         for command in commands:
+            typer.echo(f"  {command}")
+    if closing and not as_json:
+        typer.echo(f"what closes Ray's ports to all others ({BY_HAND}):")
+        for command in closing:
             typer.echo(f"  {command}")
     _refuse_failed(checks, False, "hcna doctor, when it is set right")
 

@@ -21,23 +21,24 @@ from hcna_ray.cli import (
     keys,
     machines,
     measure,
+    observe,
     service,
     store,
     tasks,
+    top,
+    watch,
+    webhooks,
     workers,
 )
-from hcna_ray.cli.terminal import CommandFailed, ExitCode
+from hcna_ray.cli.terminal import CommandFailed, ExitCode, tame
 from hcna_ray.client import (
     ApiError,
     ConnectionFailed,
-    Forbidden,
     HcnaClientError,
-    NotFound,
-    Overloaded,
     TaskError,
-    Unauthorized,
     UnexpectedAnswer,
 )
+from hcna_ray.core.advice import next_step
 from hcna_ray.core.errors import HcnaError
 
 app = typer.Typer(
@@ -50,7 +51,10 @@ app = typer.Typer(
 cluster.register(app)
 machines.register(app)
 tasks.register(app)
+watch.register(app)
+webhooks.register(app)
 workers.register(app)
+top.register(app)
 demo.register(app)
 measure.register(app)
 service.register(app)
@@ -59,6 +63,7 @@ certs.register(app)
 audit.register(app)
 keys.register(app)
 store.register(app)
+observe.register(app)
 
 _INTERRUPTED = 130
 
@@ -91,7 +96,7 @@ def main(arguments: list[str]) -> int:
 def describe(error: Exception) -> tuple[int, str]:
     """The exit code and the one line for an error: what happened and what to type next."""
     code, line = _described(error)
-    return code, " ".join(line.split())
+    return code, tame(" ".join(line.split()))
 
 
 def _described(error: Exception) -> tuple[int, str]:
@@ -108,37 +113,16 @@ def _described(error: Exception) -> tuple[int, str]:
         case TaskError():
             return ExitCode.FAILED, f"{error}. Next: hcna why {error.task_id}"
         case ApiError():
-            return ExitCode.REFUSED, f"{error}. Next: {_after_refusal(error)}"
+            return ExitCode.REFUSED, f"{error}. Next: {error.fix or next_step(error.code)}"
         case HcnaClientError():
             return ExitCode.FAILED, str(error)
+        case HcnaError() if error.code == "invalid_config":
+            # Most commands read the settings first: another one would say the same.
+            return ExitCode.FAILED, f"{error}. Next: set that right, and the same command again"
         case HcnaError():
-            return ExitCode.FAILED, f"{error}. Next: hcna status"
+            return ExitCode.FAILED, f"{error}. Next: {next_step(error.code)}"
         case OSError():
             return ExitCode.FAILED, f"{error}. Next: check that path"
         case _:
             kind = type(error).__name__
             return ExitCode.FAILED, f"{kind}: {error}. Next: HCNA_DEBUG=1 shows where"
-
-
-def _after_refusal(error: ApiError) -> str:
-    match error:
-        case Unauthorized():
-            return 'eval "$(hcna env)" on the machine of C1, or set HCNA_API_KEY'
-        case Forbidden():
-            return "hcna keys create on M1 makes a key that may do this"
-        case _ if error.code == "quota":
-            return "hcna task list --status queued"
-        case NotFound() if error.code == "worker_not_found":
-            return "hcna workers"
-        case NotFound() if error.code == "task_not_found":
-            return "hcna task list"
-        case _ if error.code == "worker_online":
-            return "hcna leave there, or hcna workers forget NAME --force"
-        case Overloaded():
-            return "hcna status"
-        case _ if error.code == "unknown_task_type":
-            return "hcna workers show W1 lists the types"
-        case _ if error.code in ("task_finished", "not_failed"):
-            return "hcna task list --status failed"
-        case _:
-            return "hcna --help"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
 
-from hcna_ray.cli.terminal import clock
+from hcna_ray.cli.terminal import clock, tame
 from hcna_ray.client import Explanation, TaskView, Worker
 from hcna_ray.core.placement import age_in_words
 
-_STYLES = {
+#: The colour of a status, and of a worker's state.
+STYLES = {
     "completed": "green",
     "healthy": "green",
     "online": "green",
@@ -33,9 +34,14 @@ _STYLES = {
 }
 
 
+def escape(text: str) -> str:
+    """Text of others as it may be printed: neither markup nor commands to the terminal."""
+    return markup.escape(tame(text))
+
+
 def word(status: str) -> str:
     """A status in its colour."""
-    style = _STYLES.get(status)
+    style = STYLES.get(status)
     return f"[{style}]{escape(status)}[/{style}]" if style else escape(status)
 
 

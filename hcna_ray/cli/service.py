@@ -119,7 +119,7 @@ def _follow(settings: Settings) -> None:
                     f"M1's supervisor has not been running for {M1_AWAY_S:g} s",
                     "systemctl status hcna-m1",
                 )
-            ready = probe.is_ready(settings.api_host, settings.api_port)
+            ready = probe.is_ready(settings.serve_host, settings.serve_port)
             if ready != was_ready:
                 was_ready = ready
                 relay.take(

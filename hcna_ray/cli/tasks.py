@@ -87,6 +87,9 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key twice gives the same task.")
     ] = None,
+    webhook: Annotated[
+        str | None, typer.Option(metavar="URL", help="Told how it has ended.")
+    ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE kept with it.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,6 +110,7 @@ def submit(
         concurrency_key=concurrency_key,
         on_disconnect=on_disconnect,
         idempotency_key=idempotency_key,
+        webhook=webhook,
         metadata=parse_pairs(metadata or (), me) or None,
     )
     body = parse_payload(payload or [], me)

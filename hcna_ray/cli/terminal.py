@@ -196,6 +196,11 @@ def _amount(word: str, value: str, command: str) -> float:
     return amount
 
 
+def tame(text: str) -> str:
+    """What others wrote, without what would speak to the terminal; lines stay lines."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
+
+
 def clock(at: datetime | None) -> str:
     """A time of day for people, in local time; empty if there is none."""
     return at.astimezone().strftime("%H:%M:%S") if at else ""

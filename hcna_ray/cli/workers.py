@@ -84,7 +84,7 @@ def uncordon(name: Name, as_json: AsJson = False) -> None:
 def forget(
     name: Name,
     force: Annotated[
-        bool, typer.Option("--force", help="Also a worker that is in contact.")
+        bool, typer.Option("--force", help="Also one in contact; if it runs on, it is back soon.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -5,10 +5,12 @@ anyone; imports nothing of ours.
 
     discovery   where C1 is, and the key
     models      values sent and received
+    events      streams of events, turned into values
     plans       every rule, without I/O: requests, retries, reading answers
     transport   how httpx's words map to the plans'
     sync, aio       the two clients: they carry plans out
     handles, html   a task to hold on to, and how a notebook shows it
+    notebook        a progress bar, a live table, rows for a data frame
 
 A task's states, as seen from here::
 
@@ -39,10 +41,12 @@ from hcna_ray.client.errors import (
     UnsendablePayload,
     WaitTimeout,
 )
+from hcna_ray.client.events import TaskEvent
 from hcna_ray.client.handles import AsyncTaskHandle, TaskHandle
 from hcna_ray.client.models import (
     Artifact,
     Attempt,
+    ClusterStatus,
     Explanation,
     Health,
     IntentAnswer,
@@ -68,6 +72,7 @@ __all__ = [
     "Attempt",
     "Batch",
     "Client",
+    "ClusterStatus",
     "Conflict",
     "ConnectionFailed",
     "DigestMismatch",
@@ -88,6 +93,7 @@ __all__ = [
     "Retry",
     "TaskCancelled",
     "TaskError",
+    "TaskEvent",
     "TaskExpired",
     "TaskFailed",
     "TaskFailure",

@@ -13,6 +13,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
+from contextlib import AsyncExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +23,11 @@ import httpx
 
 from hcna_ray.client.discovery import find_endpoint
 from hcna_ray.client.errors import ApiError, HcnaClientError
+from hcna_ray.client.events import TaskEvent
 from hcna_ray.client.handles import AsyncTaskHandle
 from hcna_ray.client.models import (
     Artifact,
+    ClusterStatus,
     Explanation,
     Health,
     IntentAnswer,
@@ -39,6 +42,7 @@ from hcna_ray.client.models import (
 from hcna_ray.client.plans import (
     Answer,
     Emit,
+    Next,
     NoAnswer,
     Patience,
     Pause,
@@ -55,9 +59,11 @@ from hcna_ray.client.plans import (
     advance,
 )
 from hcna_ray.client.sync import GLANCE_TIMEOUT_S, ProgressCallback, UploadSource
+from hcna_ray.client.tracing import client_span
 from hcna_ray.client.transport import (
     answer_of,
     base_headers,
+    believed,
     no_answer,
     send_options,
     streams,
@@ -107,7 +113,10 @@ class AsyncClient:
         self._glances = Planner(self.url, patience=Patience(0.0), timeout_s=GLANCE_TIMEOUT_S)
         self._sleep = sleep
         self._http = httpx.AsyncClient(
-            headers=base_headers(self._endpoint.api_key), transport=transport, trust_env=False
+            headers=base_headers(self._endpoint.api_key),
+            transport=transport,
+            trust_env=False,
+            verify=believed(self.url, os.environ),
         )
 
     @property
@@ -273,9 +282,37 @@ class AsyncClient:
         """As `Client.tasks`."""
         return self._stream(self._plans.tasks(filters, limit), iter(()))
 
+    def events(
+        self,
+        task_id: str | None = None,
+        *,
+        after: str | None = None,
+        follow: bool = True,
+        **filters: object,
+    ) -> AsyncIterator[TaskEvent]:
+        """As `Client.events`."""
+        plan = self._plans.events(task_id, after=after, follow=follow, filters=filters)
+        return self._follow(plan)
+
+    def logs(
+        self, task_id: str, *, attempt: int | None = None, follow: bool = False
+    ) -> AsyncIterator[bytes]:
+        """As `Client.logs`."""
+        return self._follow(self._plans.logs(task_id, attempt=attempt, follow=follow))
+
     async def why(self, task_id: str) -> Explanation:
         """As `Client.why`."""
         return await self._run(self._plans.why(task_id))
+
+    # -- webhooks --------------------------------------------------------------------------------
+
+    async def webhook_secret(self) -> str:
+        """As `Client.webhook_secret`."""
+        return await self._run(self._plans.webhook_secret())
+
+    async def webhooks(self) -> list[Json]:
+        """As `Client.webhooks`."""
+        return await self._run(self._plans.webhooks())
 
     # -- workers, intents, health ----------------------------------------------------------------
 
@@ -312,6 +349,10 @@ class AsyncClient:
     async def health(self) -> Health:
         """As `Client.health`."""
         return await self._run(self._plans.health())
+
+    async def status(self) -> ClusterStatus:
+        """As `Client.status`."""
+        return await self._run(self._plans.status())
 
     async def snapshot(self) -> Snapshot:
         """As `Client.snapshot`."""
@@ -361,6 +402,42 @@ class AsyncClient:
         finally:
             plan.close()
 
+    async def _follow(self, plan: Plan[None]) -> AsyncIterator[Any]:
+        """Carry out a plan with lasting answers and yield what it emits."""
+        async with AsyncExitStack() as held:
+            held.callback(plan.close)
+            pieces: AsyncIterator[bytes] | None = None
+            connection = await held.enter_async_context(AsyncExitStack())
+            step, _ = advance(plan, None, None)
+            while step is not None:
+                came: object = None
+                error: Exception | None = None
+                match step:
+                    case Emit(value):
+                        yield value
+                    case Send(request) if request.lasting:
+                        await connection.aclose()
+                        came, pieces = await self._open(request, connection)
+                    case Next():
+                        came = await _next_piece(pieces)
+                    case _:
+                        came, error = await self._perform(step, iter(()))
+                step, _ = advance(plan, came, error)
+
+    async def _open(
+        self, request: Request, connection: AsyncExitStack
+    ) -> tuple[Answer | NoAnswer, AsyncIterator[bytes] | None]:
+        try:
+            response = await connection.enter_async_context(
+                self._http.stream(request.method, self.url + request.path, **send_options(request))
+            )
+            if response.status_code != 200:
+                await response.aread()
+                return answer_of(response), None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            return no_answer(error), None
+        return Answer(200, dict(response.headers), b""), response.aiter_bytes()
+
     async def _perform(
         self, step: Step, items: Iterator[Any] | AsyncIterator[Any]
     ) -> tuple[object, Exception | None]:
@@ -376,7 +453,7 @@ class AsyncClient:
                     return await _take(items, count), None
                 case Work(call):
                     return await asyncio.to_thread(call), None
-                case Emit():
+                case Emit() | Next():
                     raise AssertionError("only a stream may emit")
         except Exception as error:
             return None, error
@@ -385,7 +462,10 @@ class AsyncClient:
         try:
             url = self.url + request.path
             if request.sink is None:
-                response = await self._http.request(request.method, url, **send_options(request))
+                with client_span(request.method, request.path) as (headers, answered):
+                    options = send_options(request, headers)
+                    response = await self._http.request(request.method, url, **options)
+                    answered(response.status_code)
                 return answer_of(response)
             options = send_options(request)
             async with self._http.stream(request.method, url, **options) as response:
@@ -419,6 +499,15 @@ async def _pour(response: httpx.Response, sink: Sink) -> None:
         await asyncio.to_thread(take)
         raise
     await asyncio.to_thread(take)
+
+
+async def _next_piece(pieces: AsyncIterator[bytes] | None) -> bytes | NoAnswer | None:
+    if pieces is None:
+        return None
+    try:
+        return await anext(pieces, None)
+    except httpx.TransportError as error:
+        return no_answer(error)
 
 
 async def _take(items: Iterator[Any] | AsyncIterator[Any], count: int) -> list[Any]:

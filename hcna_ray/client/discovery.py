@@ -5,6 +5,8 @@
 
 The key file is only used together with an address that came from this machine's own
 ``cluster.json`` or the default: a key is never sent to a host that was merely named.
+
+Which certificates are believed and shown with HTTPS: `hcna_ray.client.transport.believed`.
 """
 
 from __future__ import annotations

@@ -136,6 +136,11 @@ class ApiError(HcnaClientError):
         self.retry_after_s = retry_after_s
         self.problem: dict[str, Any] = dict(problem or {})
 
+    @property
+    def fix(self) -> str:
+        """The next step, as C1 says it; an older C1 says nothing."""
+        return str(self.problem.get("fix") or "")
+
     def __str__(self) -> str:
         fields = "; ".join(f"{error.field}: {error.message}" for error in self.errors)
         later = f" (try again in {self.retry_after_s:g} s)" if self.retry_after_s else ""

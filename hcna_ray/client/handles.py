@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 from hcna_ray.client.errors import HcnaClientError
+from hcna_ray.client.events import TaskEvent
 from hcna_ray.client.html import task_html
 from hcna_ray.client.models import Json, Progress, TaskView
 
@@ -75,6 +77,14 @@ class TaskHandle(_Handle):
             self._see(self._client.wait(self.id, timeout_s))
         return self._view
 
+    def events(self, *, after: str | None = None) -> Iterator[TaskEvent]:
+        """What has happened and what happens, until the task has ended; see `Client.events`."""
+        return self._client.events(self.id, after=after)
+
+    def logs(self, *, attempt: int | None = None, follow: bool = False) -> Iterator[bytes]:
+        """What its handler has printed; see `Client.logs`."""
+        return self._client.logs(self.id, attempt=attempt, follow=follow)
+
     def result(self, timeout_s: float | None = None) -> Json:
         """Wait for the end and return the result object.
 
@@ -117,6 +127,14 @@ class AsyncTaskHandle(_Handle):
         if not self.ended or (self._view.status == "completed" and self._view.result is None):
             self._see(await self._client.wait(self.id, timeout_s))
         return self._view
+
+    def events(self, *, after: str | None = None) -> AsyncIterator[TaskEvent]:
+        """As `TaskHandle.events`."""
+        return self._client.events(self.id, after=after)
+
+    def logs(self, *, attempt: int | None = None, follow: bool = False) -> AsyncIterator[bytes]:
+        """As `TaskHandle.logs`."""
+        return self._client.logs(self.id, attempt=attempt, follow=follow)
 
     async def result(self, timeout_s: float | None = None) -> Json:
         """As `TaskHandle.result`."""

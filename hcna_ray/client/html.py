@@ -5,11 +5,15 @@ Bars and colours are inline styles, because a saved notebook keeps only what is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
+from typing import TYPE_CHECKING, Any
 
-from hcna_ray.client.models import TaskView, Worker, explain
-from hcna_ray.client.plans import Snapshot
+from hcna_ray.client.models import Explanation, TaskView, Worker, explain
+
+if TYPE_CHECKING:
+    from hcna_ray.client.plans import Snapshot
 
 _COLOURS = {
     "completed": "#2e7d32",
@@ -81,6 +85,64 @@ def snapshot_html(url: str, snapshot: Snapshot) -> str:
     return _table(rows)
 
 
+def worker_html(worker: Worker) -> str:
+    """One worker: is it there, what it has, what it runs."""
+    rows = [("worker", f"{escape(worker.name)} · {escape(worker.node_id)}")]
+    rows.append(("state", _worker_line(worker)))
+    if worker.trouble:
+        rows.append(("trouble", escape(worker.trouble)))
+    if worker.address:
+        rows.append(("address", escape(worker.address)))
+    for run in worker.running:
+        told = f"{run.get('task_type')} {run.get('task_id')}, attempt {run.get('attempt')}"
+        rows.append(("runs", escape(told)))
+    return _table(rows)
+
+
+def explanation_html(told: Explanation) -> str:
+    """Where a task stands, why, and what would help."""
+    rows = [
+        ("task", f"<code>{escape(told.task_id)}</code>"),
+        ("status", _badge(told.status)),
+        ("why", escape(told.message)),
+    ]
+    if told.fix:
+        rows.append(("fix", escape(told.fix)))
+    rows.extend(("", escape(line)) for line in told.history)
+    return _table(rows)
+
+
+def bar_html(percent: float, words: str) -> str:
+    """A bar and what it counts."""
+    return _bar(min(100.0, max(0.0, percent)), "", words)
+
+
+def rows_html(rows: Sequence[dict[str, Any]]) -> str:
+    """A table with a column for each key of the first row."""
+    if not rows:
+        return "<i>nothing to show</i>"
+    head = "".join(f'<th style="{_CELL}">{escape(name)}</th>' for name in rows[0])
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td style="{_CELL}">{_value(name, row.get(name))}</td>' for name in rows[0])
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _value(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if name in ("status", "state"):
+        return _badge(str(value))
+    if name == "progress" and isinstance(value, int | float):
+        return bar_html(float(value), f"{value:.0f} %")
+    if isinstance(value, datetime):
+        return escape(_clock(value))
+    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
 def _worker_line(worker: Worker) -> str:
     cpu, mem = worker.resources.get("cpu"), worker.resources.get("mem_gb")
     facts = [f"{cpu:g} CPU" if isinstance(cpu, int | float) else ""]
@@ -111,12 +173,13 @@ def _badge(word: str) -> str:
     return f'<b style="color:{colour}">{escape(word)}</b>'
 
 
-def _bar(percent: float, message: str) -> str:
+def _bar(percent: float, message: str, words: str | None = None) -> str:
+    told = f"{percent:.0f} % {message}" if words is None else words
     return (
         '<span style="display:inline-block;width:160px;height:10px;background:#ddd;'
         'border-radius:5px;overflow:hidden;vertical-align:middle">'
         f'<span style="display:block;height:10px;width:{percent:.0f}%;background:#1565c0">'
-        f"</span></span> {percent:.0f} % {escape(message)}"
+        f"</span></span> {escape(told)}"
     )
 
 

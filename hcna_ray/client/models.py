@@ -68,7 +68,7 @@ class MapOptions(TypedDict, total=False):
     ordering_key: str | None
     concurrency_key: str | None
     on_disconnect: str | None
-    webhook: Any
+    webhook: str | None
     metadata: JsonObject | None
 
 
@@ -100,7 +100,7 @@ class TaskRequest:
         concurrency_key: Tasks with the same key never run at the same time.
         on_disconnect: ``"replace"`` or ``"wait"`` when the worker disappears.
         idempotency_key: Submitting twice with the same key gives the same task.
-        webhook: Where to report the end, once C1 offers it.
+        webhook: URL that is told how the task has ended.
         metadata: Free JSON object kept with the task.
         ref: Name of this task inside its batch.
     """
@@ -120,7 +120,7 @@ class TaskRequest:
     concurrency_key: str | None = None
     on_disconnect: str | None = None
     idempotency_key: str | None = None
-    webhook: Any = None
+    webhook: str | None = None
     metadata: JsonObject | None = None
     ref: str | None = None
 
@@ -249,6 +249,11 @@ class TaskView:
             return (self.finished_at - self.started_at).total_seconds() * 1000
         return None
 
+    def _repr_html_(self) -> str:
+        from hcna_ray.client.html import task_html
+
+        return task_html(self)
+
     def problem(self) -> TaskError | None:
         """The exception that tells how this task ended, or ``None`` if it completed or goes on."""
         if self.status == "failed":
@@ -353,6 +358,20 @@ class Worker:
     trouble: str | None
     raw: Json = field(repr=False, compare=False)
 
+    @property
+    def figures(self) -> Json:
+        """What it measured last: ``cpu_percent``, ``load_1m``, ``disk_free_bytes``, ...
+
+        Empty before its first heartbeat, and for a key that may not see it.
+        """
+        told = self.telemetry.get("payload")
+        return told if isinstance(told, dict) else {}
+
+    def _repr_html_(self) -> str:
+        from hcna_ray.client.html import worker_html
+
+        return worker_html(self)
+
     @classmethod
     def from_json(cls, raw: Json) -> Worker:
         """Parse a worker view."""
@@ -414,6 +433,46 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """Everything at a glance, as far as the key may see it (``GET /status``).
+
+    Attributes:
+        node_id: C1's name.
+        moderator: M1's own figures, or ``None`` while it does not answer.
+        workers: Every worker on record.
+        queues: Tasks by queue and status.
+        paused: Queues that are held.
+        totals: Tasks ``accepted`` and ended (``completed``, ``failed``, ``cancelled``,
+            ``expired``) since the store was made; ``None`` while it cannot be read.
+    """
+
+    node_id: str
+    moderator: Json | None
+    workers: tuple[Worker, ...]
+    queues: dict[str, dict[str, int]]
+    paused: tuple[str, ...]
+    totals: dict[str, int] | None
+    raw: Json = field(repr=False, compare=False)
+
+    def count(self, status: str) -> int:
+        """Tasks of that status, over all queues."""
+        return sum(states.get(status, 0) for states in self.queues.values())
+
+    @classmethod
+    def from_json(cls, raw: Json) -> ClusterStatus:
+        """Parse ``GET /status``."""
+        return cls(
+            node_id=str(raw.get("node_id") or ""),
+            moderator=raw.get("moderator"),
+            workers=tuple(Worker.from_json(item) for item in raw.get("workers") or ()),
+            queues={str(name): dict(states) for name, states in (raw.get("queues") or {}).items()},
+            paused=tuple(raw.get("paused") or ()),
+            totals=raw.get("totals"),
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class IntentAnswer:
     """A worker's answer to an intent."""
 
@@ -439,7 +498,8 @@ class IntentAnswer:
 class Explanation:
     """Where a task stands and why, for people (`Client.why`).
 
-    ``fix`` is empty when nothing needs to be done; ``history`` has one line for each attempt.
+    ``code`` is stable; ``fix`` is the next step, empty once a task has completed; ``history`` has
+    one line for each attempt.
     """
 
     task_id: str
@@ -449,16 +509,29 @@ class Explanation:
     fix: str
     history: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        from hcna_ray.client.html import explanation_html
+
+        return explanation_html(self)
+
     def to_json(self) -> Json:
         """Plain object, for ``--json``."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 def explain(task: TaskView) -> Explanation:
-    """Say in one sentence where the task stands; facts come from the view alone."""
+    """Say in one sentence where the task stands.
+
+    C1 says it of a task that was asked for by itself; of one in a listing, and of an older C1's,
+    what the view has is put together here.
+    """
+    told = task.raw.get("why")
     code, fix = task.status, ""
     where = task.worker or "a worker"
-    if task.pending_reason:
+    if isinstance(told, dict):
+        code, message = str(told.get("code") or task.status), str(told.get("message") or "")
+        fix = str(told.get("fix") or "")
+    elif task.pending_reason:
         code, message = task.pending_reason.code, task.pending_reason.message
         fix = task.pending_reason.fix
     elif task.status == "scheduled":

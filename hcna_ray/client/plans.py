@@ -33,12 +33,15 @@ from hcna_ray.client.errors import (
     ConnectionFailed,
     DigestMismatch,
     HcnaClientError,
+    NotFound,
     UnexpectedAnswer,
     WaitTimeout,
     api_error_of,
 )
+from hcna_ray.client.events import EventParser
 from hcna_ray.client.models import (
     Artifact,
+    ClusterStatus,
     Explanation,
     Health,
     IntentAnswer,
@@ -58,6 +61,8 @@ PART_BYTES = 8 * 1024 * 1024
 SPAN_BYTES = 32 * 1024 * 1024
 #: Longest ``?wait=`` this client asks for, seconds; C1 allows 60.
 LONGEST_WAIT_S = 30.0
+#: Silence after which a stream counts as lost, seconds; C1 says something every 15.
+STREAM_SILENCE_S = 45.0
 #: Most tasks of one batch, and most bytes of its NDJSON that we send at once.
 BATCH_ITEMS_MAX = 10_000
 BATCH_BYTES_MAX = 32 * 1024 * 1024
@@ -87,6 +92,8 @@ class Request:
     """One HTTP request. ``read_timeout_s`` bounds the silence before the answer.
 
     The body of an answer 200 or 206 goes to ``sink``, if there is one; the `Answer` is empty then.
+    Where the request is ``lasting``, the body of an answer 200 is left for `Next` to take, and
+    ``read_timeout_s`` bounds the silence between its pieces.
     """
 
     method: str
@@ -96,6 +103,7 @@ class Request:
     body: bytes | None = None
     read_timeout_s: float | None = None
     sink: Sink | None = None
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,11 @@ class Send:
     """Send the request; the plan is sent an `Answer` or a `NoAnswer`."""
 
     request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """Take the next piece of a lasting answer; sent ``bytes``, ``None`` at its end, `NoAnswer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +163,7 @@ class Emit:
     value: object
 
 
-Step = Send | Pause | Take | Work | Emit
+Step = Send | Next | Pause | Take | Work | Emit
 Plan = Generator[Step, object, T]
 
 
@@ -416,7 +429,7 @@ class Planner:
     def _refusal(self, answer: Answer) -> ApiError:
         try:
             body = json.loads(answer.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             text = " ".join(answer.body[:200].decode("utf-8", "replace").split())
@@ -428,7 +441,7 @@ class Planner:
     def _read(self, answer: Answer) -> Json:
         try:
             body = json.loads(answer.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UnexpectedAnswer(self._url, f"its answer is not JSON ({error})") from error
         if not isinstance(body, dict):
             raise UnexpectedAnswer(self._url, "its answer is not a JSON object")
@@ -694,6 +707,98 @@ class Planner:
                 return
             params["cursor"] = str(cursor)
 
+    def events(
+        self,
+        task_id: str | None,
+        *,
+        after: str | None,
+        follow: bool,
+        filters: Mapping[str, object],
+    ) -> Plan[None]:
+        """Emit events, each once: what is lost of a connection is asked for on the next."""
+        path = "/events" if task_id is None else f"/tasks/{quote(task_id, safe='')}/events"
+        params = {name: _param(value) for name, value in filters.items() if value is not None}
+        if not follow:
+            params["follow"] = "false"
+        if after is not None:
+            params["after"] = after
+        parser = EventParser()
+        broken = 0
+
+        def ask() -> Request:
+            headers = {"Accept": "text/event-stream"}
+            if parser.place is not None:
+                headers["Last-Event-ID"] = parser.place
+            return Request(
+                "GET", path, params, headers, read_timeout_s=STREAM_SILENCE_S, lasting=True
+            )
+
+        while True:
+            answer = yield from self.exchange(ask)
+            if answer.status == 204:
+                return
+            parser.begin()
+            while isinstance(piece := (yield Next()), bytes):
+                try:
+                    for event in parser.feed(piece):
+                        broken = 0
+                        yield Emit(event)
+                except (ValueError, KeyError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise UnexpectedAnswer(self._url, reason) from error
+            if piece is None and not follow:
+                return
+            broken += 1
+            yield Pause(self._patience.delay_s(broken, self._luck()))
+
+    def logs(self, task_id: str, *, attempt: int | None, follow: bool) -> Plan[None]:
+        """Emit what a handler prints, in pieces; followed, attempt after attempt to the end."""
+        path = f"/tasks/{quote(task_id, safe='')}/logs"
+        number, offset, broken = attempt, 0, 0
+        #: Whether the attempt had ended before it was asked for: then an answer is all of it.
+        over = not follow
+
+        def ask() -> Request:
+            params = {"offset": str(offset)}
+            if number is not None:
+                params["attempt"] = str(number)
+            if follow:
+                params["follow"] = "true"
+            silence_s = None if follow else self._timeout_s
+            return Request("GET", path, params, read_timeout_s=silence_s, lasting=True)
+
+        while True:
+            try:
+                answer = yield from self.exchange(ask)
+            except NotFound as error:
+                if error.code != "attempt_not_found" or not follow:
+                    raise
+                if (yield from self.get(task_id)).ended:
+                    return
+                broken += 1
+                yield Pause(self._patience.delay_s(broken, self._luck()))
+                continue
+            number = int(answer.headers.get("x-attempt", number or 1))
+            while isinstance(piece := (yield Next()), bytes):
+                broken, offset = 0, offset + len(piece)
+                yield Emit(piece)
+            if piece is None and over:
+                view = yield from self.get(task_id)
+                # The next attempt may have begun and ended since, and the task with it.
+                last = max((one.attempt for one in view.attempts), default=number)
+                if attempt is not None or not follow or (view.ended and last <= number):
+                    return
+                number, offset, over = number + 1, 0, False
+                continue
+            broken += 1
+            yield Pause(self._patience.delay_s(broken, self._luck()))
+            view = yield from self.get(task_id)
+            over = (
+                not follow
+                or view.ended
+                or any(one.attempt == number and one.outcome is not None for one in view.attempts)
+            )
+
     def why(self, task_id: str) -> Plan[Explanation]:
         """Where the task stands, in words."""
         return explain((yield from self.get(task_id)))
@@ -704,6 +809,16 @@ class Planner:
         """``GET /workers``."""
         raw = yield from self._ask("GET", "/workers", patience=patience)
         return self._parse(lambda got: [Worker.from_json(item) for item in got["workers"]], raw)
+
+    def webhook_secret(self) -> Plan[str]:
+        """``GET /webhooks/secret``."""
+        raw = yield from self._ask("GET", "/webhooks/secret")
+        return self._parse(lambda got: str(got["secret"]), raw)
+
+    def webhooks(self) -> Plan[list[Json]]:
+        """``GET /admin/webhooks``."""
+        raw = yield from self._ask("GET", "/admin/webhooks")
+        return self._parse(lambda got: list(got["waiting"]), raw)
 
     def worker(self, name: str) -> Plan[Worker]:
         """``GET /workers/{name}``."""
@@ -733,6 +848,10 @@ class Planner:
         request = Request("GET", "/health", read_timeout_s=self._timeout_s)
         answer = yield from self.exchange(request, patience=patience, is_answer=_is_health)
         return self._parse(Health.from_json, self._read(answer))
+
+    def status(self) -> Plan[ClusterStatus]:
+        """``GET /status``."""
+        return self._parse(ClusterStatus.from_json, (yield from self._ask("GET", "/status")))
 
     def snapshot(self) -> Plan[Snapshot]:
         """What a notebook shows. Never raises for a C1 that is away, and asks only once."""
@@ -904,7 +1023,7 @@ def _is_health(answer: Answer) -> bool:
     """Whether C1 itself tells its health, under whatever HTTP status."""
     try:
         body = json.loads(answer.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return answer.status < 400
     return isinstance(body, dict) and isinstance(body.get("status"), str)
 

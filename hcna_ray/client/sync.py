@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,12 @@ import httpx
 
 from hcna_ray.client.discovery import find_endpoint
 from hcna_ray.client.errors import ApiError, HcnaClientError
+from hcna_ray.client.events import TaskEvent
 from hcna_ray.client.handles import TaskHandle
 from hcna_ray.client.html import snapshot_html
 from hcna_ray.client.models import (
     Artifact,
+    ClusterStatus,
     Explanation,
     Health,
     IntentAnswer,
@@ -32,6 +35,7 @@ from hcna_ray.client.models import (
 from hcna_ray.client.plans import (
     Answer,
     Emit,
+    Next,
     NoAnswer,
     Patience,
     Pause,
@@ -46,9 +50,11 @@ from hcna_ray.client.plans import (
     Work,
     advance,
 )
+from hcna_ray.client.tracing import client_span
 from hcna_ray.client.transport import (
     answer_of,
     base_headers,
+    believed,
     no_answer,
     send_options,
     streams,
@@ -110,7 +116,10 @@ class Client:
         self._glances = Planner(self.url, patience=Patience(0.0), timeout_s=GLANCE_TIMEOUT_S)
         self._sleep = sleep
         self._http = httpx.Client(
-            headers=base_headers(self._endpoint.api_key), transport=transport, trust_env=False
+            headers=base_headers(self._endpoint.api_key),
+            transport=transport,
+            trust_env=False,
+            verify=believed(self.url, os.environ),
         )
 
     @property
@@ -311,9 +320,57 @@ class Client:
         """
         return self._stream(self._plans.tasks(filters, limit), iter(()))
 
+    def events(
+        self,
+        task_id: str | None = None,
+        *,
+        after: str | None = None,
+        follow: bool = True,
+        **filters: object,
+    ) -> Iterator[TaskEvent]:
+        """What happens to tasks, as it happens: each event once, also over lost connections.
+
+        Args:
+            task_id: Of this task, from its beginning until it has ended; else of all, without end.
+            after: `TaskEvent.id` of the last one seen; ``"0"`` begins with the oldest that is kept.
+                Of all tasks, without it, those from now on are told.
+            follow: False ends when everything there is was told.
+            filters: ``task_type``, ``queue``, ``kind`` (several separated by commas); not with a
+                task.
+        """
+        plan = self._plans.events(task_id, after=after, follow=follow, filters=filters)
+        return self._follow(plan)
+
+    def logs(
+        self, task_id: str, *, attempt: int | None = None, follow: bool = False
+    ) -> Iterator[bytes]:
+        """What a task's handler has printed, in pieces.
+
+        Args:
+            task_id: The task.
+            attempt: Number of the attempt; the newest unless given.
+            follow: Go on while it prints, attempt after attempt, until the task has ended; with
+                ``attempt`` until that has.
+
+        Raises:
+            NotFound: there is no such task; or no attempt, and it is not to be followed.
+            Overloaded: the worker that keeps the output does not answer (``output_unavailable``).
+        """
+        return self._follow(self._plans.logs(task_id, attempt=attempt, follow=follow))
+
     def why(self, task_id: str) -> Explanation:
         """Where the task stands and why, in words, and what would help."""
         return self._run(self._plans.why(task_id))
+
+    # -- webhooks --------------------------------------------------------------------------------
+
+    def webhook_secret(self) -> str:
+        """What reports on one's own tasks are signed with, for their receiver to check."""
+        return self._run(self._plans.webhook_secret())
+
+    def webhooks(self) -> list[Json]:
+        """Reports that have not been taken to their webhooks yet; for admins."""
+        return self._run(self._plans.webhooks())
 
     # -- workers, intents, health ----------------------------------------------------------------
 
@@ -356,6 +413,10 @@ class Client:
     def health(self) -> Health:
         """What C1 says of itself; needs no key."""
         return self._run(self._plans.health())
+
+    def status(self) -> ClusterStatus:
+        """M1, workers, queues and totals in one answer."""
+        return self._run(self._plans.status())
 
     def snapshot(self) -> Snapshot:
         """Health and workers in one value, with one short try; never raises for a C1 away."""
@@ -409,6 +470,42 @@ class Client:
         finally:
             plan.close()
 
+    def _follow(self, plan: Plan[None]) -> Iterator[Any]:
+        """Carry out a plan with lasting answers and yield what it emits."""
+        with ExitStack() as held:
+            held.callback(plan.close)
+            pieces: Iterator[bytes] = iter(())
+            connection = held.enter_context(ExitStack())
+            step, _ = advance(plan, None, None)
+            while step is not None:
+                came: object = None
+                error: Exception | None = None
+                match step:
+                    case Emit(value):
+                        yield value
+                    case Send(request) if request.lasting:
+                        connection.close()
+                        came, pieces = self._open(request, connection)
+                    case Next():
+                        came = _next_piece(pieces)
+                    case _:
+                        came, error = self._perform(step, iter(()))
+                step, _ = advance(plan, came, error)
+
+    def _open(
+        self, request: Request, connection: ExitStack
+    ) -> tuple[Answer | NoAnswer, Iterator[bytes]]:
+        try:
+            response = connection.enter_context(
+                self._http.stream(request.method, self.url + request.path, **send_options(request))
+            )
+            if response.status_code != 200:
+                response.read()
+                return answer_of(response), iter(())
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            return no_answer(error), iter(())
+        return Answer(200, dict(response.headers), b""), response.iter_bytes()
+
     def _perform(self, step: Step, items: Iterator[Any]) -> tuple[object, Exception | None]:
         """Carry out one step: what to send the plan, or the exception to raise inside it."""
         try:
@@ -421,7 +518,7 @@ class Client:
                     return list(islice(items, count)), None
                 case Work(call):
                     return call(), None
-                case Emit():
+                case Emit() | Next():
                     raise AssertionError("only a stream may emit")
         except Exception as error:
             return None, error
@@ -430,7 +527,11 @@ class Client:
         try:
             url = self.url + request.path
             if request.sink is None:
-                return answer_of(self._http.request(request.method, url, **send_options(request)))
+                with client_span(request.method, request.path) as (headers, answered):
+                    options = send_options(request, headers)
+                    response = self._http.request(request.method, url, **options)
+                    answered(response.status_code)
+                return answer_of(response)
             with self._http.stream(request.method, url, **send_options(request)) as response:
                 if not streams(request, response):
                     response.read()
@@ -440,6 +541,13 @@ class Client:
                 return Answer(response.status_code, dict(response.headers), b"")
         except (httpx.TransportError, httpx.InvalidURL) as error:
             return no_answer(error)
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes | NoAnswer | None:
+    try:
+        return next(pieces, None)
+    except httpx.TransportError as error:
+        return no_answer(error)
 
 
 def _id_of(task: str | TaskHandle) -> str:

@@ -5,11 +5,13 @@ The only module that knows httpx's exceptions; shared by both clients.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import httpx
 
+from hcna_ray.client.errors import ConnectionFailed
 from hcna_ray.client.plans import Answer, NoAnswer, Request
 
 #: Seconds to get a connection. Longer means the machine is away, and trying again is better.
@@ -28,11 +30,36 @@ class SendOptions(TypedDict):
     timeout: httpx.Timeout
 
 
-def send_options(request: Request) -> SendOptions:
-    """The request in httpx's words."""
+def believed(url: str, env: Mapping[str, str]) -> ssl.SSLContext | bool:
+    """Return by what C1's certificate is believed, and what is shown to it.
+
+    ``HCNA_CA_FILE`` names the authorities (by default those that everybody knows),
+    ``HCNA_CLIENT_CERT`` a certificate of one's own, with its key or with ``HCNA_CLIENT_KEY``.
+
+    Raises:
+        ConnectionFailed: One of the files cannot be used.
+    """
+    ca, cert, key = (
+        env.get(name) or None for name in ("HCNA_CA_FILE", "HCNA_CLIENT_CERT", "HCNA_CLIENT_KEY")
+    )
+    if ca is None and cert is None:
+        return True
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        if cert is not None:
+            context.load_cert_chain(cert, key)
+    except OSError as error:  # ssl.SSLError is one.
+        files = ", ".join(each for each in (ca, cert, key) if each)
+        raise ConnectionFailed(url, f"{files}: {error.strerror or error}") from None
+    return context
+
+
+def send_options(request: Request, also: Mapping[str, str] | None = None) -> SendOptions:
+    """The request in httpx's words, with further headers."""
     timeout = httpx.Timeout(request.read_timeout_s, connect=CONNECT_TIMEOUT_S)
+    headers = {**request.headers, **also} if also else request.headers
     return SendOptions(
-        params=request.params, headers=request.headers, content=request.body, timeout=timeout
+        params=request.params, headers=headers, content=request.body, timeout=timeout
     )
 
 
@@ -61,5 +88,11 @@ def no_answer(error: httpx.TransportError | httpx.InvalidURL) -> NoAnswer:
     """What an exception of httpx means for the plan."""
     hopeless = isinstance(error, (*HOPELESS, httpx.InvalidURL))
     cause: Any = error.__cause__ or error
-    reason = str(cause) or str(error) or type(error).__name__
-    return NoAnswer(" ".join(reason.split()), hopeless)
+    reason = " ".join((str(cause) or str(error) or type(error).__name__).split())
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        hopeless = True
+        reason += "; HCNA_CA_FILE names the authority's certificate"
+    elif "ALERT_" in reason and "CERTIFICATE" in reason:
+        hopeless = True
+        reason += "; HCNA_CLIENT_CERT names a certificate of your own"
+    return NoAnswer(reason, hopeless)

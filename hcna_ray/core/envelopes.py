@@ -6,17 +6,15 @@ the keys below; an unknown schema is refused rather than guessed at.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from hcna_ray.core.errors import Invalid
+from hcna_ray.core.tracing import parse_traceparent
 
 INTENT_SCHEMA = "hcna.intent.v1"
 TELEMETRY_SCHEMA = "hcna.telemetry.v1"
-
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}\Z")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +79,5 @@ class Telemetry(_Envelope):
 
 def trace_id(traceparent: str | None) -> str | None:
     """Return the trace id of a W3C ``traceparent``, or ``None`` when it is absent or malformed."""
-    match = _TRACEPARENT.match(traceparent or "")
-    if match is None or match[1] == "0" * 32 or match[2] == "0" * 16:
-        return None
-    return match[1]
+    found = parse_traceparent(traceparent)
+    return None if found is None else found.trace_id

@@ -16,6 +16,7 @@
     │   ├── ModeratorUnavailable
     │   │   └── NoAnswer      it was asked: whether it did what was asked is not known
     │   ├── WorkerUnavailable
+    │   ├── OutputUnavailable the worker that keeps what was printed is away
     │   ├── StoreUnavailable
     │   │   ├── StoreDamaged  its file contradicts itself: only a backup helps
     │   │   └── StoreFull
@@ -192,6 +193,12 @@ class ModeratorUnavailable(CannotAccept):
     """The moderator does not answer."""
 
     code = "moderator_unavailable"
+
+
+class OutputUnavailable(CannotAccept):
+    """The worker that keeps an attempt's output does not answer."""
+
+    code = "output_unavailable"
 
 
 class NoAnswer(ModeratorUnavailable):

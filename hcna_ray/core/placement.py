@@ -69,12 +69,31 @@ def exclusion(needs: Needs, task_type: str, worker: WorkerView) -> Exclusion | N
 
     Capacity counts as a whole here: a busy worker is feasible, it just has no room now.
     """
-    if needs.worker is not None and needs.worker not in (worker.name, worker.node_id):
-        return Exclusion(f"worker={needs.worker}", f"is {worker.name}")
+    return _another(needs, worker) or absence(worker) or shortcoming(needs, task_type, worker)
+
+
+def absence(worker: WorkerView) -> Exclusion | None:
+    """Return why ``worker`` can run nothing just now, or ``None``."""
     if worker.state not in ACCEPTING:
         return Exclusion("state=online", state_in_words(worker))
     if worker.trouble:
         return Exclusion("state=online", worker.trouble)
+    return None
+
+
+def _another(needs: Needs, worker: WorkerView) -> Exclusion | None:
+    if needs.worker is not None and needs.worker not in (worker.name, worker.node_id):
+        return Exclusion(f"worker={needs.worker}", f"is {worker.name}")
+    return None
+
+
+def shortcoming(needs: Needs, task_type: str, worker: WorkerView) -> Exclusion | None:
+    """Return the first need that ``worker`` does not meet by what it is, or ``None``.
+
+    That does not change before it registers again.
+    """
+    if another := _another(needs, worker):
+        return another
     if task_type not in worker.task_types:
         return Exclusion(f"task_type={task_type}", "does not know this type")
     totals = dict(worker.resources)
@@ -116,6 +135,14 @@ def has_room(needs: Needs, worker: WorkerView) -> bool:
     """Return whether a heavy attempt fits into what is free on ``worker`` now."""
     wanted = [("cpu", needs.cpu), ("mem_gb", needs.mem_gb), ("gpu", needs.gpu), *needs.resources]
     return all(amount <= worker.free(name) + ROUNDING for name, amount in wanted if amount)
+
+
+def load(live: int, cpu: float) -> float:
+    """Return how loaded a worker would be with one more: leases by core. Less is better.
+
+    Of two idle workers the stronger one comes first.
+    """
+    return (live + 1) / max(cpu, 1.0)
 
 
 def occupy(used: Needs, needs: Needs, sign: int = 1) -> Needs:
@@ -255,9 +282,8 @@ class _Book:
     def _rank(self, room: _Room) -> tuple[float, ...]:
         """Lower is better: the emptier slot, then the less loaded worker, then the lower slot."""
         opening = room.opening
-        # As it would be with this task: of two idle workers the stronger one comes first.
-        load = (self._live[opening.worker] + 1) / max(self._workers[opening.worker].cpu, 1.0)
-        return (room.items if opening.slot >= 0 else 0, load, opening.slot)
+        loaded = load(self._live[opening.worker], self._workers[opening.worker].cpu)
+        return (room.items if opening.slot >= 0 else 0, loaded, opening.slot)
 
     def _take(self, lane: LaneKey, room: _Room) -> None:
         name, heavy = room.opening.worker, room.opening.slot < 0

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import NotFound
 from hcna_ray.core.models import Token
+from hcna_ray.core.tracing import parse_traceparent
 from hcna_ray.handlers import encoding
 from hcna_ray.handlers.errors import (
     ArtifactNotFound,
@@ -127,6 +128,7 @@ class TaskContext:
         limits: HandlerLimits | None = None,
         clock: Callable[[], float] = boottime,
         sleep: Callable[[float], None] = time.sleep,
+        traceparent: str | None = None,
     ) -> None:
         """Bind an attempt to its effects.
 
@@ -144,16 +146,29 @@ class TaskContext:
             limits: What the handler may use up.
             clock: Seconds that keep running while the machine sleeps.
             sleep: Pauses the thread for a number of seconds.
+            traceparent: W3C trace context of this attempt, if it belongs to a trace.
         """
+        trace = parse_traceparent(traceparent)
+        #: W3C trace context to send along with what the handler asks of others, or ``None``. With
+        #: traces on it names the attempt's own span, else what the submitter sent.
+        self.traceparent = None if trace is None else traceparent
+        #: The trace that the attempt belongs to, 32 hex digits, or ``None``.
+        self.trace_id = None if trace is None else trace.trace_id
         self.task_id = task_id
         self.task_type = task_type
         self.worker = worker
         self.node_id = node_id
         self.limits = limits or HandlerLimits()
-        #: A logger whose lines name the task and the attempt.
+        names: dict[str, object] = {
+            "task_id": task_id,
+            "task_type": task_type,
+            "attempt": token.attempt,
+        }
+        if trace is not None:
+            names["trace_id"] = trace.trace_id
+        #: A logger whose lines name the task, the attempt and the trace.
         self.log: logging.LoggerAdapter[logging.Logger] = _TaskLog(
-            logging.getLogger(f"hcna_ray.tasks.{task_type}"),
-            {"task_id": task_id, "task_type": task_type, "attempt": token.attempt},
+            logging.getLogger(f"hcna_ray.tasks.{task_type}"), names
         )
         self._token, self._effects = token, effects
         self._disk_path, self._scratch_root = disk_path, scratch_root

@@ -1,12 +1,12 @@
 """Names of our metrics and their rendering for Prometheus.
 
 The figures of tasks are counters that the store keeps, so a restart of anything never makes them go
-backwards. Names, kinds and labels stand here and nowhere else; ids never become labels.
+backwards. What a process counts of itself begins at zero with each process, which Prometheus allows
+for. Names, kinds and labels stand here and nowhere else; ids of tasks never become labels.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,37 +20,43 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+from hcna_ray.core.models import WorkerState
+from hcna_ray.observability.figures import Histogram
 
-#: Upper bounds of the latency histogram, in seconds.
-BUCKETS_S = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 Labels = tuple[str, ...]
 
 
-@dataclass(slots=True)
-class Histogram:
-    """Observations counted by `BUCKETS_S`, not cumulative, the last one without upper bound."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerFigures:
+    """One worker as M1 sees it, and what it has said of its machine."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
-    total_s: float = 0.0
+    state: str
+    last_seen_age_s: float
+    running: int
+    slots: int
+    clock_ahead_s: float
+    #: By name of the metric; only what the worker has told.
+    told: Mapping[str, float] = field(default_factory=dict)
 
-    def observe(self, seconds: float) -> None:
-        """Count one observation."""
-        self.counts[bisect.bisect_left(BUCKETS_S, seconds)] += 1
-        self.total_s += seconds
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Return cumulative (upper bound, count) pairs, ``+Inf`` last."""
-        pairs: list[tuple[str, float]] = []
-        seen = 0
-        for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), self.counts, strict=True):
-            seen += count
-            pairs.append((bound, float(seen)))
-        return pairs
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnFigures:
+    """What the moderator counts of itself since its process began."""
+
+    started_at: float
+    commits: int
+    live_attempts: int
+    open_tasks: int
+    open_bytes: int
+    room: int
+    renewals: int
+    refused: int
+    disk_free_bytes: int
+    batch_calls: Histogram
+    batch_s: Histogram
+    commit_s: Histogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +69,25 @@ class Sample:
     ended: Mapping[Labels, int] = field(default_factory=dict)
     #: (task_type, outcome)
     attempts: Mapping[Labels, int] = field(default_factory=dict)
+    #: (outcome,)
+    webhook: Mapping[Labels, int] = field(default_factory=dict)
     #: (queue, state)
     depth: Mapping[Labels, int] = field(default_factory=dict)
+    #: (task_type,): seconds in the queue before an attempt, and seconds of an attempt.
+    waited: Mapping[Labels, Histogram] = field(default_factory=dict)
+    ran: Mapping[Labels, Histogram] = field(default_factory=dict)
+    #: (queue,): seconds, and whether it is paused.
+    queue_age: Mapping[Labels, float] = field(default_factory=dict)
+    queue_paused: Mapping[Labels, int] = field(default_factory=dict)
     #: (state,); ``None`` when the moderator does not answer.
     workers: Mapping[Labels, int] | None = None
+    #: One for each worker on record, by its name; empty when the moderator does not answer.
+    worker_figures: Mapping[str, WorkerFigures] = field(default_factory=dict)
     moderator_up: bool = False
+    #: ``None`` when it does not answer.
+    moderator: OwnFigures | None = None
+    #: (name, kind): when it ends, as an instant.
+    certificates: Mapping[Labels, float] = field(default_factory=dict)
     store_readable: bool = False
     #: (route, method, status)
     requests: Mapping[Labels, int] = field(default_factory=dict)
@@ -82,6 +102,25 @@ class Sample:
     gather_calls: int = 0
     #: Ids and batches that clients wait for.
     waiting: int = 0
+
+
+def full_sample() -> Sample:
+    """Return a sample in which no family is missing, for whoever wants to know their names."""
+    own = OwnFigures(
+        started_at=0.0,
+        commits=0,
+        live_attempts=0,
+        open_tasks=0,
+        open_bytes=0,
+        room=0,
+        renewals=0,
+        refused=0,
+        disk_free_bytes=0,
+        batch_calls=Histogram(),
+        batch_s=Histogram(),
+        commit_s=Histogram(),
+    )
+    return Sample(store_readable=True, moderator_up=True, workers={}, moderator=own)
 
 
 class _Once(Collector):
@@ -113,6 +152,15 @@ def families(sample: Sample) -> Iterator[Metric]:
     )
     if sample.workers is not None:
         yield _gauge("hcna_workers", "Workers on record, by state.", ("state",), sample.workers)
+        yield from _of_workers(sample.worker_figures)
+    if sample.moderator is not None:
+        yield from _of_moderator(sample.moderator)
+    yield _gauge(
+        "hcna_certificate_expiry_timestamp_seconds",
+        "When a certificate of this cluster ends.",
+        ("name", "kind"),
+        sample.certificates,
+    )
     yield from _of_composite(sample)
 
 
@@ -134,8 +182,126 @@ def _of_store(sample: Sample) -> Iterator[Metric]:
     yield _counter(
         "hcna_task_attempts", "Attempts ended.", ("task_type", "outcome"), sample.attempts
     )
+    tries: dict[Labels, int] = {("delivered",): 0, ("failed",): 0, ("given_up",): 0}
+    yield _counter(
+        "hcna_webhook_tries",
+        "Reports to webhooks, by what came of each try.",
+        ("outcome",),
+        tries | dict(sample.webhook),
+    )
     yield _gauge(
         "hcna_queue_depth", "Tasks in a queue, by state.", ("queue", "state"), sample.depth
+    )
+    yield _gauge(
+        "hcna_queue_oldest_age_seconds",
+        "How long the first ready task of a queue has waited; 0 if none is ready.",
+        ("queue",),
+        sample.queue_age,
+    )
+    yield _gauge("hcna_queue_paused", "1 if a queue is paused.", ("queue",), sample.queue_paused)
+    yield _histogram(
+        "hcna_task_schedule_to_start_seconds",
+        "Time in the queue before an attempt began.",
+        ("task_type",),
+        sample.waited,
+    )
+    yield _histogram(
+        "hcna_attempt_duration_seconds",
+        "Time from the start of an attempt to its end.",
+        ("task_type",),
+        sample.ran,
+    )
+
+
+#: States of a worker, all of them shown for each.
+WORKER_STATES = tuple(state.value for state in WorkerState)
+#: What a worker tells of its machine in its telemetry, by the metric that shows it.
+TOLD = {
+    "hcna_worker_cpu_percent": "cpu_percent",
+    "hcna_worker_memory_available_bytes": "memory_available_bytes",
+    "hcna_worker_disk_free_bytes": "disk_free_bytes",
+}
+#: The same names on a worker's own page and on C1's, where they are as M1 last heard of them.
+WORKER_GAUGES = {
+    "hcna_worker_slots": "Slots that are ready.",
+    "hcna_worker_running_attempts": "Attempts that run.",
+    "hcna_worker_cpu_percent": "Load of the machine's processors.",
+    "hcna_worker_memory_available_bytes": "Memory that processes could still get.",
+    "hcna_worker_disk_free_bytes": "Free space where handlers write.",
+}
+
+
+def _of_workers(workers: Mapping[str, WorkerFigures]) -> Iterator[Metric]:
+    yield _gauge(
+        "hcna_worker_state",
+        "1 for the state that a worker is in, 0 for all others.",
+        ("worker", "state"),
+        {
+            (name, state): int(state == one.state)
+            for name, one in workers.items()
+            for state in WORKER_STATES
+        },
+    )
+    yield _gauge(
+        "hcna_worker_last_seen_age_seconds",
+        "Time since M1 last heard of a worker.",
+        ("worker",),
+        {(name,): one.last_seen_age_s for name, one in workers.items()},
+    )
+    yield _gauge(
+        "hcna_worker_clock_ahead_seconds",
+        "How far a worker's wall clock is ahead of M1's.",
+        ("worker",),
+        {(name,): one.clock_ahead_s for name, one in workers.items()},
+    )
+    for metric, text in WORKER_GAUGES.items():
+        values: dict[Labels, float] = {}
+        for name, one in workers.items():
+            counted = {"hcna_worker_slots": one.slots, "hcna_worker_running_attempts": one.running}
+            value = counted.get(metric, one.told.get(metric))
+            if value is not None:
+                values[name,] = value
+        yield _gauge(metric, text, ("worker",), values)
+
+
+def _of_moderator(own: OwnFigures) -> Iterator[Metric]:
+    one: Labels = ()
+    yield _gauge(
+        "hcna_moderator_start_time_seconds", "When M1's process began.", (), {one: own.started_at}
+    )
+    yield _counter(
+        "hcna_moderator_commits", "Batches that changed the store.", (), {one: own.commits}
+    )
+    yield _gauge(
+        "hcna_moderator_live_attempts",
+        "Attempts that are granted or run.",
+        (),
+        {one: own.live_attempts},
+    )
+    yield _gauge("hcna_open_tasks", "Tasks that have not ended.", (), {one: own.open_tasks})
+    yield _gauge("hcna_open_bytes", "Their size in the store.", (), {one: own.open_bytes})
+    yield _gauge("hcna_open_room", "Tasks that may still be accepted.", (), {one: own.room})
+    yield _counter(
+        "hcna_lease_renewals", "Heartbeats that renewed leases.", (), {one: own.renewals}
+    )
+    yield _histogram(
+        "hcna_writer_batch_calls", "Calls in one batch of the writer.", (), {one: own.batch_calls}
+    )
+    yield _histogram(
+        "hcna_writer_batch_duration_seconds",
+        "Time to decide a batch and to commit it.",
+        (),
+        {one: own.batch_s},
+    )
+    yield _histogram(
+        "hcna_store_commit_duration_seconds",
+        "Time of the store to make a batch durable, fsync included.",
+        (),
+        {one: own.commit_s},
+    )
+    yield _counter("hcna_store_refusals", "Batches that the store refused.", (), {one: own.refused})
+    yield _gauge(
+        "hcna_store_disk_free_bytes", "Free space on M1's disk.", (), {one: own.disk_free_bytes}
     )
 
 
@@ -146,14 +312,12 @@ def _of_composite(sample: Sample) -> Iterator[Metric]:
         ("route", "method", "status"),
         sample.requests,
     )
-    histogram = HistogramMetricFamily(
+    yield _histogram(
         "hcna_http_request_duration_seconds",
         "Time to the answer, waits included.",
-        labels=["route"],
+        ("route",),
+        sample.durations,
     )
-    for labels, durations in sample.durations.items():
-        histogram.add_metric(list(labels), durations.buckets(), durations.total_s)
-    yield histogram
     yield _gauge(
         "hcna_http_in_progress", "Requests in progress, by sort.", ("sort",), sample.in_progress
     )
@@ -174,8 +338,17 @@ def _counter(
     return family
 
 
+def _histogram(
+    name: str, text: str, labels: Sequence[str], values: Mapping[Labels, Histogram]
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for key, histogram in sorted(values.items(), key=lambda item: item[0]):
+        family.add_metric(list(key), histogram.buckets(), histogram.total)
+    return family
+
+
 def _gauge(
-    name: str, text: str, labels: Sequence[str], values: Mapping[Labels, int]
+    name: str, text: str, labels: Sequence[str], values: Mapping[Labels, float]
 ) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=labels)
     for key, value in sorted(values.items()):

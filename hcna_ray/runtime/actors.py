@@ -31,17 +31,17 @@ from hcna_ray.core.audit import ENTRIES_MAX, clipped
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.envelopes import Intent
 from hcna_ray.core.errors import HcnaError, NotFound, StoreUnavailable, WorkerNameTaken
-from hcna_ray.core.models import AuditEntry
+from hcna_ray.core.models import AuditEntry, Token
 from hcna_ray.core.naming import is_short_name
 from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
+from hcna_ray.observability.traces import TracesPlan, open_traces
 from hcna_ray.runtime import wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import (
     node_id_of,
-    outputs_of,
     run_heavy,
     run_slot,
     scratch_root,
@@ -67,7 +67,7 @@ from hcna_ray.runtime.messages import (
 )
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.orders import OrderDesk
-from hcna_ray.runtime.output import OutputSettings, prune_outputs
+from hcna_ray.runtime.output import OutputSettings, outputs_of, prune_outputs, read_output
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.ray_link import (
     ARTIFACTS,
@@ -79,6 +79,7 @@ from hcna_ray.runtime.ray_link import (
 from hcna_ray.runtime.refusals import Refusals
 from hcna_ray.runtime.requests import (
     Cancel,
+    Delivered,
     ForgetWorker,
     MarkWorker,
     NodeSeen,
@@ -92,8 +93,10 @@ from hcna_ray.runtime.requests import (
     RetryMany,
     SendIntent,
 )
+from hcna_ray.runtime.webhooks import Courier, Deliverer, Verdict, WebhookThread, own_addresses
 from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.security.orders import OrderSigner
+from hcna_ray.security.outbound import ensure_master
 from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.factory import open_reader, open_store
 
@@ -160,11 +163,17 @@ class ModeratorActor(_Face):
         self._reading = ThreadPoolExecutor(1, "reading")
         self._feed: ChangeFeed | None = None
         self._audit_log: AuditLogThread | None = None
+        self._webhooks: WebhookThread | None = None
         self._orders = OrderDesk(
             OrderSigner(settings.cluster_dir),
             cipher_of(settings, settings.moderator.security),
             elapsed=self._clock.elapsed,
         )
+        self._traces = open_traces(
+            TracesPlan.of(settings, "hcna-moderator", settings.moderator.node_id)
+        )
+        if self._traces is not None:
+            self._traces.start()
         self._writer = WriterThread(
             self._build,
             self._clock,
@@ -187,6 +196,7 @@ class ModeratorActor(_Face):
             self._audit_log = AuditLogThread(
                 self._settings.audit_file, lambda: open_reader(self._settings)
             )
+            self._webhooks = WebhookThread(self._build_deliverer)
         except BaseException:
             store.close()  # Or the next attempt would find it held by this one.
             raise
@@ -208,6 +218,29 @@ class ModeratorActor(_Face):
             store_name=self._settings.store_name,
         )
 
+    def _build_deliverer(self) -> Deliverer:
+        settings, draw = self._settings.webhooks, random.SystemRandom()
+        courier = Courier(
+            settings,
+            ensure_master(self._settings.keys_dir),
+            self._clock,
+            own_addresses=own_addresses,
+        )
+
+        async def tell(verdict: Verdict) -> None:
+            request = Delivered(delivery=verdict.delivery, outcome=verdict.outcome)
+            asked = asyncio.run_coroutine_threadsafe(self._ask(request), self._loop)
+            await asyncio.wrap_future(asked)
+
+        return Deliverer(
+            settings,
+            open_reader(self._settings),
+            courier.take,
+            tell,
+            self._clock,
+            jitter=lambda: draw.uniform(-1.0, 1.0),
+        )
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._background.add(task)
@@ -216,6 +249,10 @@ class ModeratorActor(_Face):
     def _publish(self, outbound: Outbound) -> None:
         if outbound.audited and self._audit_log is not None:
             self._audit_log.tell()
+        if outbound.hooked and self._webhooks is not None:
+            self._webhooks.tell()
+        if outbound.notes and self._traces is not None:
+            self._traces.tell(outbound.notes)
         if outbound.answers or outbound.last_fact:
             self._loop.call_soon_threadsafe(self._deliver, outbound)
 
@@ -280,6 +317,12 @@ class ModeratorActor(_Face):
         if self._feed is None:
             raise StoreUnavailable("M1 has not opened its task store yet", 5)
         return await self._feed.after(after, wait_s)
+
+    async def do_written(self, after: int, wait_s: float) -> Changes:
+        """Return once there is history after a fact number."""
+        if self._feed is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
+        return await self._feed.written(after, wait_s)
 
     async def do_workers(self) -> Any:
         """Return every worker."""
@@ -571,6 +614,11 @@ class NodeAgent(_Face):
         """Let a runner's process begin."""
         return await self._agent.attach(name, pid)
 
+    async def do_output(self, task_id: str, token: Token, offset: int, size: int) -> bytes | None:
+        """Return a piece of what an attempt has printed here."""
+        folder = outputs_of(self._settings, self._worker)
+        return await asyncio.to_thread(read_output, folder, task_id, token, offset, size)
+
     async def do_close(self) -> None:
         """End every process of this worker."""
         await self._agent.close()
@@ -616,6 +664,7 @@ class NodeAgent(_Face):
             "load_1m": os.getloadavg()[0],
             "disk_free_bytes": shutil.disk_usage(self._settings.data_dir).free,
             "uptime_s": round(self._uptime(), 1),
+            "agent_pid": os.getpid(),
         }
 
     def _figures(self) -> dict[str, Any]:

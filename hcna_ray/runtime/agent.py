@@ -34,6 +34,7 @@ from hcna_ray.core.errors import (
     WorkerNameTaken,
 )
 from hcna_ray.core.models import HEAVY_SLOT, FailureKind, TaskError, Token
+from hcna_ray.observability.log_context import names_of
 from hcna_ray.runtime.host import LATE_S, last_words, signal_group
 from hcna_ray.runtime.journal import (
     ContactMark,
@@ -575,14 +576,14 @@ class WorkerAgent:
         if Token(*offer.token).generation < self._mark.read():
             log.error(
                 "a grant of an older generation is refused",
-                extra={"action": "agent.stale_grant", "task_id": offer.task_id},
+                extra={"action": "agent.stale_grant", **_names(offer)},
             )
             return  # Not being held, it goes back by itself.
         if took_s > self._settings.exchange_wait_s + LATE_S:
             log.error(
                 "a grant took %.0f s to arrive and goes back",
                 took_s,
-                extra={"action": "agent.late_grant", "task_id": offer.task_id},
+                extra={"action": "agent.late_grant", **_names(offer)},
             )
             files = RunnerFiles(self._settings.outbox, name)
             self._spawn(self._tell_gone_once(_Member(HEAVY_SLOT, files, offer)))
@@ -909,3 +910,7 @@ def _plainly_lost(report: Report) -> bool:
     """Whether all that a report says is that its attempt ended with its worker."""
     error = report.error
     return report.kind == ReportKind.LOST and error is not None and error.kind is FailureKind.LOST
+
+
+def _names(offer: Offer) -> dict[str, object]:
+    return names_of(offer.task_id, Token(*offer.token).attempt, offer.traceparent)

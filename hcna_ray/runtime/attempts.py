@@ -17,11 +17,13 @@ from hcna_ray.core.errors import StaleWorker
 from hcna_ray.core.models import Token
 from hcna_ray.core.naming import NodeName
 from hcna_ray.observability import logs
+from hcna_ray.observability.traces import TracesPlan
 from hcna_ray.runtime.artifacts import WorkerArtifacts
 from hcna_ray.runtime.host import HostSettings, SlotHost
 from hcna_ray.runtime.keyring import guard_of
 from hcna_ray.runtime.messages import Offer
 from hcna_ray.runtime.nursery import ProcessNursery
+from hcna_ray.runtime.output import outputs_of
 from hcna_ray.runtime.ray_link import ActorLink, SlotModeratorLink, agent_name
 
 #: How long a heavy attempt's process tries to deliver its outcome before it leaves it to the agent.
@@ -67,10 +69,12 @@ async def _serve(
 ) -> None:
     outbox = settings.outbox_dir.parent / worker
     slots = settings.slots
+    node_id = node_id_of(worker, settings)
+    traces = TracesPlan.of(settings, "hcna-worker", node_id)
     nursery = ProcessNursery(
         {
             "worker": worker,
-            "node_id": node_id_of(worker, settings),
+            "node_id": node_id,
             "disk_path": str(settings.data_dir),
             "scratch_root": str(scratch_root(settings, worker)),
             "long_s": slots.long_ms / 1000.0,
@@ -81,6 +85,8 @@ async def _serve(
             "outputs": str(outputs_of(settings, worker)),
             "output_bytes": settings.limits.output_bytes,
             "outputs_bytes_max": settings.limits.outputs_bytes,
+            "once": offer is not None,
+            **({} if traces is None else {"traces": traces.to_json()}),
         }
     )
     host = SlotHost(
@@ -128,11 +134,6 @@ def node_id_of(worker: str, settings: Settings) -> str:
     _, _, rest = own.partition("--")
     arch = NodeName.parse(own).arch
     return f"{arch}-{worker}--{rest}" if rest else f"{arch}-{worker}"
-
-
-def outputs_of(settings: Settings, worker: str) -> Path:
-    """Return the directory with what attempts on a worker have printed."""
-    return settings.home / "outputs" / worker
 
 
 def scratch_root(settings: Settings, worker: str) -> Path:

@@ -123,7 +123,7 @@ class AuditLog:
                 data = json.loads(raw)
                 point = data.get("anchor", data)
                 return AuditPoint(int(point["number"]), str(point["hash"]))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
         self._keep()  # Nothing in it is ours.
         return None

@@ -98,8 +98,8 @@ def deploy_composite(settings: Settings, config: Path | None = None) -> None:
     plan = yaml.safe_load((config or find_serve_config()).read_text())
     plan["http_options"] = {
         **plan.get("http_options", {}),
-        "host": settings.api_host,
-        "port": settings.api_port,
+        "host": settings.serve_host,
+        "port": settings.serve_port,
     }
     own = next(one for one in plan["applications"] if one["name"] == APPLICATION)
     try:

@@ -1,34 +1,35 @@
-"""Which leases are out, which lanes have work, and handing the one to the other.
+"""Which lanes have work, and handing it to the calls that are parked.
 
-The decisions are `hcna_ray.core.placement`'s; this module feeds it with a snapshot and turns its
-assignments into leases. Memory here follows commits (`absorb`) and can be rebuilt at any moment.
+A batch looks at as many parked calls as it has ready tasks, and at no worker that cannot be chosen:
+what a lone task costs does not grow with the cluster. The decisions are
+`hcna_ray.core.placement`'s; this module feeds it with a snapshot and turns its assignments into
+leases. Memory here follows commits (`absorb`) and can be rebuilt at any moment.
 """
 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Protocol
 
 from hcna_ray.core.events import KeyHeld, KeyReleased, LeaseGranted, TimePassed
 from hcna_ray.core.models import (
-    ACCEPTING,
     HEAVY_SLOT,
     Hold,
     LaneKey,
     Lease,
-    Needs,
     Task,
     Token,
     WorkerView,
 )
-from hcna_ray.core.placement import Assignment, Opening, assign, exclusion, occupy
+from hcna_ray.core.placement import Assignment, Opening, absence, assign, has_room, shortcoming
 from hcna_ray.runtime.ledger import Lanes, Ledger
+from hcna_ray.runtime.live import LiveTable, Place
 from hcna_ray.runtime.messages import Offer
+from hcna_ray.runtime.parking import Parking, exchange_of
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.store.base import TaskStore
-
-Place = tuple[str, int]
 
 #: Heavy attempts handed to one agent in one answer.
 HEAVY_GRANT_MAX = 16
@@ -38,168 +39,34 @@ ESTIMATE_WEIGHT = 0.2
 DURATION_MS_MIN = 0.001
 #: Concurrency keys looked at by one sweep.
 SWEEP_KEYS_MAX = 1000
+#: Lanes of which it is remembered who could run their tasks.
+LANES_KEPT_MAX = 4096
 
 
-@dataclass(slots=True)
-class _Held:
-    """What one slot (or one worker's agent) holds."""
+class Roster(Protocol):
+    """The workers as one round sees them."""
 
-    #: Task ids, oldest grant first.
-    ids: dict[str, None] = field(default_factory=dict)
-    #: How many of them have started.
-    started: int = 0
+    @property
+    def version(self) -> int:
+        """Another number whenever a worker has come, gone, or is something else than it was."""
 
-    def runs(self, slot: int) -> int:
-        """Return how many attempts run there at once, or are about to."""
-        if slot == HEAVY_SLOT:
-            return len(self.ids)
-        return self.started or min(len(self.ids), 1)
+    def names(self) -> Iterable[str]:
+        """Return the names of all."""
+
+    def view(self, name: str) -> WorkerView | None:
+        """Return one of them."""
 
 
-class LiveTable:
-    """Every lease in force, as committed, found by task, by slot and by worker.
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """One lane's ready tasks for which some parked call has room."""
 
-    What every round asks for is counted along, so that it costs the same however many there are.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.tasks: dict[str, Task] = {}
-        self._places: dict[Place, _Held] = {}
-        #: Slots of each worker that hold anything, and leases of each worker.
-        self._slots: dict[str, set[int]] = {}
-        self._counts: Tally[str] = Tally()
-        self._keys: Tally[str] = Tally()
-        #: Attempts that run at once if no slot is idle.
-        self._runs = 0
-
-    def reset(self, leased: Iterable[Task]) -> None:
-        """Start over from what the store says."""
-        self.tasks.clear()
-        self._places.clear()
-        self._slots.clear()
-        self._counts.clear()
-        self._keys.clear()
-        self._runs = 0
-        for task in leased:
-            self._put(task)
-
-    def absorb(self, ledger: Ledger) -> None:
-        """Follow a committed batch."""
-        for task in ledger.changed():
-            before = self.tasks.get(task.spec.id)
-            if before is not None:
-                self._drop(before)
-            if task.lease is not None:
-                self._put(task)
-
-    def _put(self, task: Task) -> None:
-        lease = task.lease
-        assert lease is not None
-        id_, worker, slot = task.spec.id, lease.worker, lease.slot
-        self.tasks[id_] = task
-        held = self._places.get((worker, slot))
-        if held is None:
-            held = self._places[worker, slot] = _Held()
-            self._slots.setdefault(worker, set()).add(slot)
-        self._runs -= held.runs(slot)
-        held.ids[id_] = None
-        held.started += lease.started_at is not None
-        self._runs += held.runs(slot)
-        self._counts[worker] += 1
-        if task.spec.concurrency_key is not None:
-            self._keys[task.spec.concurrency_key] += 1
-
-    def _drop(self, task: Task) -> None:
-        lease = task.lease
-        assert lease is not None
-        id_, worker, slot = task.spec.id, lease.worker, lease.slot
-        del self.tasks[id_]
-        held = self._places[worker, slot]
-        self._runs -= held.runs(slot)
-        del held.ids[id_]
-        held.started -= lease.started_at is not None
-        self._runs += held.runs(slot)
-        if not held.ids:
-            del self._places[worker, slot]
-            self._slots[worker].discard(slot)
-        self._counts[worker] -= 1
-        if not self._counts[worker]:
-            del self._counts[worker], self._slots[worker]
-        if task.spec.concurrency_key is not None:
-            self._keys[task.spec.concurrency_key] -= 1
-            if not self._keys[task.spec.concurrency_key]:
-                del self._keys[task.spec.concurrency_key]
-
-    def in_slot(self, worker: str, slot: int) -> list[Task]:
-        """Return the tasks leased to one slot, oldest grant first."""
-        held = self._places.get((worker, slot))
-        return [] if held is None else [self.tasks[task_id] for task_id in held.ids]
-
-    def on_worker(self, worker: str) -> list[Task]:
-        """Return the tasks leased to one worker."""
-        slots = list(self._slots.get(worker, ()))
-        return [task for slot in slots for task in self.in_slot(worker, slot)]
-
-    def count(self, worker: str) -> int:
-        """Return how many leases a worker holds."""
-        return self._counts[worker]
-
-    def starts(self, idle: Collection[Place] = (), ledger: Ledger | None = None) -> int:
-        """Return how many attempts run at once, or are about to.
-
-        That is every attempt that has started, every heavy one, and one for each slot that has a
-        grant of which nothing has started yet.
-
-        Args:
-            idle: Slots that ask for work just now: all they hold has started.
-            ledger: What has happened since the last commit.
-        """
-        if ledger is None and not idle:
-            return self._runs
-        touched = set() if ledger is None else self._touched(ledger)
-        running = self._runs
-        for place in touched.union(idle):
-            held = self._places.get(place)
-            if held is None:
-                continue
-            running -= held.runs(place[1])
-            if place in touched:
-                assert ledger is not None
-                held = self._as_in(ledger, held)
-            # Whoever asks for work has begun all that it holds.
-            waits = place in idle and place[1] != HEAVY_SLOT
-            running += held.started if waits else held.runs(place[1])
-        return running
-
-    def _touched(self, ledger: Ledger) -> set[Place]:
-        """Return the places whose leases a batch has changed so far."""
-        befores = (self.tasks.get(task_id) for task_id in ledger.before)
-        leases = [task.lease for task in befores if task is not None]
-        return {(lease.worker, lease.slot) for lease in leases if lease is not None}
-
-    def _as_in(self, ledger: Ledger, held: _Held) -> _Held:
-        """Return what is left of a place's leases in a batch."""
-        now = _Held()
-        for task_id in held.ids:
-            task = ledger.get(task_id)
-            if task is not None and task.lease is not None:
-                now.ids[task_id] = None
-                now.started += task.lease.started_at is not None
-        return now
-
-    def live_of_key(self, key: str) -> int:
-        """Return how many leases a concurrency key has."""
-        return self._keys[key]
-
-    def used(self, worker: str, ledger: Ledger | None = None) -> Needs:
-        """Return what the heavy attempts on a worker hold, less what a batch has ended."""
-        used = Needs()
-        for task in self.in_slot(worker, HEAVY_SLOT):
-            now = None if ledger is None else ledger.get(task.id)
-            if now is None or now.lease is not None:
-                used = occupy(used, task.needs)
-        return used
+    #: Those that the batch has made ready.
+    fresh: list[Task]
+    #: The workers that could run them by what they are.
+    able: Set[str]
+    #: How many could be handed out at most.
+    count: int
 
 
 class Dispatcher:
@@ -210,6 +77,9 @@ class Dispatcher:
         self._store, self._policy, self._live = store, policy, live
         self._ready: Tally[LaneKey] = Tally()
         self._estimates: dict[str, float] = {}
+        #: Who could run a lane's tasks, and of which version of the roster that is true.
+        self._able: dict[LaneKey, Set[str]] = {}
+        self._able_version = -1
         #: The concurrency key at which the next sweep goes on.
         self._swept = ""
         #: Whether the last `dispatch` left something that another one would place.
@@ -276,9 +146,8 @@ class Dispatcher:
     def dispatch(
         self,
         ledger: Ledger,
-        views: Mapping[str, WorkerView],
-        seqs: Mapping[Place, int],
-        incarnations: Mapping[Place, str],
+        roster: Roster,
+        parking: Parking,
         paused: frozenset[str],
         generation: int,
         now: float,
@@ -287,9 +156,8 @@ class Dispatcher:
 
         Args:
             ledger: The batch; leases become part of it.
-            views: Snapshot of the workers.
-            seqs: Exchange number of each parked call.
-            incarnations: Incarnation of each parked call.
+            roster: The workers.
+            parking: The parked calls.
             paused: Queues that hand out nothing.
             generation: First half of the fencing tokens.
             now: The instant.
@@ -298,58 +166,101 @@ class Dispatcher:
             Offers by place. They may leave only after the ledger's commit.
         """
         self.unfinished = False
-        openings = self._openings(views, seqs)
-        room = self._policy.max_concurrent_tasks - self._live.starts(idle=seqs, ledger=ledger)
-        if not openings or room <= 0:
+        room = self._policy.max_concurrent_tasks - self._live.starts(ledger)
+        if not parking or room <= 0:
             return {}
-        lanes = self._heads(ledger, views, openings, paused)
+        fresh, touched = _ready_in(ledger)
+        demands = self._demands(fresh, roster, parking, paused)
+        openings = self._openings(demands, roster, parking)
+        if not openings:
+            return {}
+        lanes = self._heads(ledger, demands, openings, touched)
         lanes = self._hold_busy_keys(ledger, lanes, now)
-        assignments = assign(views, lanes, openings, estimates_ms=self._estimates, starts_max=room)
-        return self._grant(ledger, assignments, seqs, incarnations, generation, now)
+        views = {one.worker: roster.view(one.worker) for one in openings}
+        assignments = assign(
+            {name: view for name, view in views.items() if view is not None},
+            lanes,
+            openings,
+            estimates_ms=self._estimates,
+            starts_max=room,
+        )
+        return self._grant(ledger, assignments, parking, generation, now)
+
+    def _able_for(self, lane: LaneKey, roster: Roster) -> Set[str]:
+        """Return the workers that could run a lane's tasks, were they there and idle."""
+        if self._able_version != roster.version or len(self._able) >= LANES_KEPT_MAX:
+            self._able.clear()
+            self._able_version = roster.version
+        able = self._able.get(lane)
+        if able is None:
+            views = [view for name in roster.names() if (view := roster.view(name)) is not None]
+            able = self._able[lane] = {
+                view.name for view in views if shortcoming(lane.needs, lane.task_type, view) is None
+            }
+        return able
+
+    def _demands(
+        self,
+        fresh: Mapping[LaneKey, list[Task]],
+        roster: Roster,
+        parking: Parking,
+        paused: frozenset[str],
+    ) -> dict[LaneKey, _Demand]:
+        """Return what the parked calls could take of each lane, were it alone."""
+        demands: dict[LaneKey, _Demand] = {}
+        for lane in {**dict.fromkeys(self._ready), **dict.fromkeys(fresh)}:
+            if lane.queue in paused:
+                continue
+            rows = fresh.get(lane, [])
+            ready = self._ready[lane] + len(rows)
+            able = self._able_for(lane, roster)
+            workers = parking.best(_fits(lane, able, roster), ready, heavy=lane.needs.heavy)
+            if workers:
+                places = _places(parking, workers, lane, ready)
+                takes = self._items_max(lane) * len(places)
+                demands[lane] = _Demand(rows, able, min(ready, takes))
+        return demands
 
     def _openings(
-        self, views: Mapping[str, WorkerView], seqs: Mapping[Place, int]
+        self, demands: Mapping[LaneKey, _Demand], roster: Roster, parking: Parking
     ) -> list[Opening]:
-        openings = []
-        for worker, slot in sorted(seqs):
-            view = views.get(worker)
-            if view is None or view.state not in ACCEPTING:
-                continue
-            heavy = slot == HEAVY_SLOT
-            openings.append(
-                Opening(
-                    worker=worker,
-                    slot=slot,
-                    items_max=HEAVY_GRANT_MAX if heavy else self._policy.grant_max,
-                    budget_ms=self._policy.grant_target_ms,
-                )
+        """Return the places that may be chosen for what is demanded.
+
+        Each task makes one worker less welcome to all that follow. So of the workers that fit a
+        lane the first so many hold the best one until the last task is placed; nobody else can be
+        preferred to them.
+        """
+        count = sum(demand.count for demand in demands.values())
+        places: set[Place] = set()
+        for lane, demand in demands.items():
+            fits = _fits(lane, demand.able, roster)
+            workers = parking.best(fits, count, heavy=lane.needs.heavy)
+            places.update(_places(parking, workers, lane, count))
+        return [
+            Opening(
+                worker=worker,
+                slot=slot,
+                items_max=HEAVY_GRANT_MAX if slot == HEAVY_SLOT else self._policy.grant_max,
+                budget_ms=self._policy.grant_target_ms,
             )
-        return openings
+            for worker, slot in sorted(places)
+        ]
 
     def _heads(
         self,
         ledger: Ledger,
-        views: Mapping[str, WorkerView],
+        demands: Mapping[LaneKey, _Demand],
         openings: list[Opening],
-        paused: frozenset[str],
+        touched: int,
     ) -> dict[LaneKey, list[Task]]:
-        """Return the first ready tasks of every lane that some opening could take."""
-        fresh: dict[LaneKey, list[Task]] = {}
-        touched = 0
-        lanes = Lanes()
-        for task in ledger.changed():
-            before = ledger.before[task.spec.id]
-            touched += before is not None and before.ready
-            if task.ready:
-                fresh.setdefault(lanes.of(task), []).append(task)
+        """Return the first ready tasks of every lane, as many as the openings could take."""
         heads: dict[LaneKey, list[Task]] = {}
-        for lane in {**dict.fromkeys(self._ready), **dict.fromkeys(fresh)}:
-            if lane.queue in paused:
-                continue
-            limit = self._wanted(lane, views, openings)
-            if not limit:
-                continue
-            rows = list(fresh.get(lane, ()))
+        for lane, demand in demands.items():
+            limit = self._items_max(lane) * sum(
+                (one.slot == HEAVY_SLOT) == lane.needs.heavy and one.worker in demand.able
+                for one in openings
+            )
+            rows = list(demand.fresh)
             if self._ready[lane]:
                 # Some of the stored heads may have changed in this batch: read that many more.
                 stored = self._store.heads(lane, limit + touched)
@@ -361,24 +272,15 @@ class Dispatcher:
             heads[lane] = rows[:limit]
         return heads
 
-    def _wanted(
-        self, lane: LaneKey, views: Mapping[str, WorkerView], openings: list[Opening]
-    ) -> int:
-        """Return how many tasks of a lane the openings could take together at most."""
-        heavy = lane.needs.heavy
-        fitting = Tally(one.worker for one in openings if (one.slot == HEAVY_SLOT) == heavy)
-        count = sum(
-            number
-            for worker, number in fitting.items()
-            if exclusion(lane.needs, lane.task_type, views[worker]) is None
-        )
-        if heavy:
-            return count * HEAVY_GRANT_MAX
+    def _items_max(self, lane: LaneKey) -> int:
+        """Return how many tasks of a lane one opening takes at most."""
+        if lane.needs.heavy:
+            return HEAVY_GRANT_MAX
         expected = self._estimates.get(lane.task_type)
         if expected is None:
-            return count
+            return 1
         fits = int(self._policy.grant_target_ms / max(expected, 0.01)) + 1
-        return count * min(fits, self._policy.grant_max)
+        return min(fits, self._policy.grant_max)
 
     def _hold_busy_keys(
         self, ledger: Ledger, lanes: dict[LaneKey, list[Task]], now: float
@@ -418,20 +320,20 @@ class Dispatcher:
         self,
         ledger: Ledger,
         assignments: list[Assignment],
-        seqs: Mapping[Place, int],
-        incarnations: Mapping[Place, str],
+        parking: Parking,
         generation: int,
         now: float,
     ) -> dict[Place, tuple[Offer, ...]]:
         granted: dict[Place, list[Offer]] = {}
         for task, opening in ((one.task, one.opening) for one in assignments):
             place = (opening.worker, opening.slot)
+            call = exchange_of(parking[place])
             lease = Lease(
                 Token(generation, task.attempt + 1),
                 opening.worker,
-                incarnations[place],
+                call.incarnation,
                 opening.slot,
-                seqs[place],
+                call.seq,
                 now,
             )
             step = ledger.step(task, LeaseGranted(at=now, lease=lease))
@@ -466,3 +368,34 @@ class Dispatcher:
         self._swept = keys[-1] if len(keys) == SWEEP_KEYS_MAX else ""
         for key in keys:
             self.release_concurrency(ledger, key, now)
+
+
+def _ready_in(ledger: Ledger) -> tuple[dict[LaneKey, list[Task]], int]:
+    """Return what a batch has made ready, by lane, and of how many ready ones it has changed."""
+    fresh: dict[LaneKey, list[Task]] = {}
+    touched = 0
+    lanes = Lanes()
+    for task in ledger.changed():
+        before = ledger.before[task.spec.id]
+        touched += before is not None and before.ready
+        if task.ready:
+            fresh.setdefault(lanes.of(task), []).append(task)
+    return fresh, touched
+
+
+def _fits(lane: LaneKey, able: Set[str], roster: Roster) -> Callable[[str], bool]:
+    """Return the question whether a worker can take a task of a lane now."""
+
+    def fits(name: str) -> bool:
+        view = roster.view(name) if name in able else None
+        if view is None or absence(view) is not None:
+            return False
+        return not lane.needs.heavy or has_room(lane.needs, view)
+
+    return fits
+
+
+def _places(parking: Parking, workers: Iterable[str], lane: LaneKey, count: int) -> list[Place]:
+    """Return where these workers would take so many tasks of a lane."""
+    heavy = lane.needs.heavy
+    return [place for name in workers for place in parking.places(name, count, heavy=heavy)]

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -21,7 +22,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hcna_ray import failpoints
 from hcna_ray.core.clock import SystemClock
@@ -29,6 +30,7 @@ from hcna_ray.core.errors import HcnaError, NotFound
 from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.registry import Registry
 from hcna_ray.observability import logs
+from hcna_ray.observability.traces import TracesPlan, open_traces
 from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import BlockingChannel, ChannelClosed, Frame
 from hcna_ray.runtime.journal import RunnerFiles
@@ -36,12 +38,19 @@ from hcna_ray.runtime.messages import AttemptKey, Report
 from hcna_ray.runtime.output import OutputSettings, OutputTap
 from hcna_ray.runtime.runner import Runner, RunnerSettings
 
+if TYPE_CHECKING:
+    from hcna_ray.observability.spans import Traces
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 #: Handlers give way to the moderator, C1 and the agents, which share machines with them.
 NICENESS = 10
-#: What a handler's process is not told about the cluster around it.
-_HIDDEN_PREFIXES = ("RAY_", "HCNA_API_KEY", "HCNA_STORE")
+#: What a handler's process is not told about the cluster around it: Ray and its token, keys and
+#: passphrases, settings (one may hold the password of the database), and what libpq reads.
+_HIDDEN = re.compile(
+    r"RAY_|HCNA_(?:API_KEY|BACKUP_PASSPHRASE|CONFIG|STORE)|HCNA_\w*__|PG[A-Z]+\Z", re.ASCII
+)
+_POSTGRES = ("postgres://", "postgresql://")
 #: What answers `IDLE` (``RUN`` or ``END``), and the kinds of frames that are waited for.
 _ORDERS = "orders"
 _ANSWERS = frozenset({_ORDERS, channel.ACK, channel.FILE})
@@ -50,8 +59,16 @@ _FLUSH_S = 5.0
 
 
 def nursery_environment(base: dict[str, str]) -> dict[str, str]:
-    """Return the environment of handlers: the machine's, less what opens the cluster."""
-    return {name: value for name, value in base.items() if not name.startswith(_HIDDEN_PREFIXES)}
+    """Return the environment of handlers: the machine's, less what opens the cluster.
+
+    A ``DATABASE_URL`` that names PostgreSQL may be that of the task store. ``HCNA_HOME`` stays: by
+    it processes that were left behind are found.
+    """
+    return {
+        name: value
+        for name, value in base.items()
+        if not _HIDDEN.match(name) and not (name == "DATABASE_URL" and value.startswith(_POSTGRES))
+    }
 
 
 def die_with_parent() -> None:
@@ -81,6 +98,9 @@ def main(argv: list[str]) -> int:
     facts: dict[str, Any] = json.loads(argv[1])
     logs.configure(Path(facts["log"]), fields={"node": facts["worker"]}, rotate=False)
     registry = load_registry()
+    traces = open_traces(TracesPlan.from_json(facts["traces"]) if "traces" in facts else None)
+    if traces is not None:
+        traces.offer_to_handlers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -105,7 +125,7 @@ def main(argv: list[str]) -> int:
                 for descriptor in (woken, wake):
                     os.close(descriptor)
                 control.close()
-                _be_executor(descriptors[0], str(order["name"]), facts, registry)
+                _be_executor(descriptors[0], str(order["name"]), facts, registry, traces)
             os.close(descriptors[0])
             failpoints.hit("nursery.executor.forked")
             control.send(json.dumps({"forked": child, "name": order["name"]}).encode())
@@ -125,7 +145,13 @@ def _tell_exits(control: socket.socket) -> None:
 # -- an executor -----------------------------------------------------------------------------------
 
 
-def _be_executor(descriptor: int, name: str, facts: dict[str, Any], registry: Registry) -> None:
+def _be_executor(
+    descriptor: int,
+    name: str,
+    facts: dict[str, Any],
+    registry: Registry,
+    traces: Traces | None,
+) -> None:
     """Live as an executor; never returns."""
     status = 1
     try:
@@ -140,12 +166,17 @@ def _be_executor(descriptor: int, name: str, facts: dict[str, Any], registry: Re
             long_s=facts["long_s"],
             report_s=facts["report_s"],
             result_bytes_max=facts["result_bytes_max"],
+            spans_first=facts.get("once", False),
         )
         files = RunnerFiles(Path(facts["outbox"]), name)
         sock = socket.socket(fileno=descriptor)
-        Executor(sock, settings, files, registry, _tap_output(facts)).serve()
+        if traces is not None:
+            traces.start()
+        Executor(sock, settings, files, registry, _tap_output(facts), traces).serve()
         status = 0
     finally:
+        if traces is not None:
+            traces.close()
         logging.shutdown()
         os._exit(status)
 
@@ -180,6 +211,7 @@ class Executor:
         files: RunnerFiles,
         registry: Registry,
         output: OutputTap | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Wire a runner to the socket."""
         self._channel = BlockingChannel(sock)
@@ -188,7 +220,7 @@ class Executor:
         self._news = threading.Condition()
         self._reading = self._closed = False
         self._asking = threading.Lock()
-        self._runner = Runner(settings, registry, files, self, self, SystemClock(), output)
+        self._runner = Runner(settings, registry, files, self, self, SystemClock(), output, traces)
 
     def serve(self) -> None:
         """Run what the host sends until it says ``END``, or is gone."""

@@ -1,6 +1,7 @@
-"""The change feed: tells every C1 replica which tasks have ended, and nothing else.
+"""The change feed: tells every C1 replica which tasks have ended, or just that there is news.
 
-Each replica keeps one call parked here; waits and event streams fan out inside the replica.
+Each replica keeps one call parked here for those who wait for tasks, and another while it has event
+streams; both fan out inside the replica, which reads what has happened from the store.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class ChangeFeed:
         self._last = self._floor = last
         self._ended: deque[tuple[int, str]] = deque()
         self._news = asyncio.Event()
+        #: As `_news`, of every commit with history in it.
+        self._written = asyncio.Event()
 
     def publish(self, last: int, ended: tuple[str, ...]) -> None:
         """Take in a commit: its newest fact number and the tasks that ended with it."""
@@ -32,6 +35,8 @@ class ChangeFeed:
             self._ended.append((last, task_id))
         while len(self._ended) > REMEMBERED:
             self._floor = self._ended.popleft()[0]
+        self._written.set()
+        self._written = asyncio.Event()
         if ended:
             self._news.set()
             self._news = asyncio.Event()
@@ -52,6 +57,21 @@ class ChangeFeed:
                 return Changes(last=self._last, gap=True)
             found = self._since(number)
         return Changes(last=self._last, ended=tuple(found))
+
+    async def written(self, number: int, wait_s: float) -> Changes:
+        """Return once there is history after a fact number, or when the time is up.
+
+        Who asks reads it from the store. A number that is not known here (of a reader that is ahead
+        of what was published, or from before a restore) is answered at once.
+        """
+        if number == self._last:
+            written = self._written
+            try:
+                async with asyncio.timeout(wait_s):
+                    await written.wait()
+            except TimeoutError:
+                pass
+        return Changes(last=self._last)
 
     def _since(self, number: int) -> list[str]:
         found: list[str] = []

@@ -26,6 +26,7 @@ from hcna_ray import failpoints
 from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import CannotAccept, HcnaError, NotFound, StaleWorker
 from hcna_ray.core.models import FailureKind, TaskError, Token
+from hcna_ray.observability.log_context import names_of
 from hcna_ray.runtime import channel
 from hcna_ray.runtime.channel import AsyncChannel, ChannelClosed, Frame
 from hcna_ray.runtime.journal import (
@@ -519,7 +520,12 @@ class SlotHost:
         if executor.holds and not executor.killed and not executor.orders:
             log.warning(
                 "a handler's process died",
-                extra={"action": "executor.died", "how": how, "executor": executor.name},
+                extra={
+                    "action": "executor.died",
+                    "how": how,
+                    "executor": executor.name,
+                    **_names_of_running(executor),
+                },
             )
         oom = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and _low_memory()
         kind = FailureKind.OOM if oom else FailureKind.POISON
@@ -831,6 +837,15 @@ def _note_beginnings(executor: _Executor, reports: tuple[Report, ...]) -> None:
     for report in reports:
         if report.kind == ReportKind.STARTED or report.kind in FINAL:
             executor.unbegun.discard((report.task_id, Token(*report.token)))
+
+
+def _names_of_running(executor: _Executor) -> dict[str, object]:
+    """Return what the log calls the attempt that an executor runs, or was running."""
+    note = read_note(executor.files)
+    offer = None if note is None else executor.holds.get((note.task_id, note.token))
+    if note is None or offer is None:
+        return {}
+    return names_of(offer.task_id, note.token.attempt, offer.traceparent)
 
 
 def _order_of(key: AttemptKey, reason: str) -> StopOrder:

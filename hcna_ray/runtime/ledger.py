@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from hcna_ray import failpoints
 from hcna_ray.core.events import Command, Event
 from hcna_ray.core.machine import Step, advance
-from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Task, Token
-from hcna_ray.store.base import Counter, KeyClaim, TaskStore
+from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Outcome, Task, Token
+from hcna_ray.observability.figures import RAN, WAITED, stored_deltas
+from hcna_ray.runtime.reported import delivery_of
+from hcna_ray.store.base import Counter, Delivery, KeyClaim, TaskStore
 
 
 def lane_of(task: Task) -> LaneKey:
@@ -66,15 +69,21 @@ class Ledger:
         self._lines: dict[str, list[str]] = {}
         self.facts: list[Fact] = []
         self._attempts: dict[tuple[str, Token], Attempt] = {}
+        #: Attempts whose end was told by the process that ran them.
+        self.ended_by_runner: set[tuple[str, Token]] = set()
         self.claims: dict[tuple[str, str], KeyClaim] = {}
         self.audit: list[AuditEntry] = []
         self.counts: Tally[Counter] = Tally()
+        #: Seconds that attempts waited in the queue, and ran, by figure and task type.
+        self.seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         #: New tasks by type and queue: counters to be.
         self.accepted: Tally[tuple[str, str]] = Tally()
         self.dependencies: list[tuple[str, tuple[str, ...]]] = []
         self.dropped_dependents: list[tuple[str, list[str]]] = []
         self.pushed_settlements: list[tuple[str, bool]] = []
         self.dropped_settlements: list[int] = []
+        #: What is to be told to webhooks.
+        self.deliveries: list[Delivery] = []
         self.commands: list[Command] = []
         #: Leases gained minus leases ended in this batch, by concurrency key.
         self.lease_delta: Tally[str] = Tally()
@@ -166,6 +175,15 @@ class Ledger:
         if spec.concurrency_key is not None:
             change = (step.task.lease is not None) - (task.lease is not None)
             self.lease_delta[spec.concurrency_key] += change
+        lease = task.lease
+        if lease is not None and lease.started_at is None and task.queued_at is not None:
+            # The start itself, or an end before which it was untold. Whether what is lost unheard
+            # of ever started nobody knows.
+            self.seconds[WAITED, spec.task_type] += [
+                attempt.started_at - task.queued_at
+                for attempt in step.attempts
+                if attempt.outcome is not Outcome.LOST
+            ]
         self._record(step)
         return step
 
@@ -179,8 +197,13 @@ class Ledger:
             if attempt.outcome is not None:
                 label = attempt.outcome.value
                 self.counts[Counter("attempts", task.spec.task_type, label)] += 1
+                if attempt.ended_at is not None:
+                    ran = attempt.ended_at - attempt.started_at
+                    self.seconds[RAN, task.spec.task_type].append(ran)
         if task.finished_at is not None:
             self.counts[Counter("ended", task.spec.task_type, task.state.value)] += 1
+            if task.spec.webhook is not None:
+                self.deliveries.append(delivery_of(task, self._store.generation()))
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -243,8 +266,13 @@ class Ledger:
             store.drop_settlement(number)
         if self._attempts:
             store.save_attempts(self.attempts)
+        if self.deliveries:
+            store.save_deliveries(self.deliveries)
         for (task_type, queue), count in self.accepted.items():
             self.counts[Counter("accepted", task_type, queue)] += count
+        for (figure, task_type), seconds in self.seconds.items():
+            for label, count in stored_deltas(seconds).items():
+                self.counts[Counter(figure, task_type, label)] += count
         if self.counts:
             store.bump(self.counts)
         if self.audit:

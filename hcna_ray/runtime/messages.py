@@ -21,6 +21,7 @@ from hcna_ray.core.models import (
     Token,
     WorkerState,
 )
+from hcna_ray.observability.figures import Histogram
 from hcna_ray.store import codec
 
 # -- C1 and the moderator ------------------------------------------------------------------------
@@ -116,6 +117,23 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModeratorFigures:
+    """What one process of the moderator has counted. It begins at zero with each process."""
+
+    #: Calls in a batch of the writer, and seconds until the batch was committed. Batches that
+    #: nobody has asked for are left out.
+    batch_calls: Histogram
+    batch_s: Histogram
+    #: Seconds that the store takes to make a batch durable, fsync included.
+    commit_s: Histogram
+    #: Heartbeats that renewed leases, also those that were answered from memory.
+    renewals: int
+    #: Batches that the store refused.
+    refused: int
+    disk_free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModeratorStatus:
     """The moderator's own condition."""
 
@@ -133,6 +151,8 @@ class ModeratorStatus:
     pid: int = 0
     commits: int = 0
     store: str = ""
+    #: What this process has counted since it started.
+    figures: ModeratorFigures | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

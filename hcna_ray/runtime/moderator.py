@@ -20,17 +20,20 @@ from hcna_ray.core.clock import Clock
 from hcna_ray.core.errors import HcnaError, Invalid, StoreUnavailable
 from hcna_ray.core.events import ClockStepped, TimePassed
 from hcna_ray.core.models import WorkerState
+from hcna_ray.observability.figures import SIZE_BUCKETS, Histogram
 from hcna_ray.runtime.aftermath import Aftermath
 from hcna_ray.runtime.clockwatch import ClockWatch
-from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable
+from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.intake import Intake
 from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.live import LiveTable
 from hcna_ray.runtime.messages import (
     Exchange,
     Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
+    ModeratorFigures,
     ModeratorStatus,
     SlotGone,
     SubmitBatch,
@@ -39,6 +42,7 @@ from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.reports import ReportDesk
 from hcna_ray.runtime.requests import (
     Cancel,
+    Delivered,
     ForgetWorker,
     MarkWorker,
     NodesSeen,
@@ -53,9 +57,10 @@ from hcna_ray.runtime.requests import (
     SendIntent,
 )
 from hcna_ray.runtime.starts import StartWatch
+from hcna_ray.runtime.trace_notes import TraceNote, trace_notes
 from hcna_ray.runtime.turn import LATER, Turn
 from hcna_ray.runtime.workforce import Workforce
-from hcna_ray.store.base import TaskStore
+from hcna_ray.store.base import Counter, TaskStore
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +82,10 @@ class Outbound:
     last_fact: int = 0
     #: Whether there are new lines in the audit log.
     audited: bool = False
+    #: Whether there is something new to tell to webhooks.
+    hooked: bool = False
+    #: What spans are to be made of.
+    notes: tuple[TraceNote, ...] = ()
 
 
 class Moderator:
@@ -109,6 +118,9 @@ class Moderator:
         self._pid, self._store_name = pid, store_name
         self._started_at = clock.now()
         self._commits = 0
+        self._batch_calls, self._batch_s = Histogram(SIZE_BUCKETS), Histogram()
+        self._commit_s = Histogram()
+        self._refusals = 0
         self._live = LiveTable()
         self._dispatcher = Dispatcher(store, policy, self._live)
         starts = StartWatch(policy.start_s)
@@ -158,8 +170,18 @@ class Moderator:
             log.error("the store refused", extra={"action": "store.refused", "error": str(error)})
             self._try_to_rebuild()
             return self._refused({*batch, *(pending for pending, _ in turn.answers)}, error)
+        if batch:
+            self._batch_calls.observe(len(batch))
+            self._batch_s.observe(self._clock.elapsed() - elapsed)
         self._workforce.warn_if_nobody_works(turn, waiting=self._dispatcher.waiting)
-        return Outbound(tuple(turn.answers), tuple(turn.ended), last_fact, bool(turn.ledger.audit))
+        return Outbound(
+            tuple(turn.answers),
+            tuple(turn.ended),
+            last_fact,
+            audited=bool(turn.ledger.audit),
+            hooked=bool(turn.ledger.deliveries),
+            notes=trace_notes(turn.ledger) if self._policy.traced else (),
+        )
 
     def renew(self, beat: Heartbeat) -> HeartbeatReply | None:
         """Answer a heartbeat from memory, if that is safe. Callable from any thread."""
@@ -169,6 +191,7 @@ class Moderator:
         """Refuse a batch, but for heartbeats: they ask nothing of the store."""
         answers: list[tuple[Pending, object]] = []
         refused = set(batch)
+        self._refusals += 1
         self._workforce.hang_up(refused)
         for pending in refused:
             request = pending.request
@@ -230,6 +253,8 @@ class Moderator:
                 for write in turn.writes:
                     write()
                 failpoints.hit("moderator.commit.written")
+                written = self._clock.elapsed()
+            self._commit_s.observe(self._clock.elapsed() - written)
             failpoints.hit("moderator.commit.done")
             self._commits += 1
         # From here on everything is durable: memory follows.
@@ -325,6 +350,9 @@ class Moderator:
             case Note():
                 turn.ledger.audit += request.entries
                 return None
+            case Delivered():
+                self._delivered(turn, request)
+                return None
             case Query():
                 return self._answer(request.name, turn.elapsed)
 
@@ -336,6 +364,17 @@ class Moderator:
         turn.writes.append(lambda: self._store.set_paused(request.queue, request.paused))
         action = "queue.pause" if request.paused else "queue.resume"
         turn.note(request.principal, action, request.queue, "done")
+
+    def _delivered(self, turn: Turn, request: Delivered) -> None:
+        delivery, outcome = request.delivery, request.outcome
+        if outcome == "failed":
+            turn.writes.append(lambda: self._store.save_deliveries([delivery]))
+        else:
+            turn.writes.append(lambda: self._store.drop_deliveries([delivery.id]))
+        if outcome == "given_up":
+            detail = f"{delivery.target}, after {delivery.tries} tries: {delivery.note}"
+            turn.note(delivery.principal, "webhook.give_up", delivery.task_id, "failed", detail)
+        turn.ledger.counts[Counter("webhook", "", outcome)] += 1
 
     # -- time ------------------------------------------------------------------------------------
 
@@ -428,4 +467,12 @@ class Moderator:
             pid=self._pid,
             commits=self._commits,
             store=self._store_name,
+            figures=ModeratorFigures(
+                batch_calls=self._batch_calls.copy(),
+                batch_s=self._batch_s.copy(),
+                commit_s=self._commit_s.copy(),
+                renewals=self._workforce.renewed,
+                refused=self._refusals,
+                disk_free_bytes=self._free_bytes(),
+            ),
         )

@@ -27,8 +27,9 @@ class ProcessNursery:
 
         Args:
             facts: JSON-ready: ``worker node_id disk_path scratch_root long_s report_s
-                result_bytes_max outbox log``; and ``outputs output_bytes outputs_bytes_max``, to
-                have what handlers print kept (`hcna_ray.runtime.output`).
+                result_bytes_max outbox log``; ``outputs output_bytes outputs_bytes_max``, to have
+                what handlers print kept (`hcna_ray.runtime.output`); ``traces``, a `TracesPlan`,
+                for their spans; and ``once``, if an executor is ended after its one attempt.
         """
         self._facts = dict(facts)
         self._told: Callable[[int, int], None] = lambda _pid, _status: None

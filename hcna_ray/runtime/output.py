@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import select
 import sys
 import threading
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hcna_ray.config import Settings
+from hcna_ray.core.errors import NotFound
 from hcna_ray.core.models import Token
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,11 @@ FILES_MAX = 20_000
 #: How long outputs are kept.
 KEPT_S = 7 * 86400.0
 
+#: The most that is read at once.
+PIECE_BYTES = 256 << 10
+
 _SUFFIX = ".log"
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]{0,63}\Z")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +66,34 @@ class OutputSettings:
     total_bytes_max: int = 1 << 30
 
 
+def outputs_of(settings: Settings, worker: str) -> Path:
+    """Return the directory with what attempts on a worker have printed."""
+    return settings.home / "outputs" / worker
+
+
 def output_file(folder: Path, task_id: str, token: Token) -> Path:
     """Return where an attempt's output is, if it printed anything."""
     return folder / f"{task_id}.{token}{_SUFFIX}"
+
+
+def read_output(folder: Path, task_id: str, token: Token, offset: int, size: int) -> bytes | None:
+    """Return a piece of an attempt's output; ``None`` when there is none, or none any more.
+
+    Raises:
+        NotFound: it is no task's id: nothing else in this machine is read by it.
+        OSError: the disk fails.
+    """
+    if not _TASK_ID.match(task_id):
+        raise NotFound("task", task_id[:100])
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        file = os.open(output_file(folder, task_id, Token(*token)), flags)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.pread(file, min(size, PIECE_BYTES), offset)
+    finally:
+        os.close(file)
 
 
 def prune_outputs(settings: OutputSettings, now: float) -> int:

@@ -32,6 +32,8 @@ class Policy:
     idempotency_s: float = 7 * 86400.0
     audit_retention_s: float = 90 * 86400.0
     disk_free_bytes_min: int = 1 << 30
+    #: Whether spans are made of what tasks wait for, and of attempts that nobody else can tell of.
+    traced: bool = False
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Policy:
@@ -59,6 +61,7 @@ class Policy:
             idempotency_s=limits.idempotency_s,
             audit_retention_s=limits.audit_retention_s,
             disk_free_bytes_min=limits.disk_free_bytes_min,
+            traced=settings.tracing.endpoint is not None,
         )
 
     @property

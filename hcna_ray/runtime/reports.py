@@ -70,6 +70,8 @@ class ReportDesk:
             task = ledger.get(report.task_id)
             if task is not None and self._report(turn, task, report, skew):
                 applied += 1
+                if report.duration_ms:
+                    ledger.ended_by_runner.add((report.task_id, Token(*report.token)))
             else:
                 late.append((report.task_id, report.token))
                 if task is not None and report.kind in _ENDS:

@@ -17,6 +17,7 @@ from hcna_ray.runtime.messages import (
     SlotGone,
     SubmitBatch,
 )
+from hcna_ray.store.base import Delivery
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,15 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Delivered:
+    """What came of a try to tell a webhook: taken there, to be tried again, or given up."""
+
+    delivery: Delivery
+    #: ``delivered``, ``failed`` (then ``delivery`` says when again) or ``given_up``.
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
     """Read the moderator's own memory on its own thread."""
 
@@ -139,6 +149,7 @@ Request = (
     | SendIntent
     | PauseQueue
     | Note
+    | Delivered
     | Query
 )
 

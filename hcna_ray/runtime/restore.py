@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from hcna_ray.core.events import AttemptLost, LeaseReturned
 from hcna_ray.core.models import AuditEntry, FailureKind
 from hcna_ray.runtime.aftermath import Aftermath
-from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable
+from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.live import LiveTable
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.turn import Turn
 from hcna_ray.store.base import TaskStore

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -30,6 +30,7 @@ from hcna_ray.handlers.context import ArtifactRef, TaskContext
 from hcna_ray.handlers.errors import ResultTooLarge, TaskCancelled, TaskTimedOut
 from hcna_ray.handlers.registry import Registry
 from hcna_ray.handlers.run import HandlerOutcome, run_handler
+from hcna_ray.observability.log_context import lines_about, names_of
 from hcna_ray.runtime.journal import JournalWriter, Note, RunnerFiles, process_birth
 from hcna_ray.runtime.messages import (
     DISK_FAILED,
@@ -41,6 +42,9 @@ from hcna_ray.runtime.messages import (
     ReportKind,
 )
 from hcna_ray.runtime.output import OutputTap
+
+if TYPE_CHECKING:
+    from hcna_ray.observability.spans import AttemptSpan, Traces
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +93,8 @@ class RunnerSettings:
     #: Reports leave after at most this long.
     report_s: float = 0.005
     result_bytes_max: int = 256 << 10
+    #: Write the span of an attempt before its end is told: this process may be ended right then.
+    spans_first: bool = False
 
 
 @dataclass(slots=True)
@@ -139,6 +145,7 @@ class Runner:
         artifacts: ArtifactLink,
         clock: Clock,
         output: OutputTap | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Open the journal. `serving` must be entered before `run`.
 
@@ -150,9 +157,12 @@ class Runner:
             artifacts: To the artifact store.
             clock: Wall clock and CLOCK_BOOTTIME.
             output: Keeps what handlers print; without it that goes where this process' goes.
+            traces: Makes spans of attempts, if anybody wants them.
         """
         self._settings, self._registry, self._link = settings, registry, link
-        self._output = output
+        self._output, self._traces = output, traces
+        #: Whether spans of attempts may not be written yet.
+        self._spans = False
         self._artifacts, self._clock = artifacts, clock
         self._journal = JournalWriter(files)
         self._born = process_birth(os.getpid()) or 0
@@ -188,6 +198,8 @@ class Runner:
             self._shared.waiting.extend(offers)
         while (offer := self._next()) is not None:
             self._run_one(offer)
+        if self._spans:
+            self._write_spans()  # What this process runs next may end it.
 
     def take_unconfirmed(self) -> tuple[Report, ...]:
         """Return reports to send with the next exchange; `confirm` them when it is answered.
@@ -296,8 +308,11 @@ class Runner:
         token = Token(*offer.token)
         if self._output is not None:
             self._output.begin(offer.task_id, token)
+        span = self._begin_span(offer, token, current)
+        traceparent = offer.traceparent if span is None else span.traceparent
         try:
-            outcome = self._handle(offer, token, current)
+            with lines_about(names_of(offer.task_id, token.attempt, traceparent)):
+                outcome = self._handle(offer, token, current, traceparent)
         except (TaskCancelled, TaskTimedOut) as stopped:
             # Interrupted outside the handler's own frames: just before it, or just after.
             outcome = _interrupted(stopped)
@@ -314,6 +329,8 @@ class Runner:
             self.must_end = True  # Nobody knows what the handler left half done.
         ended = self._clock.now()
         duration_ms = (self._clock.elapsed() - current.started_boot) * 1000.0
+        if span is not None:
+            self._end_span(span, outcome, current, ended)
         with self._shared.lock:
             self._shared.current = None
             held_back = self._shared.progress.pop((offer.task_id, token), None)
@@ -328,7 +345,46 @@ class Runner:
         if not more or self.must_end:
             self._note_idle()  # Else the next one's note takes its place at once.
 
-    def _handle(self, offer: Offer, token: Token, current: _Current) -> HandlerOutcome:
+    def _begin_span(self, offer: Offer, token: Token, current: _Current) -> AttemptSpan | None:
+        if self._traces is None or offer.traceparent is None:
+            return None
+        try:
+            return self._traces.attempt(
+                offer.task_id,
+                offer.task_type,
+                token,
+                offer.traceparent,
+                self._settings.worker,
+                current.started_at,
+            )
+        except Exception:  # No task fails for its span's sake.
+            log.exception("an attempt has no span", extra={"action": "traces.failed"})
+            return None
+
+    def _end_span(
+        self, span: AttemptSpan, outcome: HandlerOutcome, current: _Current, ended: float
+    ) -> None:
+        error = outcome.error
+        error_type = "" if error is None else error.type or error.kind.value
+        named = outcome.outcome
+        if named is Outcome.CANCELLED and current.stopping not in (None, "cancel"):
+            named = Outcome.LOST  # Its worker stopped it, whatever the handler made of that.
+        try:
+            span.end(named.value, error_type, ended)
+        except Exception:
+            log.exception("an attempt has no span", extra={"action": "traces.failed"})
+        self._spans = self._spans or span.recorded
+        if self._spans and self._settings.spans_first:
+            self._write_spans()
+
+    def _write_spans(self) -> None:
+        self._spans = False
+        if self._traces is not None:
+            self._traces.close()
+
+    def _handle(
+        self, offer: Offer, token: Token, current: _Current, traceparent: str | None
+    ) -> HandlerOutcome:
         settings = self._settings
         ctx = TaskContext(
             task_id=offer.task_id,
@@ -342,6 +398,7 @@ class Runner:
             last_checkpoint=offer.checkpoint,
             deadline=current.started_boot + offer.timeout_s,
             clock=self._clock.elapsed,
+            traceparent=traceparent,
         )
         task_type = self._registry.get(offer.task_type)
         try:

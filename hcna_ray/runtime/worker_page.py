@@ -13,16 +13,12 @@ from typing import Any
 from aiohttp import web
 from prometheus_client.core import GaugeMetricFamily
 
-from hcna_ray.observability.exposition import CONTENT_TYPE, render_families
+from hcna_ray.observability.exposition import CONTENT_TYPE, WORKER_GAUGES, render_families
 
 #: Figures of the worker and the sentence that explains each.
 GAUGES = {
     "hcna_worker_moderator_connected": "Whether the moderator confirmed this worker lately.",
-    "hcna_worker_slots": "Slots that are ready.",
-    "hcna_worker_running_attempts": "Attempts that run.",
-    "hcna_worker_cpu_percent": "Load of the machine's processors.",
-    "hcna_worker_memory_available_bytes": "Memory that processes could still get.",
-    "hcna_worker_disk_free_bytes": "Free space where handlers write.",
+    **WORKER_GAUGES,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Any
 
 from hcna_ray.core.errors import (
@@ -27,8 +27,10 @@ from hcna_ray.core.models import (
     WorkerView,
 )
 from hcna_ray.core.placement import age_in_words
-from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
+from hcna_ray.observability.log_context import names_of
+from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.live import LiveTable, Place
 from hcna_ray.runtime.messages import (
     Ack,
     Exchange,
@@ -46,6 +48,7 @@ from hcna_ray.runtime.messages import (
     Welcome,
     WorkerInfo,
 )
+from hcna_ray.runtime.parking import Parking, exchange_of
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.renewals import Renewals
 from hcna_ray.runtime.reports import ReportDesk
@@ -100,10 +103,11 @@ class Workforce:
         self.renewals = Renewals(
             store.unconfirmed_s, memory_s=policy.lease_ttl_s - policy.self_stop_s
         )
+        #: Heartbeats that renewed a session, since this process began.
+        self.renewed = 0
         #: Of which sessions they were told.
         self._allowed = -1
-        #: Calls that wait for work, by (worker, slot).
-        self._parked: dict[Place, Pending] = {}
+        self._parked = Parking(live, self._cpu_of)
         #: The last answer to each slot, for a repeated exchange.
         self._grants: dict[Place, tuple[str, Grant]] = {}
         #: Orders for calls that are not parked just now.
@@ -141,6 +145,7 @@ class Workforce:
             if session is None or session.closed:
                 continue
             if session.record.incarnation == renewal.beat.incarnation:
+                self.renewed += 1
                 self.sessions.heard(session, renewal.at, renewal.beat.unanswered_s)
         self._allowed = self.sessions.version
         overdue = {session.record.name for session in self.sessions.overdue(elapsed)}
@@ -209,6 +214,7 @@ class Workforce:
         if known is not None:
             self._note_return(turn, known)
         session = self.sessions.put(record, turn.elapsed)
+        self._parked.rank(hello.worker)
         if hello.sent_at:
             session.skews.append(skew)
         turn.writes.append(lambda: self._store.save_worker(record))
@@ -276,6 +282,7 @@ class Workforce:
             return HeartbeatReply(known=False)
         if not session.node_missing:
             self._note_return(turn, session)
+        self.renewed += 1
         self.sessions.heard(session, turn.elapsed, beat.unanswered_s)
         if beat.sent_at:
             session.skews.append(turn.now - beat.sent_at)
@@ -479,15 +486,15 @@ class Workforce:
             if asked is not None:
                 turn.answers.append((asked, dict(answer)))
         self._reports.apply(turn, exchange.reports, session.skew)
-        previous = self._parked.pop(place, None)
+        previous = self._parked.pop(place)
         if previous is not None:  # Its call was given up by the slot; nobody reads this answer.
-            turn.answers.append((previous, Grant(seq=_seq(previous))))
+            turn.answers.append((previous, Grant(seq=exchange_of(previous).seq)))
         repeated = self._repeated(turn, exchange)
         if repeated is not None:
             return repeated
         if exchange.slot != HEAVY_SLOT:
             self._settle_slot(turn, exchange)
-        self._parked[place] = pending
+        self._parked.put(place, pending)
         return LATER
 
     def _renewed(self, turn: Turn, grant: Grant) -> Grant:
@@ -547,9 +554,9 @@ class Workforce:
         session = self.sessions.current(gone.worker, gone.incarnation)
         ack = self._reports.apply(turn, gone.reports, _skew(session))
         place = (gone.worker, gone.slot)
-        parked = self._parked.pop(place, None)
+        parked = self._parked.pop(place)
         if parked is not None:
-            turn.answers.append((parked, Grant(seq=_seq(parked))))
+            turn.answers.append((parked, Grant(seq=exchange_of(parked).seq)))
         if gone.slot == HEAVY_SLOT:  # One attempt's process; the agent itself goes on asking.
             return ack
         self._grants.pop(place, None)
@@ -627,7 +634,7 @@ class Workforce:
     def hang_up(self, refused: Set[Pending]) -> None:
         """Let no call wait on that has just been refused: it would be answered a second time."""
         for place in [place for place, call in self._parked.items() if call in refused]:
-            del self._parked[place]
+            self._parked.pop(place)
         for msg_id, pending in list(self._asked.items()):
             if pending in refused:
                 del self._asked[msg_id]
@@ -635,9 +642,9 @@ class Workforce:
                     orders[:] = [one for one in orders if one.envelope["msg_id"] != msg_id]
 
     def _drop_parked(self, turn: Turn, worker: str) -> None:
-        for place in [place for place in self._parked if place[0] == worker]:
-            pending = self._parked.pop(place)
-            turn.answers.append((pending, StaleWorker(worker, "", None)))
+        for place in self._parked.of(worker):
+            turn.answers.append((self._parked[place], StaleWorker(worker, "", None)))
+            self._parked.pop(place)
         for place in [place for place in self._grants if place[0] == worker]:
             del self._grants[place]
 
@@ -650,8 +657,8 @@ class Workforce:
         self._watch_starts(turn)
         for place, pending in list(self._parked.items()):
             if turn.elapsed - pending.arrived > self._policy.exchange_wait_s:
-                del self._parked[place]
-                self._answer_exchange(turn, place, pending, Grant(seq=_seq(pending)))
+                self._parked.pop(place)
+                self._answer_exchange(turn, place, pending, Grant(seq=exchange_of(pending).seq))
         for msg_id, pending in list(self._asked.items()):
             request = pending.request
             if isinstance(request, SendIntent) and (
@@ -682,8 +689,7 @@ class Workforce:
                 "an attempt does not start",
                 extra={
                     "action": "attempt.unstarted",
-                    "task_id": task.id,
-                    "attempt": lease.token.attempt,
+                    **names_of(task.id, lease.token.attempt, task.spec.traceparent),
                     "worker": lease.worker,
                     "taken_back": given_up,
                 },
@@ -762,18 +768,9 @@ class Workforce:
             # Whatever was left over waits for a call now, and that comes in a batch of its own.
             self._dispatcher.unfinished = False
             return {}
-        views: dict[str, WorkerView] = {}
-        for name, _ in self._parked:
-            if name not in views and (session := self.sessions.find(name)) is not None:
-                views[name] = self._view(session, turn.elapsed, turn.ledger)
+        roster = _Roster(self, turn)
         return self._dispatcher.dispatch(
-            turn.ledger,
-            views,
-            {place: _seq(pending) for place, pending in self._parked.items()},
-            {place: _incarnation(pending) for place, pending in self._parked.items()},
-            paused,
-            self._generation,
-            turn.now,
+            turn.ledger, roster, self._parked, paused, self._generation, turn.now
         )
 
     def warn_if_nobody_works(self, turn: Turn, *, waiting: bool) -> None:
@@ -813,7 +810,9 @@ class Workforce:
             if slot == HEAVY_SLOT:
                 intents = tuple(self._intents.get(worker, ()))
             if offers or stops or intents:
-                grant = Grant(seq=_seq(pending), offers=offers, stops=stops, intents=intents)
+                grant = Grant(
+                    seq=exchange_of(pending).seq, offers=offers, stops=stops, intents=intents
+                )
                 self._answer_exchange(turn, place, pending, grant)
 
     def _answer_exchange(
@@ -823,8 +822,8 @@ class Workforce:
         turn.answers.append((pending, grant))
 
         def settled() -> None:
-            self._parked.pop(place, None)
-            self._grants[place] = (_incarnation(pending), grant)
+            self._parked.pop(place)
+            self._grants[place] = (exchange_of(pending).incarnation, grant)
             if grant.stops:
                 self._stops.pop(place, None)
             if grant.intents:
@@ -837,6 +836,15 @@ class Workforce:
     def views(self, elapsed: float, ledger: Ledger | None = None) -> list[WorkerView]:
         """Return every worker as a scheduling decision sees it."""
         return [self._view(session, elapsed, ledger) for session in self.sessions]
+
+    def view(self, name: str, turn: Turn) -> WorkerView | None:
+        """Return one worker as a batch's scheduling decision sees it."""
+        session = self.sessions.find(name)
+        return None if session is None else self._view(session, turn.elapsed, turn.ledger)
+
+    def _cpu_of(self, name: str) -> float:
+        session = self.sessions.find(name)
+        return 0.0 if session is None else session.record.cpu
 
     def _view(self, session: Session, elapsed: float, ledger: Ledger | None = None) -> WorkerView:
         name = session.record.name
@@ -891,13 +899,21 @@ def _skew(session: Session | None) -> float:
     return 0.0 if session is None else session.skew
 
 
-def _seq(pending: Pending) -> int:
-    request = pending.request
-    assert isinstance(request, Exchange)
-    return request.seq
+class _Roster:
+    """The workers as a batch sees them, each looked at once, when it is asked for."""
 
+    def __init__(self, workforce: Workforce, turn: Turn) -> None:
+        self._workforce, self._turn = workforce, turn
+        self._views: dict[str, WorkerView | None] = {}
 
-def _incarnation(pending: Pending) -> str:
-    request = pending.request
-    assert isinstance(request, Exchange)
-    return request.incarnation
+    @property
+    def version(self) -> int:
+        return self._workforce.sessions.version
+
+    def names(self) -> Iterable[str]:
+        return [session.record.name for session in self._workforce.sessions]
+
+    def view(self, name: str) -> WorkerView | None:
+        if name not in self._views:
+            self._views[name] = self._workforce.view(name, self._turn)
+        return self._views[name]

@@ -235,6 +235,51 @@ def ensure_node(
     return node
 
 
+def ensure_server(
+    directory: Path,
+    path: Path,
+    name: str,
+    *,
+    names: Iterable[str],
+    addresses: Iterable[str],
+    now: datetime,
+) -> None:
+    """See to it that a file holds key and certificate of a server of this machine that will do.
+
+    While a new authority takes over, one of the old authority will do: whoever knows no other yet
+    still finds the server.
+
+    Args:
+        directory: Where the authority is.
+        path: The file, key first.
+        name: Whose it is, for the list.
+        names: DNS names it is good for.
+        addresses: IP addresses it is good for.
+        now: The time, aware.
+
+    Raises:
+        CertificateBroken: The authority cannot be used.
+    """
+    trust = ensure_trust(directory, now=now)
+    names, addresses = sorted(set(names)), sorted(set(addresses))
+    revoked = {each.serial for each in list_issued(directory) if each.revoked_at is not None}
+    if not node_problem(
+        Node(pem=path, trust=trust), names=names, addresses=addresses, revoked=revoked, now=now
+    ):
+        return
+    key = new_key()
+    made = sign_request(
+        directory,
+        make_request(key, name),
+        name=name,
+        kind="server",
+        names=names,
+        addresses=addresses,
+        now=now,
+    )
+    write_private(path, key + made)
+
+
 def node_problem(
     node: Node,
     *,

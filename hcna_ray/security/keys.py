@@ -327,7 +327,7 @@ def parse_keys(text: str, where: str) -> tuple[ApiKey, ...]:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KeyFileBroken(where, f"it is not JSON ({error})") from None
     try:
         schema = data["schema"]

@@ -110,6 +110,32 @@ def load_own(
     )
 
 
+def load_authorities(path: Path, *, now: datetime) -> str:
+    """Return the certificates of the owner's authorities as PEM.
+
+    Raises:
+        OwnCertificateRefused: It is missing, unreadable, expired, or not one of an authority.
+    """
+    authorities = _certificates(path, "the authority's certificate")
+    _check_authorities(path, authorities, now)
+    return _text(authorities)
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Return the names and addresses that a certificate is for.
+
+    Raises:
+        OwnCertificateRefused: It is missing or unreadable.
+    """
+    (cert, *_) = _certificates(path, "the certificate")
+    try:
+        held = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    ips = (str(ip) for ip in held.get_values_for_type(x509.IPAddress))
+    return (*held.get_values_for_type(x509.DNSName), *ips)
+
+
 def is_signed_by(own: OwnCertificate, authorities: Sequence[x509.Certificate]) -> bool:
     """Whether one of these authorities has signed a certificate, itself or by one between."""
     return _leads_to(x509.load_pem_x509_certificates(own.pem.encode("ascii")), authorities)
@@ -226,17 +252,7 @@ def _check_chain(
     authorities: Sequence[x509.Certificate],
     now: datetime,
 ) -> None:
-    for authority in authorities:
-        try:
-            constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
-            is_ca = constraints.value.ca
-        except x509.ExtensionNotFound:
-            is_ca = False
-        if not is_ca:
-            raise OwnCertificateRefused(
-                str(ca_path), "is not the certificate of an authority", "name the authority's"
-            )
-        _check_time(ca_path, authority, now)
+    _check_authorities(ca_path, authorities, now)
     if not _leads_to(chain, authorities):
         raise OwnCertificateRefused(
             str(path),
@@ -255,6 +271,20 @@ def _leads_to(chain: Sequence[x509.Certificate], authorities: Sequence[x509.Cert
             break
         shown = above
     return False
+
+
+def _check_authorities(path: Path, authorities: Sequence[x509.Certificate], now: datetime) -> None:
+    for authority in authorities:
+        try:
+            constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
+            is_ca = constraints.value.ca
+        except x509.ExtensionNotFound:
+            is_ca = False
+        if not is_ca:
+            raise OwnCertificateRefused(
+                str(path), "is not the certificate of an authority", "name the authority's"
+            )
+        _check_time(path, authority, now)
 
 
 def _signed_by(cert: x509.Certificate, issuer: x509.Certificate) -> bool:

@@ -152,7 +152,6 @@ class ArtifactStore:
         self._root = root
         self._parts = root / "parts"
         self._owners = root / "owners"
-        self._makers = root / "makers"
         self._artifact_bytes_max = artifact_bytes_max
         self._part_bytes_max = part_bytes_max
         self._uploads_max = uploads_max
@@ -230,12 +229,7 @@ class ArtifactStore:
         """
         path = self.path(sha256)
         with self._lock:
-            known = self.makers(path.name)
-            if maker not in known and len(known) < MAKERS_MAX:
-                text = json.dumps([*known, maker], separators=(",", ":"))
-                write_private(self._maker(path.name), text)
-                for folder in (self._root, self._makers):  # Which may be new.
-                    sync_dir(folder)
+            put_makers(self._root, {path.name: [maker]})
         self.own(path.name, maker.principal)
 
     @_disk_errors()
@@ -245,9 +239,10 @@ class ArtifactStore:
         if path is None:
             return []
         try:
-            return [Maker(*one) for one in json.loads(self._maker(path.name).read_bytes())]
+            found = json.loads(_makers_file(self._root, path.name).read_bytes())
         except FileNotFoundError:
             return []
+        return [Maker(*one) for one in found]
 
     @_disk_errors()
     def put(self, data: bytes, sha256: str | None = None, *, owner: str | None = None) -> Artifact:
@@ -423,9 +418,6 @@ class ArtifactStore:
     def _mark(self, name: str, owner: str) -> Path:
         return self._owners / _folder_of(owner) / name
 
-    def _maker(self, name: str) -> Path:
-        return self._makers / name[:2] / name
-
     def _is_done(self, target: Path, owner: str | None) -> bool:
         return target.is_file() and (owner is None or self._mark(target.name, owner).exists())
 
@@ -581,15 +573,22 @@ def checked_makers(data: object) -> Makers:
 
 
 def put_makers(root: Path, makers: Makers) -> None:
-    """Add makers to those that are there, durably."""
+    """Add makers to those that are there, durably, up to `MAKERS_MAX` of one artifact."""
+    written = False
     for name, more in makers.items():
-        path = root / "makers" / name[:2] / name
+        path = _makers_file(root, name)
         known = json.loads(path.read_bytes()) if path.exists() else []
-        found = [*known, *(list(one) for one in more if list(one) not in known)]
-        write_private(path, json.dumps(found[:MAKERS_MAX], separators=(",", ":")))
-    if makers:
-        for folder in (root, root / "makers"):
+        found = [*known, *(list(one) for one in more if list(one) not in known)][:MAKERS_MAX]
+        if found != known:
+            write_private(path, json.dumps(found, separators=(",", ":")))
+            written = True
+    if written:
+        for folder in (root, root / "makers"):  # Which may be new.
             sync_dir(folder)
+
+
+def _makers_file(root: Path, name: str) -> Path:
+    return root / "makers" / name[:2] / name
 
 
 def _folder_of(owner: str) -> str:

@@ -199,7 +199,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             number += 1
             try:
                 data = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if not raw.endswith("\n") and not stream.read(1):
                     return  # It was not written to its end; M1 writes it again.
                 raise AuditFileBroken(str(path), f"its line {number} is not JSON") from None

@@ -6,7 +6,7 @@ processes too, use a `TaskReader`. Every implementation passes the suite in ``te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -74,6 +74,26 @@ class Settlement(NamedTuple):
     number: int
     task_id: str
     completed: bool
+
+
+class Delivery(NamedTuple):
+    """What is to be told to a webhook, until it was taken there or given up."""
+
+    #: The same on every try, and of nothing else: whoever gets it twice can tell.
+    id: str
+    task_id: str
+    #: Whose task it is; what is sent is signed with a secret of theirs.
+    principal: str
+    #: Host and port of the URL.
+    target: str
+    url: str
+    #: What is sent, to the byte.
+    body: bytes
+    created_at: float
+    due_at: float
+    tries: int = 0
+    #: What came of the last try.
+    note: str = ""
 
 
 class Counter(NamedTuple):
@@ -259,6 +279,16 @@ class TaskStore(Protocol):
         """Forget a settlement order that has been carried out."""
         ...
 
+    # -- webhooks ---------------------------------------------------------------------------------
+
+    def save_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Insert or replace deliveries by id."""
+        ...
+
+    def drop_deliveries(self, ids: Sequence[str]) -> None:
+        """Forget deliveries that are done with."""
+        ...
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -370,12 +400,37 @@ class TaskReader(Protocol):
         """Return the number of the newest line of history, 0 when there is none."""
         ...
 
+    def generation(self) -> int:
+        """Return the generation: a restore raises it, and may give numbers of history again."""
+        ...
+
+    def deliveries(
+        self, *, due_before: float, limit: int, not_to: Collection[str] = ()
+    ) -> list[Delivery]:
+        """Return deliveries that are due at or before an instant, by ``(due_at, id)``.
+
+        Args:
+            due_before: The instant.
+            limit: How many at most.
+            not_to: Targets that are left out.
+        """
+        ...
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         ...
 
     def depth(self) -> dict[tuple[str, TaskState], int]:
         """Return how many tasks stand in each ``(queue, state)``. Flat cost: kept as counters."""
+        ...
+
+    def queued_since(self) -> dict[str, float]:
+        """Return for each queue since when its longest waiting ready task has been queued.
+
+        Of each lane only the first task in dispatch order is looked at, so the cost grows with the
+        lanes and not with the tasks; one behind it, of lower priority, may have waited for longer.
+        Queues without a ready task are left out.
+        """
         ...
 
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:

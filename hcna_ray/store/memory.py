@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Generic, TypeVar
@@ -29,6 +29,7 @@ from hcna_ray.store.base import (
     AuditState,
     Belongs,
     Counter,
+    Delivery,
     KeyClaim,
     QueueSize,
     Settlement,
@@ -123,6 +124,7 @@ class MemoryTaskStore:
         self._attempts: _Table[tuple[str, Token], Attempt] = _Table(lock)
         self._children: _Table[tuple[str, int], str] = _Table(lock)
         self._settlements: _Table[int, Settlement] = _Table(lock)
+        self._deliveries: _Table[str, Delivery] = _Table(lock)
         self._workers: _Table[str, WorkerRecord] = _Table(lock)
         self._paused: _Table[str, bool] = _Table(lock)
         self._counters: _Table[Counter, int] = _Table(lock)
@@ -448,6 +450,20 @@ class MemoryTaskStore:
         self._must_write()
         self._settlements.drop(number)
 
+    # -- webhooks ---------------------------------------------------------------------------------
+
+    def save_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Insert or replace deliveries by id."""
+        self._must_write()
+        for delivery in deliveries:
+            self._deliveries.put(delivery.id, delivery)
+
+    def drop_deliveries(self, ids: Sequence[str]) -> None:
+        """Forget deliveries that are done with."""
+        self._must_write()
+        for id_ in ids:
+            self._deliveries.drop(id_)
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -648,6 +664,20 @@ class MemoryTaskReader:
         with self._lock:
             return self._store._numbers.committed("last_fact") or 0
 
+    def generation(self) -> int:
+        """Return the first half of every fencing token."""
+        with self._lock:
+            return self._store._numbers.committed("generation") or 0
+
+    def deliveries(
+        self, *, due_before: float, limit: int, not_to: Collection[str] = ()
+    ) -> list[Delivery]:
+        """Return deliveries that are due at or before an instant, by ``(due_at, id)``."""
+        with self._lock:
+            every = self._store._deliveries.all_committed().values()
+            found = [one for one in every if one.due_at <= due_before and one.target not in not_to]
+        return sorted(found, key=lambda one: (one.due_at, one.id))[:limit]
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         with self._lock:
@@ -658,6 +688,19 @@ class MemoryTaskReader:
         with self._lock:
             every = self._store._depth.all_committed()
             return {place: tasks for place, tasks in every.items() if tasks}
+
+    def queued_since(self) -> dict[str, float]:
+        """Return since when the first ready task of each queue's lanes has been queued."""
+        with self._lock:
+            ready = [task for task in self._store._tasks.all_committed().values() if task.ready]
+        first: dict[LaneKey, Task] = {}
+        for task in sorted(ready, key=lambda task: (task.dispatch_key, task.seq)):
+            first.setdefault(LaneKey(task.spec.queue, task.spec.task_type, task.needs), task)
+        since: dict[str, float] = {}
+        for lane, task in first.items():
+            if task.queued_at is not None:
+                since[lane.queue] = min(task.queued_at, since.get(lane.queue, task.queued_at))
+        return since
 
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
         """Return audit lines with numbers below ``before``, newest first."""

@@ -16,7 +16,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
@@ -41,6 +41,7 @@ from hcna_ray.store.base import (
     AuditState,
     Belongs,
     Counter,
+    Delivery,
     KeyClaim,
     Settlement,
     StoredAudit,
@@ -759,6 +760,19 @@ class PostgresTaskStore(Bookkeeper):
         self._must_write()
         self._queue("DELETE FROM settlement WHERE number = %s", (number,))
 
+    # -- webhooks ---------------------------------------------------------------------------------
+
+    def save_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Insert or replace deliveries by id."""
+        self._must_write()
+        last = {delivery.id: delivery for delivery in deliveries}
+        self._queue_rows(_SAVE_DELIVERIES, _DELIVERY_KINDS, list(last.values()))
+
+    def drop_deliveries(self, ids: Sequence[str]) -> None:
+        """Forget deliveries that are done with."""
+        self._must_write()
+        self._queue("DELETE FROM delivery WHERE id = ANY(%s)", (texts(ids),))
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -992,6 +1006,18 @@ class PostgresTaskReader:
         found = self._run("SELECT value FROM number WHERE name = 'last_fact'")
         return int(found[0][0])
 
+    def generation(self) -> int:
+        """Return the first half of every fencing token."""
+        found = self._run("SELECT value FROM number WHERE name = 'generation'")
+        return int(found[0][0])
+
+    def deliveries(
+        self, *, due_before: float, limit: int, not_to: Collection[str] = ()
+    ) -> list[Delivery]:
+        """Return deliveries that are due at or before an instant, by ``(due_at, id)``."""
+        values = float(due_before), texts(not_to), limit
+        return [Delivery(*row) for row in self._run(_DELIVERIES, values)]
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         found = self._run("SELECT name, task_type, label, value FROM counter")
@@ -1001,6 +1027,10 @@ class PostgresTaskReader:
         """Return how many tasks stand in each ``(queue, state)``; none is left out."""
         found = self._run("SELECT queue, state, tasks FROM depth WHERE tasks > 0")
         return {(queue, TaskState(state)): tasks for queue, state, tasks in found}
+
+    def queued_since(self) -> dict[str, float]:
+        """Return since when the first ready task of each queue's lanes has been queued."""
+        return dict(self._run(_QUEUED_SINCE))
 
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
         """Return audit lines with numbers below ``before``, newest first."""
@@ -1126,6 +1156,9 @@ _FACT_KINDS: list[_Column] = [
 _ATTEMPT_KINDS: list[_Column] = [
     *(texts, integers, integers, texts, texts, floats, floats, texts, blobs),
 ]
+_DELIVERY_KINDS: list[_Column] = [
+    *(texts, texts, texts, texts, texts, blobs, floats, floats, integers, texts),
+]
 _AUDIT_KINDS: list[_Column] = [integers, floats, texts, texts, texts, texts, texts, texts]
 
 
@@ -1194,6 +1227,15 @@ _SAVE_ATTEMPTS = (
     "ON CONFLICT (task_id, generation, attempt) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in rows.ATTEMPT[3:])
 )
+_SAVE_DELIVERIES = (
+    f"INSERT INTO delivery SELECT * FROM {_unnest(len(_DELIVERY_KINDS))} "
+    "ON CONFLICT (id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in rows.DELIVERY[1:])
+)
+_DELIVERIES = (
+    f"SELECT {', '.join(rows.DELIVERY)} FROM delivery WHERE due_at <= %s AND target <> ALL(%s) "
+    "ORDER BY due_at, id LIMIT %s"
+)
 _FROM = "task AS t ON t.seq = p.seq JOIN task_spec AS s ON s.seq = p.seq"
 _BY_SEQ = f"SELECT {rows.COLUMNS} FROM unnest(%s) AS p (seq) JOIN {_FROM}"
 _BY_ID = (
@@ -1204,6 +1246,10 @@ _BY_ID = (
 # wanted by number, the key is given as a range and named in the order: else the server might walk
 # along the numbers of all rows instead, believing that one with the key comes soon.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = %s ORDER BY dispatch_key, seq LIMIT %s"
+_QUEUED_SINCE = (
+    "SELECT l.queue, MIN((SELECT t.queued_at FROM task AS t WHERE t.ready_lane = l.id "
+    "ORDER BY t.dispatch_key, t.seq LIMIT 1)) FROM lane AS l WHERE l.ready > 0 GROUP BY l.queue"
+)
 _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
 _DUE = "SELECT seq FROM task WHERE wake_at <= %s ORDER BY wake_at, seq LIMIT %s"
 _NEXT_WAKE = "SELECT wake_at FROM task WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"

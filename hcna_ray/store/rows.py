@@ -85,6 +85,11 @@ INSERT_TASK = (
     f"VALUES ({', '.join('?' * len(SPEC + PLAIN + INDEXED))}) "
     "ON CONFLICT (id) DO NOTHING"
 )
+#: Of a `Delivery`, in its order.
+DELIVERY = (
+    *("id", "task_id", "principal", "target", "url", "body", "created_at", "due_at", "tries"),
+    "note",
+)
 ATTEMPT = (
     "task_id",
     "generation",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import takewhile
@@ -47,6 +47,7 @@ from hcna_ray.store.base import (
     AuditState,
     Belongs,
     Counter,
+    Delivery,
     KeyClaim,
     Settlement,
     StoredAudit,
@@ -586,6 +587,19 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         self._must_write()
         self._run("DELETE FROM settlement WHERE number = ?", (number,))
 
+    # -- webhooks ---------------------------------------------------------------------------------
+
+    def save_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Insert or replace deliveries by id."""
+        self._must_write()
+        marks = ", ".join("?" * len(rows.DELIVERY))
+        self._many(f"INSERT OR REPLACE INTO delivery VALUES ({marks})", deliveries)
+
+    def drop_deliveries(self, ids: Sequence[str]) -> None:
+        """Forget deliveries that are done with."""
+        self._must_write()
+        self._many("DELETE FROM delivery WHERE id = ?", [(id_,) for id_ in ids])
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -783,6 +797,18 @@ class SqliteTaskReader(_Connection):
         found = self._run("SELECT value FROM number WHERE name = 'last_fact'")
         return int(found[0][0])
 
+    def generation(self) -> int:
+        """Return the first half of every fencing token."""
+        found = self._run("SELECT value FROM number WHERE name = 'generation'")
+        return int(found[0][0])
+
+    def deliveries(
+        self, *, due_before: float, limit: int, not_to: Collection[str] = ()
+    ) -> list[Delivery]:
+        """Return deliveries that are due at or before an instant, by ``(due_at, id)``."""
+        values = due_before, codec.to_json(not_to), limit
+        return [Delivery(*row) for row in self._run(_DELIVERIES, values)]
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         found = self._run("SELECT name, task_type, label, value FROM counter")
@@ -792,6 +818,10 @@ class SqliteTaskReader(_Connection):
         """Return how many tasks stand in each ``(queue, state)``; none is left out."""
         found = self._run("SELECT queue, state, tasks FROM depth WHERE tasks > 0")
         return {(queue, TaskState(state)): tasks for queue, state, tasks in found}
+
+    def queued_since(self) -> dict[str, float]:
+        """Return since when the first ready task of each queue's lanes has been queued."""
+        return dict(self._run(_QUEUED_SINCE))
 
     def audit(self, *, before: int | None, limit: int) -> list[StoredAudit]:
         """Return audit lines with numbers below ``before``, newest first."""
@@ -822,6 +852,10 @@ _BELONGS = (
 )
 # What the scheduler looks for is found in indexes alone, as row numbers.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = ? ORDER BY dispatch_key, seq LIMIT ?"
+_QUEUED_SINCE = (
+    "SELECT l.queue, MIN((SELECT t.queued_at FROM task AS t WHERE t.ready_lane = l.id "
+    "ORDER BY t.dispatch_key, t.seq LIMIT 1)) FROM lane AS l WHERE l.ready > 0 GROUP BY l.queue"
+)
 _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
 _DUE = "SELECT seq FROM task WHERE wake_at <= ? ORDER BY wake_at, seq LIMIT ?"
 _NEXT_WAKE = "SELECT wake_at FROM task WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
@@ -884,6 +918,10 @@ _ATTEMPTS = (
 _FACT = f"SELECT {', '.join(rows.FACT)} FROM fact"
 _FACTS = f"{_FACT} WHERE number > ? ORDER BY number LIMIT ?"
 _FACTS_OF_TASK = f"{_FACT} WHERE task_id = ? AND number > ? ORDER BY number LIMIT ?"
+_DELIVERIES = (
+    f"SELECT {', '.join(rows.DELIVERY)} FROM delivery WHERE due_at <= ? "
+    "AND target NOT IN (SELECT value FROM json_each(?)) ORDER BY due_at, id LIMIT ?"
+)
 _AUDIT = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number < ? ORDER BY number DESC LIMIT ?"
 _AUDIT_AFTER = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number > ? ORDER BY number LIMIT ?"
 _AUDIT_TAIL = "SELECT hash FROM audit ORDER BY number DESC LIMIT 1"

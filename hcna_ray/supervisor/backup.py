@@ -526,7 +526,7 @@ class _Plan:
             self._marks = checked_marks(json.loads(contents.small.get(OWNERS, b"{}")))
             member = MAKERS
             self._makers = checked_makers(json.loads(contents.small.get(MAKERS, b"{}")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BackupDamaged(str(archive), f"{member}: {error}") from None
         #: Written with this machine's settings, or with the archive's if it has none yet.
         self._settings = self._effective(settings)

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -36,10 +36,18 @@ from hcna_ray.supervisor.addresses import (
     own_addresses,
     route_source,
 )
+from hcna_ray.supervisor.firewall import (
+    OF_NODES,
+    is_there,
+    ranges_of,
+    table_of,
+    words_on_open_ports,
+)
 from hcna_ray.supervisor.gate import MemberBeat
 from hcna_ray.supervisor.gate_client import (
     GateChannel,
     GateUnreachable,
+    origin_of,
     pinned_context,
     reach_gate,
 )
@@ -77,9 +85,7 @@ _CONNECT_S = 3.0
 _WORKER_PORTS = (
     "worker_node_manager",
     "worker_object_manager",
-    "worker_agent_http",
     "worker_agent_grpc",
-    "worker_metrics_export",
     "worker_processes_min",
     "worker_processes_max",
 )
@@ -360,6 +366,50 @@ def judge_certificate(ends_at: datetime | None, now: datetime) -> Check:
     return Check(id="certificate", level="ok", found=f"good {until}")
 
 
+def judge_firewall(told: Mapping[str, Any]) -> Check:
+    """Whether Ray's ports are closed to all but the cluster's machines.
+
+    Args:
+        told: What the supervisor says of it in ``run/state.json``.
+    """
+    if told.get("mode") == "off":
+        found = "ray.firewall is off: who reaches Ray's ports is left to this machine's own rules"
+        return Check(id="firewall", level="ok", found=found)
+    if words := words_on_open_ports(told):
+        return Check(
+            id="firewall",
+            level="warn",
+            found=words,
+            fix="type the commands that hcna doctor ends with",
+        )
+    let_in = told.get("let_in")
+    count = len(let_in) if isinstance(let_in, list) else 0
+    return Check(
+        id="firewall",
+        level="ok",
+        found=f"table inet {told.get('table')} lets {count} other addresses in at Ray's ports",
+    )
+
+
+def judge_entrance(settings: Settings, hostname: str) -> Check:
+    """Where other machines reach C1, and whether it may be open there.
+
+    Args:
+        settings: Of M1.
+        hostname: What this machine is called where the settings do not say it.
+    """
+    try:
+        settings.check_start()
+    except HcnaError as error:
+        fix = "set composite.security.enable_tls: true, or take composite.listen_address out"
+        return Check(id="entrance", level="fail", found=str(error), fix=fix)
+    if not settings.is_public:
+        return Check(id="entrance", level="ok", found="C1 is for this machine alone")
+    where = settings.public_url(hostname)
+    found = f"other machines reach C1 at {where} (port {settings.api_port}/tcp, TLS)"
+    return Check(id="entrance", level="ok", found=found)
+
+
 # -- firewalls -----------------------------------------------------------------------------------
 
 
@@ -383,23 +433,10 @@ def firewall_command(ports: Sequence[tuple[int, int]], tool: str | None, peer: s
 
 def documented_ports(settings: Settings, role: str) -> list[tuple[int, int]]:
     """Return the ranges that other machines connect to: of ``head`` or of ``worker``."""
-    port = settings.port
     if role == "worker":
-        single = [port(name) for name in _WORKER_PORTS if "processes" not in name]
-        return [*compact(single), (port("worker_processes_min"), port("worker_processes_max"))]
-    single = [port(name) for name in ("gate", *_HEAD_PORTS, "head_agent_http")]
-    return [*compact(single), (port("head_processes_min"), port("head_processes_max"))]
-
-
-def compact(ports: Iterable[int]) -> list[tuple[int, int]]:
-    """Return ports as ranges: gaps of a few are closed, a rule with twenty entries helps nobody."""
-    ranges: list[tuple[int, int]] = []
-    for port in sorted(set(ports)):
-        if ranges and port - ranges[-1][1] <= 4:
-            ranges[-1] = (ranges[-1][0], port)
-        else:
-            ranges.append((port, port))
-    return ranges
+        return [*ranges_of(settings, OF_NODES["worker"])]
+    entrance = [(settings.api_port, settings.api_port)] if settings.is_public else []
+    return [*entrance, *ranges_of(settings, ("gate", *OF_NODES["head"]))]
 
 
 def _range(ports: tuple[int, int], dash: str) -> str:
@@ -580,6 +617,7 @@ class JoinChecks:
             answer = self._preflight(
                 {
                     "open": True,
+                    "origin": origin_of(str(self.answer["ray_address"])),
                     "word": word,
                     "listen_ports": list(listeners.opened),
                     "live_ports": list(live),
@@ -641,6 +679,7 @@ def member_checks(settings: Settings, membership: Membership) -> Iterator[Check]
     """Look at a machine that has joined: the way to its M1 both ways, and the machine itself."""
     yield _supervisor_check(settings)
     yield _certificate_check(settings)
+    yield from _firewall_checks(settings)
     found = None
     try:
         found = reach_gate(membership)
@@ -671,6 +710,8 @@ def head_checks(settings: Settings) -> Iterator[Check]:
     """Look at M1's machine, and at what it heard of the others."""
     yield _supervisor_check(settings)
     yield _certificate_check(settings)
+    yield from _firewall_checks(settings)
+    yield judge_entrance(settings, socket.gethostname())
     if read_supervisor(settings.run_dir) is None:
         taken = taken_ports(settings)
         listed = "; ".join(f"{port} by {listener_of(port)}" for port in sorted(taken))
@@ -683,7 +724,7 @@ def head_checks(settings: Settings) -> Iterator[Check]:
     else:
         yield _own_address_check(settings)
         yield _processes_check(settings)
-        ready = probe.is_ready(settings.api_host, settings.api_port)
+        ready = probe.is_ready(settings.serve_host, settings.serve_port)
         yield Check(
             id="C1",
             level="ok" if ready else "fail",
@@ -727,6 +768,21 @@ def _supervisor_check(settings: Settings) -> Check:
     if process is None:
         return Check(id="supervisor", level="fail", found="does not run", fix="hcna up")
     return Check(id="supervisor", level="ok", found=f"runs (pid {process.pid})")
+
+
+def _firewall_checks(settings: Settings) -> Iterator[Check]:
+    """Look at what the supervisor does about Ray's ports, or has left when it was killed."""
+    told = read_state(settings.run_dir).get("firewall")
+    if read_supervisor(settings.run_dir) is not None:
+        if isinstance(told, dict):
+            yield judge_firewall(told)
+    elif is_there(settings):
+        yield Check(
+            id="firewall",
+            level="warn",
+            found=f"table inet {table_of(settings)} is there, and no supervisor looks after it",
+            fix="hcna up; or hcna down, which takes it away",
+        )
 
 
 def _certificate_check(settings: Settings) -> Check:

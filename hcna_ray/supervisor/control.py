@@ -22,6 +22,12 @@ from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import outward_addresses
 from hcna_ray.supervisor.daemon import EXIT_ALREADY_RUNNING
+from hcna_ray.supervisor.firewall import (
+    BY_HAND,
+    clear,
+    commands_for,
+    words_on_open_ports,
+)
 from hcna_ray.supervisor.invites import create_invite
 from hcna_ray.supervisor.launcher import head_address, with_address
 from hcna_ray.supervisor.membership import read_membership
@@ -135,6 +141,7 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
         Where the cluster is, for clients of M1's machine; None on a machine that has joined.
 
     Raises:
+        ConfigError: C1 would be open to others in clear.
         StartFailed: Not ready within ``wait_s``, or the supervisor gave up (ports in use, ...).
     """
     run_dir = settings.run_dir
@@ -150,6 +157,8 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
     while True:
         if daemon is None and RunLock(run_dir).is_free():
             if not _has_members(run_dir):
+                if not joined:
+                    settings.check_start()
                 write_settings(settings)
             daemon = _start_daemon(settings)
             on_step("starting the supervisor")
@@ -157,8 +166,10 @@ def up(settings: Settings, *, wait_s: float, on_step: Callable[[str], None]) -> 
             on_step(step)
         if joined:
             if _working(settings):
+                _tell_open_ports(settings, on_step)
                 return None
         elif (info := _running(settings)) is not None:
+            _tell_open_ports(settings, on_step)
             return info
         else:
             told = _tell_reasons(settings, told, on_step)
@@ -176,11 +187,23 @@ def _tell_reasons(
 ) -> tuple[str, ...]:
     """Say why C1 is not ready yet, once each, if that is for something outside."""
     in_force = _settings_in_force(settings)
-    why = probe.why_not_ready(in_force.api_host, in_force.api_port)
+    why = probe.why_not_ready(in_force.serve_host, in_force.serve_port)
     if why and why != told and probe.STORE_REASONS.issuperset(why):
         on_step(f"not ready yet: {', '.join(why)} (see hcna status)")
         return why
     return told
+
+
+def _tell_open_ports(settings: Settings, on_step: Callable[[str], None]) -> None:
+    """Say so if hcna may not close Ray's ports, and what closes them."""
+    told = read_state(settings.run_dir).get("firewall") or {}
+    words = words_on_open_ports(told)
+    if words:
+        joined = read_membership(settings.cluster_dir) is not None
+        on_step(f"note: {words}. To close them ({BY_HAND}):")
+        in_force = _settings_in_force(settings)
+        for command in commands_for(in_force, "worker" if joined else "head", told):
+            on_step(f"  {command}")
 
 
 def down(
@@ -231,6 +254,9 @@ def down(
         ports = taken_ports(in_force, worker_only=joined) if was_running else {}
         ports_open = tuple(sorted(ports))
         if not left:
+            # Still there only after a supervisor that was killed.
+            if problem := clear(settings):
+                on_step(f"the firewall's rules are left: {problem}")
             remove_run_files(run_dir)
     finally:
         lock.release()
@@ -266,7 +292,7 @@ def status(settings: Settings) -> ClusterStatus:
     alive = any(member.pid for member in members)
     in_force = _settings_in_force(settings)
     joined = read_membership(settings.cluster_dir) is not None
-    host, port = in_force.api_host, in_force.api_port
+    host, port = in_force.serve_host, in_force.serve_port
     if joined:
         ready = alive and probe.is_connected(in_force.worker_host, in_force.worker_port)
         workers = int(ready)
@@ -302,7 +328,7 @@ def _running(settings: Settings) -> ClusterInfo | None:
     if info is None:
         return None
     in_force = _settings_in_force(settings)
-    host, port = in_force.api_host, in_force.api_port
+    host, port = in_force.serve_host, in_force.serve_port
     works = "worker" in read_state(settings.run_dir).get("members", {})
     if not probe.is_ready(host, port) or (works and probe.online_workers(host, port) < 1):
         return None

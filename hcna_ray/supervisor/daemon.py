@@ -28,7 +28,7 @@ from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from hcna_ray.config import MIB, Settings
+from hcna_ray.config import LOOPBACK, MIB, Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
 from hcna_ray.security.authority import (
@@ -42,7 +42,10 @@ from hcna_ray.security.keys import ensure_owner_key, ensure_ray_token
 from hcna_ray.supervisor import probe
 from hcna_ray.supervisor.addresses import default_address, route_source
 from hcna_ray.supervisor.backoff import restart_delay_s
-from hcna_ray.supervisor.edge import edge_command, edge_config
+from hcna_ray.supervisor.edge import edge_command
+from hcna_ray.supervisor.edge_keeper import EdgeKeeper
+from hcna_ray.supervisor.edge_log import EdgeLog
+from hcna_ray.supervisor.firewall import Firewall, Peers, Role, clear
 from hcna_ray.supervisor.gate import Gate
 from hcna_ray.supervisor.gate_client import Contact, ask_gate
 from hcna_ray.supervisor.janitor import Janitor
@@ -105,6 +108,7 @@ from hcna_ray.supervisor.state import (
     write_state,
     write_supervisor,
 )
+from hcna_ray.supervisor.tracing import ship_traces
 
 BOOTSTRAP_MODULE = "hcna_ray.runtime.bootstrap"
 
@@ -131,6 +135,8 @@ _OUTPUT_BYTES_MAX = 8 * MIB
 _TIDY_S = 60.0
 #: Pause between two looks at this machine's certificate.
 _CERTIFY_S = 3600.0
+#: Pause between two looks at the files of the edge: a certificate taken back counts no more then.
+_EDGE_S = 10.0
 #: How long a worker's agent gets to end its work in good order.
 _GOODBYE_S = 5.0
 #: How long M1's machine stays to tell the others that all is to stop.
@@ -181,6 +187,8 @@ class Member:
     own_ports: Sequence[int] = ()
     #: Further ports that must accept connections: `ray start --block` stays when its raylet left.
     also: Sequence[int] = ()
+    #: Others, at addresses that need not be loopback.
+    beyond: Sequence[tuple[str, int]] = ()
     #: Whether what it needs is there; asked before each start.
     after: Callable[[], bool] | None = None
     process: ProcessRef | None = None
@@ -224,6 +232,11 @@ class Supervisor:
     membership: Membership | None = None
     gate: Gate | None = None
     contact: Contact | None = None
+    #: Who may reach Ray's ports; None before they are about to be opened.
+    firewall: Firewall | None = None
+    peers: Peers = field(default_factory=Peers)
+    edge_keeper: EdgeKeeper | None = None
+    edge_log: EdgeLog | None = None
     #: All machines are to stop, not only this one.
     cluster_down: bool = False
     _unready_checks: int = 0
@@ -235,6 +248,8 @@ class Supervisor:
     _next_check_at: float = 0.0
     _next_tidy_at: float = 0.0
     _next_certify_at: float = 0.0
+    _next_edge_at: float = 0.0
+    _edge_trouble: str = ""
     _certificate_trouble: str = ""
     _certificate_failures: int = 0
     _round_announced: threading.Event = field(default_factory=threading.Event)
@@ -244,6 +259,7 @@ class Supervisor:
     #: What M1 answered to the beats up to this one has been followed, or knows nothing of it.
     _followed: int = 0
     _written: dict[str, Any] = field(default_factory=dict)
+    _letting_in: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _exit_codes: dict[int, int] = field(default_factory=dict)
 
@@ -259,14 +275,18 @@ class Supervisor:
         if not lock.acquire():
             raise AlreadyRunning(f"a supervisor is running already for {self.settings.home}")
         try:
+            shipper = None
             try:
                 self._prepare()
+                shipper = ship_traces(self.settings, self.log)
                 while not self._stopping.is_set():
                     self.tick()
                     self._stopping.wait(_TICK_S)
             finally:
                 self.cluster_down |= read_order(run_dir) == CLUSTER_DOWN
                 self.stop_all()
+                if shipper is not None:
+                    shipper.stop()
                 remove_run_files(run_dir)
         finally:
             lock.release()
@@ -291,13 +311,20 @@ class Supervisor:
             self._look_after(member, now)
         if now >= self._next_check_at:
             self._next_check_at = now + self.settings.ray.check_s
+            self._let_in()
             self._check(now)
         if now >= self._next_tidy_at:
             self._next_tidy_at = now + _TIDY_S
             self._tidy()
+            self.peers.forget_names()
+            if self.firewall is not None:
+                self.firewall.look_after()
         if now >= self._next_certify_at:
             self._certified()
             self._replace_old_nodes()
+        if now >= self._next_edge_at and self.edge_keeper is not None:
+            self._next_edge_at = now + _EDGE_S
+            self._refresh_edge(self.edge_keeper)
         self._run_bootstrap(now)
         self._record()
 
@@ -337,10 +364,18 @@ class Supervisor:
                 )
         if self.contact is not None:
             self.contact.stop()
+        if self.edge_log is not None:
+            self.edge_log.stop()
         if self.gate is not None:
             if self.cluster_down:
                 self.gate.wait_all_told(max(0.0, tell_until - self.monotonic()))
             self.gate.stop()
+        if self.firewall is not None:
+            self.firewall.remove()
+        elif problem := clear(settings):
+            self.log.error(
+                "the firewall's rules are left", extra={"action": "firewall.left", "error": problem}
+            )
 
     # -- other machines -----------------------------------------------------------------------
 
@@ -360,6 +395,27 @@ class Supervisor:
         """Look again who is a member (any thread)."""
         self._yield_until = 0.0
         self._look_at_members.set()
+
+    def origins_changed(self) -> None:
+        """Let in at Ray's ports whoever is a member now (any thread)."""
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Let the cluster's machines in at Ray's ports, where hcna may, and nobody else."""
+        if self.firewall is None:
+            return
+        try:
+            with self._letting_in:  # Or what is older might be set last.
+                self.firewall.let_in(self._origins())
+        except HcnaError as error:  # The list of members; what it said before stays in force.
+            self.log.error(str(error), extra={"action": "firewall.trouble"})
+
+    def _origins(self) -> frozenset[str]:
+        """Return the addresses of the cluster's other machines."""
+        if self.membership is None:
+            return self.gate.origins() if self.gate is not None else frozenset()
+        facts = self.contact.facts if self.contact is not None else {}
+        return self.peers.of(self.membership, facts)
 
     def local_worker(self) -> str | None:
         """Return the name that M1's own worker holds for good, or None if it would yield it."""
@@ -381,7 +437,7 @@ class Supervisor:
         wanted = self._wants_local_worker(now)
         if now >= self._yield_until:
             self._yield_until = 0.0
-        present = next((one for one in self.members if one.name == "worker"), None)
+        present = self._member("worker")
         if wanted and present is None:
             self.members.append(self._plan_worker())
         elif not wanted and present is not None:
@@ -439,15 +495,12 @@ class Supervisor:
         number = read_round(self.settings.cluster_dir).number
         if now < self._round_until and not self.gate.caught_up(number):
             return
-        worker = next((one for one in self.members if one.name == "worker"), None)
+        worker, head = self._member("worker"), self._member("head")
+        assert head is not None
         if worker is not None and worker.process is not None:
             self._say_goodbye()
         self._end_what_the_head_held()
-        head = next(one for one in self.members if one.name == "head")
-        if head.process is not None:
-            stop([head.process], term_s=self.settings.ray.stop_s)
-        self._reap()
-        head.process, head.up, head.not_before = None, False, 0.0
+        self._end(head)
         try:
             take_over(self.settings.cluster_dir, self.settings.keys_dir)
         except (HcnaError, OSError) as error:  # A full disk: again in a moment, with the old ones.
@@ -514,16 +567,24 @@ class Supervisor:
 
     def _stop_worker(self, why: str) -> None:
         """End the worker's node in good order; it starts again at the next occasion."""
-        worker = next((one for one in self.members if one.name == "worker"), None)
+        worker = self._member("worker")
         if worker is None or worker.process is None:
             return
         self._say(why, "worker.renewed", member=worker.name)
         self._say_goodbye()
-        stop([worker.process], term_s=self.settings.ray.stop_s)
-        self._reap()
-        worker.process, worker.up, worker.not_before = None, False, 0.0
+        self._end(worker)
 
     # -- the parts of a tick ------------------------------------------------------------------
+
+    def _member(self, name: str) -> Member | None:
+        return next((one for one in self.members if one.name == name), None)
+
+    def _end(self, member: Member) -> None:
+        """End a member; it starts again with the next tick."""
+        if member.process is not None:
+            stop([member.process], term_s=self.settings.ray.stop_s)
+        self._reap()
+        member.process, member.up, member.not_before = None, False, 0.0
 
     def _prepare(self) -> None:
         settings = self.settings
@@ -564,6 +625,9 @@ class Supervisor:
         else:
             self.contact = Contact(settings, self.membership, self.log)
             self.contact.start()
+        role: Role = "head" if self.membership is None else "worker"
+        self.firewall = Firewall(settings, role, self.log)
+        self.firewall.open_for(self._origins())
         for warning in settings.warnings():
             self.log.warning(warning, extra={"action": "settings.warning"})
 
@@ -587,10 +651,17 @@ class Supervisor:
 
     def _prepare_head(self) -> None:
         settings = self.settings
+        settings.check_start()
         ensure_owner_key(settings.keys_dir, now=time.time())
         ensure_ray_token(settings.keys_dir)
         self._certify()
-        write_private(settings.run_dir / "edge.cfg", edge_config(settings))
+        if settings.has_edge and settings.composite.edge.access_log:
+            self.edge_log = EdgeLog.of(settings)
+            self.edge_log.start()
+        self.edge_keeper = EdgeKeeper(settings)
+        self.edge_keeper.prepare(now=datetime.now(UTC))
+        if settings.has_edge:
+            self._reload_edge()  # One of an earlier supervisor may have missed something.
         proxy = serve_proxy_path(settings.run_dir)
         write_private(proxy, serve_proxy_script())
         proxy.chmod(0o700)
@@ -603,6 +674,7 @@ class Supervisor:
             members_changed=self.members_changed,
             ready=lambda: self.ready,
             rotated=self.round_announced,
+            origins_changed=self.origins_changed,
         )
         self.gate.start()
 
@@ -686,6 +758,26 @@ class Supervisor:
         self._certificate_trouble, self._certificate_failures = "", 0
         return True
 
+    def _refresh_edge(self, keeper: EdgeKeeper) -> None:
+        """Have the edge read its files anew if they have changed; trouble is told once."""
+        trouble = ""
+        try:
+            if keeper.refresh(now=datetime.now(UTC)):
+                self._reload_edge()
+        except (HcnaError, OSError, subprocess.SubprocessError) as error:
+            trouble = str(error)
+            if trouble != self._edge_trouble:
+                self.log.error(trouble, extra={"action": "edge.trouble"})
+        self._edge_trouble = trouble
+
+    def _reload_edge(self) -> None:
+        """Let the edge read its files anew. What is on its way is ended by the old process."""
+        edge = next((one for one in self.members if one.name == "edge"), None)
+        if edge is None or edge.process is None:
+            return
+        send(edge.process, signal.SIGUSR2)
+        self._say("the edge reads its certificates and settings anew", "edge.reloaded")
+
     def _plan_members(self) -> list[Member]:
         settings = self.settings
         if self.membership is not None:
@@ -706,6 +798,7 @@ class Supervisor:
                 command=lambda: edge_command(settings),
                 port=settings.control_port,
                 node=None,
+                beyond=[_entrance(settings)] if settings.has_edge else [],
             ),
         ]
         if self._wants_local_worker(self.monotonic()):
@@ -890,7 +983,7 @@ class Supervisor:
         for member in self.members:
             if member.process is None:
                 continue
-            if accepts(member.port) and all(accepts(port) for port in member.also):
+            if _listens(member):
                 member.deaf_checks = 0
                 if not member.up:
                     member.up = True
@@ -913,12 +1006,12 @@ class Supervisor:
             self.ready = probe.is_connected(host, port)
             return
         was_ready = self.ready
-        self.ready = probe.is_ready(self.settings.api_host, self.settings.api_port)
+        self.ready = probe.is_ready(self.settings.serve_host, self.settings.serve_port)
         if self.ready and not was_ready:
             self._say("C1 is ready", "composite.ready")
         self._unready_checks = 0 if self.ready else self._unready_checks + 1
         if self._unready_checks >= _UNREADY_CHECKS and self.bootstrap.process is None:
-            why = set(probe.why_not_ready(self.settings.api_host, self.settings.api_port))
+            why = set(probe.why_not_ready(self.settings.serve_host, self.settings.serve_port))
             if why and why <= probe.STORE_REASONS:
                 self._wait_for_store(why)
             else:
@@ -1004,6 +1097,7 @@ class Supervisor:
             "pid": os.getpid(),
             "role": "head" if self.membership is None else "worker",
             "ready": self.ready,
+            "firewall": self.firewall.describe() if self.firewall is not None else None,
             "members": {
                 member.name: {
                     "pid": member.process.pid if member.process else None,
@@ -1029,6 +1123,18 @@ class Supervisor:
 
     def _say(self, message: str, action: str, **fields: Any) -> None:
         self.log.info(message, extra={"action": action, **fields})
+
+
+def _listens(member: Member) -> bool:
+    """Whether all ports of a member accept connections."""
+    places = [(LOOPBACK, port) for port in (member.port, *member.also)]
+    return all(accepts(port, host=host) for host, port in (*places, *member.beyond))
+
+
+def _entrance(settings: Settings) -> tuple[str, int]:
+    """Return where this machine reaches C1's public entrance."""
+    everywhere = {"0.0.0.0": LOOPBACK, "::": "::1"}
+    return everywhere.get(settings.api_host, settings.api_host), settings.api_port
 
 
 def _memory() -> int:

@@ -46,6 +46,7 @@ from hcna_ray.supervisor.gate_protocol import (
     DOWN,
     GATE_NAME,
     PORTS_MAX,
+    PRESENT_S,
     UP,
     GateRefused,
     Versions,
@@ -89,10 +90,11 @@ _CONNECT_BACK_S = 2.0
 #: How long M1 listens on ports that it opened for a check.
 _OPENED_S = 15.0
 _RENEW_CHECK_S = 3600.0
-#: A member that has beaten within this time waits to be told that the cluster goes down.
-_PRESENT_S = 10.0
 _DRAIN_S_MAX = 3600.0
 _SAME_REFUSAL_S = 60.0
+#: A machine that showed a join code may reach Ray's ports for this long, so that it can check them.
+_GUEST_S = 600.0
+_GUESTS_MAX = 256
 #: Longest request for a certificate: one for 16384 bits of RSA fits.
 _PEM_CHARS_MAX = 8192
 #: Certificates of one member on the list, and in a day: a laptop gets one for each new network.
@@ -161,6 +163,7 @@ class Gate:
         forget: Callable[[str], Json] | None = None,
         ready: Callable[[], bool] | None = None,
         rotated: Callable[[], None] = lambda: None,
+        origins_changed: Callable[[], None] = lambda: None,
         versions: Versions | None = None,
         addresses: Callable[[], Sequence[str]] | None = None,
         host: str = "0.0.0.0",
@@ -181,6 +184,7 @@ class Gate:
             forget: Has the moderator forget a worker; default: asks C1.
             ready: Whether C1 is ready; default: not known.
             rotated: Told after a round of credentials was announced.
+            origins_changed: Told when `origins` has changed; returns when it is taken into account.
             versions: Those that others must have; default: those of this process.
             addresses: Where M1 may be found, the best first; default: by its cards.
             host: Address to listen on.
@@ -196,6 +200,7 @@ class Gate:
         self.drain = drain or (lambda name, drain_s: drain_worker(settings, name, drain_s))
         self.forget = forget or (lambda name: forget_worker(settings, name))
         self.ready, self.rotated = ready, rotated
+        self.origins_changed = origins_changed
         self._outward = addresses or (lambda: outward_addresses(settings.ray.node_address))
         self.versions = versions or own_versions()
         self.now, self.monotonic = now, monotonic
@@ -208,6 +213,10 @@ class Gate:
         self._beats: dict[str, _Beat] = {}
         self._going_down = False
         self._told: set[str] = set()
+        #: Where members' beats and Ray's connections come from, and until when a machine that may
+        #: join is let in.
+        self._seen: dict[str, tuple[str, ...]] = {}
+        self._guests: dict[str, float] = {}
         #: Machines that are to get another certificate, and the one they have.
         self._renewing: dict[str, str] = {}
         self._refused: dict[tuple[str, str], float] = {}
@@ -304,6 +313,24 @@ class Gate:
             )
         return found
 
+    def origins(self) -> frozenset[str]:
+        """Return the addresses from which the cluster's other machines reach this one.
+
+        Raises:
+            MembersBroken: The list of members cannot be read.
+        """
+        now = self.monotonic()
+        with self._changed:
+            self._guests = {at: until for at, until in self._guests.items() if now < until}
+            guests = frozenset(self._guests)
+        return self._member_origins() | guests
+
+    def _member_origins(self) -> frozenset[str]:
+        members = read_members(self.settings.cluster_dir)
+        with self._changed:
+            seen = [at for each in members for at in self._seen.get(each.machine_id, ())]
+        return frozenset([*(each.address for each in members), *seen])
+
     # -- routes: each gets the body and the peer's address ------------------------------------
 
     def handle(self, method: str, path: str, authorization: str, body: Json, peer: str) -> Json:
@@ -358,6 +385,7 @@ class Gate:
 
     def _preflight(self, authorization: str, body: Json, peer: str) -> Json:
         invite, member = self._bearer(authorization, body)
+        self._let_in(peer, *_origin(body))
         asked = {port: _text(body, "word") for port in _ports(body, "listen_ports")}
         asked |= dict.fromkeys(_ports(body, "live_ports"), "")
         answer: Json = {
@@ -424,6 +452,7 @@ class Gate:
             # before it was struck off. A machine that joins begins anew.
             self.forget(name)
         self.members_changed()
+        self.origins_changed()
         self.log.info(
             "%s joined as %s",
             member.hostname,
@@ -581,7 +610,7 @@ class Gate:
             return all(
                 beat.round == number
                 for beat in self._beats.values()
-                if now - beat.monotonic < _PRESENT_S
+                if now - beat.monotonic < PRESENT_S
             )
 
     def _beat(self, member: Member, body: Json, peer: str) -> Json:
@@ -615,6 +644,12 @@ class Gate:
                 extra={"action": "gate.moved", "worker": member.name, "before": member.address},
             )
             move_member(self.settings.cluster_dir, member.name, address)
+        seen = (peer, *_origin(body))
+        with self._changed:
+            moved = self._seen.get(member.machine_id) != seen or address != member.address
+            self._seen[member.machine_id] = seen
+        if moved:
+            self.origins_changed()
         return {
             "order": order,
             "round": current.number,
@@ -628,8 +663,22 @@ class Gate:
             "seen_address": peer,
             "ray_address": self.ray_address,
             "m1_addresses": self._addresses(),
+            "peers": sorted(self._member_origins()),
             "ray_tuning_hash": ray_tuning_hash(),
         }
+
+    def _let_in(self, *addresses: str) -> None:
+        """Let a machine reach Ray's ports for a while: it has shown that it may join, or has."""
+        until = self.monotonic() + _GUEST_S
+        with self._changed:
+            is_new = not self._guests.keys() >= set(addresses)
+            for address in addresses:
+                self._guests.pop(address, None)
+                self._guests[address] = until
+            while len(self._guests) > _GUESTS_MAX:
+                del self._guests[next(iter(self._guests))]  # The one that came first.
+        if is_new:
+            self.origins_changed()
 
     def _is_stale(self, token: str) -> bool:
         """Whether a member's token is not the one it should have, be its round's number right.
@@ -662,8 +711,11 @@ class Gate:
         failpoints.hit("gate.leave.removed")
         with self._changed:
             self._beats.pop(member.machine_id, None)
+            for address in (member.address, *self._seen.pop(member.machine_id, ())):
+                self._guests.pop(address, None)
             self._changed.notify_all()
         self.members_changed()
+        self.origins_changed()
         self.log.info("%s left", member.name, extra={"action": "gate.left", "worker": member.name})
         return {"name": member.name, **self.forget(member.name)}
 
@@ -786,7 +838,7 @@ class Gate:
 
     def _to_be_told(self) -> set[str]:
         now = self.monotonic()
-        present = {who for who, beat in self._beats.items() if now - beat.monotonic < _PRESENT_S}
+        present = {who for who, beat in self._beats.items() if now - beat.monotonic < PRESENT_S}
         return present - self._told
 
     def _own_address(self) -> str:
@@ -1049,6 +1101,12 @@ def _text(body: Json, name: str, chars_max: int = 128) -> str:
     return value
 
 
+def _origin(body: Json) -> tuple[str, ...]:
+    """Return from where a machine's Ray connects to M1's, if it says so: it may be another card."""
+    told = _text(body, "origin")
+    return (told,) if told else ()
+
+
 def _texts(body: Json, name: str, count_max: int) -> list[str]:
     value = body.get(name, [])
     if not isinstance(value, list) or len(value) > count_max:
@@ -1122,7 +1180,7 @@ def ask_c1(
 ) -> tuple[int, Json]:
     """Return status and JSON object of one request to C1 with the owner's key; 0: no answer."""
     key = read_client_key(settings.keys_dir)
-    connection = http.client.HTTPConnection(settings.api_host, settings.api_port, timeout=10.0)
+    connection = http.client.HTTPConnection(settings.serve_host, settings.serve_port, timeout=10.0)
     headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
     raw = None
     if body is not None:
@@ -1132,7 +1190,7 @@ def ask_c1(
         response = connection.getresponse()
         text = response.read(BODY_BYTES_MAX)
         data = json.loads(text) if text else {}
-    except (OSError, http.client.HTTPException, ValueError):
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
         return 0, {}
     finally:
         connection.close()

@@ -177,7 +177,7 @@ class GateChannel:
             self.close()
         try:
             data = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             data = None
         if not isinstance(data, dict):
             raise OSError("the answer is not that of a gate")
@@ -220,6 +220,18 @@ def pinned_context(ca_pem: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(cadata=ca_pem)
     return context
+
+
+def origin_of(ray_address: str) -> str | None:
+    """Return the own address from which Ray connects to M1's Ray, or None if there is no way.
+
+    M1's gate may have been reached over another network, a VPN for instance.
+    """
+    host, _, port = ray_address.rpartition(":")
+    try:
+        return route_source(host, int(port))
+    except (OSError, ValueError):
+        return None
 
 
 # -- finding M1 ----------------------------------------------------------------------------------
@@ -471,6 +483,7 @@ class Contact:
             "time": time.time(),
             "ray_tuning_hash": ray_tuning_hash(),
             "address": self.membership.address,
+            "origin": origin_of(str(self._facts.get("ray_address") or self.membership.ray_address)),
             "round": read_round(self.settings.cluster_dir).number,
             "serial": own_serial(self.settings.cluster_dir),
             "token": held_token_digest(self.settings.keys_dir),

@@ -16,6 +16,8 @@ GATE_NAME = "gate.hcna.internal"
 BODY_BYTES_MAX = 64 * 1024
 #: Pause between two beats of a member.
 BEAT_S = 3.0
+#: A member whose last beat is no older than this is here: it waits to be told what comes.
+PRESENT_S = 10.0
 #: Clocks further apart than this do not join; leases, logs and certificates rest on them.
 CLOCK_SKEW_S_MAX = 60.0
 #: Ports in one request to connect back.

@@ -45,6 +45,8 @@ _READ_AS = {**{letter: index for index, letter in enumerate(_ALPHABET)}, "O": 0,
 _GROUP = 8
 _VERSION = 1
 _TOKEN_BYTES = 16
+#: Twice as many as a code with every address has; what is read takes its length squared.
+_LETTERS_MAX = 512
 #: Of the fingerprint's 32 bytes: to find another authority with the same 16 is out of reach.
 _FINGERPRINT_BYTES = 16
 _CHECK_BYTES = 3
@@ -155,6 +157,8 @@ def decode_code(text: str) -> JoinCode:
     letters = "".join(text.upper().split()).replace("-", "")
     if not letters.startswith(PREFIX):
         raise BadCode(f"a join code starts with {PREFIX}-")
+    if len(letters) > _LETTERS_MAX:
+        raise BadCode("this is longer than any join code; copy it again")
     values = [_READ_AS.get(letter) for letter in letters.removeprefix(PREFIX)]
     strange = sorted({x for x in letters.removeprefix(PREFIX) if x not in _READ_AS})
     if strange:

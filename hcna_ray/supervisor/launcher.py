@@ -82,7 +82,7 @@ def read_config(path: Path) -> LauncherConfig:
     """
     try:
         data = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise LauncherConfigBroken(f"{path} cannot be read: {error}") from None
     provider = _mapping(data, "provider", path)
     auth = _mapping(data, "auth", path)

@@ -283,7 +283,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MembersBroken(str(path), str(error)) from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise MembersBroken(str(path), f"it is not an object of schema {SCHEMA}")

@@ -174,12 +174,15 @@ def process_environment(
     """Return the whole environment of a child: ``base``, ours, and the mark of the instance.
 
     The child reads the settings in force from ``run/settings.yaml``; overrides in ``base`` are
-    already in there and are dropped, so that all processes of an instance agree.
+    already in there and are dropped, so that all processes of an instance agree. So is the address
+    of the store: with its password it would be in the environment of every process of Ray.
     """
     kept = {
         name: value
         for name, value in base.items()
-        if name not in _DROPPED and not (name.startswith("HCNA_") and "__" in name)
+        if name not in _DROPPED
+        and not (name.startswith("HCNA_") and "__" in name)
+        and not (name == "DATABASE_URL" and value == settings.store.url)
     }
     kept |= ray_environment(settings) | marker_of(settings).environment()
     kept["HCNA_CONFIG"] = str(settings.run_dir / "settings.yaml")

@@ -15,7 +15,7 @@ from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.supervisor.checks import open_own_gate
 from hcna_ray.supervisor.gate import ask_c1
-from hcna_ray.supervisor.gate_protocol import GateRefused
+from hcna_ray.supervisor.gate_protocol import PRESENT_S, GateRefused
 from hcna_ray.supervisor.invites import revoke_invites_of
 from hcna_ray.supervisor.membership import read_members, remove_member
 from hcna_ray.supervisor.node_certs import ensure_m1_node
@@ -117,10 +117,11 @@ class Rotation:
             RotationFailed: It cannot begin now, or did not come to its end.
         """
         self.all("authority")
-        away = [] if self._runs() else [one.name for one in read_members(self._directory)]
         if self._runs():
             members = self._ask("GET", "/v1/members")["members"]
             away = [each["name"] for each in members if each["round"] != self.round]
+        else:
+            away = [one.name for one in read_members(self._directory)]
         if away:
             self._say(
                 f"{', '.join(away)} was away and knows only the old authority, which counts until: "
@@ -225,7 +226,7 @@ class Rotation:
     @staticmethod
     def _is_here(member: Json) -> bool:
         age = member["last_beat_age_s"]
-        return age is not None and age < 10.0
+        return age is not None and age < PRESENT_S
 
     def _until(self, look: Callable[[], bool], failure: str) -> None:
         end = self._monotonic() + self._wait_s

@@ -7,8 +7,16 @@ before it is told of C1, and then with 404, as if no task and no route had ever 
 believe it. So Ray is given a program to start instead (``RAY_SERVE_HAPROXY_BINARY_PATH``) that
 puts this line of the configuration right and becomes HAProxy.
 
-And it marks what submits tasks as in no need of being ended when its client goes: Serve would watch
-each such request with two tasks of asyncio's, and the submission is stored in any case.
+It also changes the heads of requests. A length that two programs count differently is refused, and
+so are HTTP/2 and what has no path. What
+a client says to Serve itself, how long to wait for instance, is taken out. What submits tasks is
+marked as in no need of being ended when its client goes: Serve would watch each such request with
+two tasks of asyncio's, and the submission is stored in any case. And it marks where the fields of
+the head end: uvicorn puts those behind the last chunk of a body, which no rule of an HAProxy sees,
+among them (`hcna_ray.api.limits`).
+
+And it takes back what Ray opens to everybody: the pages of statistics and of figures, which ask for
+no key, are bound to loopback instead of every address, and the admin socket is its owner's alone.
 """
 
 from __future__ import annotations
@@ -19,6 +27,9 @@ import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
+
+from hcna_ray.api.bounds import LAST_FIELD
+from hcna_ray.config import LOOPBACK
 
 #: Where Ray, and the package with the binary, look for a program to start as HAProxy.
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -39,10 +50,49 @@ _TO = (
 )
 #: Where requests come in, and what is added there.
 _ENTRANCE = "/^frontend http_frontend$/a\\"
-_UNWATCHED = (
-    "    http-request set-header x-request-disconnect-disabled ?1 "
-    "if METH_POST { path /tasks /tasks/batch }"
+_UNWATCHED = "set-header x-request-disconnect-disabled ?1 if METH_POST { path /tasks /tasks/batch }"
+#: The last thing to be done to the head of a request.
+LAST_FIELD_RULE = f"set-header {LAST_FIELD.decode()} 1"
+
+
+def _malformed(detail: str, condition: str) -> str:
+    problem = {
+        "type": "urn:hcna:malformed_request",
+        "title": "Bad Request",
+        "status": 400,
+        "detail": detail,
+        "code": "malformed_request",
+    }
+    return (
+        "return status 400 content-type application/problem+json "
+        f"string '{json.dumps(problem)}' hdr Connection close {condition}"
+    )
+
+
+#: HAProxy 2.8 counts 2^64 + 2 as 2, and sends on what was written.
+_NO_OVERLONG = _malformed(
+    "Content-Length is too large a number.", "if { req.fhdr(content-length) -m len gt 18 }"
 )
+#: Not the path of an application that is not up: none ever has it.
+_NO_PATH = _malformed("A path begins with a slash.", "unless { path_beg / }")
+#: What steers Serve is for nobody else to say.
+_STEERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+_RULES = (
+    _NO_OVERLONG,
+    _NO_PATH,
+    *(f"del-header {name}" for name in _STEERS),
+    _UNWATCHED,
+    LAST_FIELD_RULE,
+)
+#: Of HTTP/2 there is nothing to be translated: what is no HTTP/1 is refused.
+_ADDED = "\\\n".join(
+    ("    option disable-h2-upgrade", *(f"    http-request {rule}" for rule in _RULES))
+)
+#: A page that Ray binds to every address of the machine, and where it belongs.
+_BOUND_TO_ALL = r"^\( *bind \)\*\{0,1\}:\([0-9]\{1,\}\) *$"
+_BOUND_HERE = rf"\1{LOOPBACK}:\2"
+#: The socket by which servers are added and taken away.
+_SOCKET = "/^ *stats socket /s| mode 666 | mode 600 |"
 
 
 def serve_proxy_path(run_dir: Path) -> Path:
@@ -79,7 +129,9 @@ previous=
 for word in "$@"; do
   if [ "$previous" = -f ]; then
     sed -e {shlex.quote(f"s|{_FROM}|{_TO}|")} -e {shlex.quote(_ENTRANCE)} \\
-      -e {shlex.quote(_UNWATCHED)} "$word" >"$word.hcna" && mv "$word.hcna" "$word"
+      -e {shlex.quote(_ADDED)} -e {shlex.quote(_SOCKET)} \\
+      -e {shlex.quote(f"s|{_BOUND_TO_ALL}|{_BOUND_HERE}|")} \\
+      "$word" >"$word.hcna" && mv "$word.hcna" "$word"
   fi
   previous=$word
 done

@@ -6,6 +6,7 @@
 ``cluster.json``      where the cluster is, for clients
 ``settings.yaml``     the settings in force, for every process of the instance
 ``ray.env``           what a shell needs for Ray's own commands and drivers: ``. run/ray.env``
+``firewall.nft``      the rules that close Ray's ports, set or to be set by hand
 ``order``             what `down` wants of the daemon beyond its own end: ``cluster_down``
 ``restore.pending``   there while a restore puts files in place: nothing may be started
 ``goodbye``           asks the worker's agent to hand its work back; ``goodbye.done`` is the answer
@@ -17,6 +18,7 @@ import fcntl
 import json
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ RUN_FILES = (
     "ray.env",
     "edge.cfg",
     "serve-haproxy",
+    "firewall.nft",
     "order",
     "goodbye",
     "goodbye.done",
@@ -60,6 +63,8 @@ class ClusterInfo:
     started_at: float
     cluster_id: str
     temp_dir: str
+    #: C1 for other machines; None if they cannot reach it.
+    public_url: str | None = None
 
 
 class RunLock:
@@ -130,6 +135,7 @@ def write_cluster(settings: Settings, *, started_at: float) -> ClusterInfo:
         started_at=started_at,
         cluster_id=marker_of(settings).cluster_id,
         temp_dir=str(marker_of(settings).temp_dir),
+        public_url=settings.public_url(socket.gethostname()) if settings.has_edge else None,
     )
     write_private(settings.run_dir / "cluster.json", json.dumps(asdict(info), indent=2) + "\n")
     return info

@@ -103,6 +103,7 @@ WORK: dict[str, Callable[[House], object]] = {
     "a cancel": lambda house: house.desk.cancel("t000290"),
     "a restart": House.restart,
     "depth and counters": lambda house: (house.reader.depth(), house.reader.counters()),
+    "how long the first in each queue waits": lambda house: house.reader.queued_since(),
     "one task": lambda house: house.reader.get(["t000001"]),
     "its history": lambda house: house.reader.facts(after=0, limit=50, task_id="t000001"),
     "news": lambda house: house.reader.facts(after=house.reader.last_fact() - 9, limit=50),

@@ -37,6 +37,7 @@ from hcna_ray.store.base import (
 )
 from tests.support.builders import (
     T0,
+    a_delivery,
     a_fact,
     a_lease,
     a_spec,
@@ -201,6 +202,7 @@ class TestTransaction:
             store.insert([queued, running, done, held])
             store.add_dependencies("t1", ["p"])
             store.push_settlements([("t3", True)])
+            store.save_deliveries([a_delivery("d1"), a_delivery("d2")])
             store.claim_keys([KeyClaim("me", "k", "t1", "f", T0)])
             store.append_facts([a_fact()])
             store.save_attempts([an_attempt("t2")])
@@ -259,6 +261,12 @@ class TestTransaction:
         store.close()
         store.close()
 
+    def test_a_reader_is_told_the_generation(self, store: TaskStore, reader: TaskReader) -> None:
+        assert reader.generation() == store.generation() == 1
+        with store.transaction():
+            store.raise_generation()
+        assert reader.generation() == store.generation() == 2
+
 
 def change_everything(store: TaskStore) -> None:
     """Write with every method once, upon the tasks of the test of rollback."""
@@ -277,6 +285,8 @@ def change_everything(store: TaskStore) -> None:
     store.drop_dependents("p", ["t1"])
     store.push_settlements([("t2", False)])
     store.drop_settlement(1)
+    store.save_deliveries([a_delivery("d1", tries=1), a_delivery("d3")])
+    store.drop_deliveries(["d2"])
     store.claim_keys([KeyClaim("me", "k2", "t5", "f", T0)])
     store.append_facts([a_fact("t5")])
     store.save_attempts([an_attempt("t2", ended_at=T0, outcome=Outcome.LOST)])
@@ -315,6 +325,7 @@ def everything(store: TaskStore, reader: TaskReader) -> list[object]:
         reader.ended(ids=names, limit=9),
         reader.open_count(batch_id="b"),
         reader.facts(after=0, limit=9),
+        reader.deliveries(due_before=T0 + 999, limit=9),
         reader.counters(),
         reader.depth(),
         reader.audit(before=None, limit=9),
@@ -828,6 +839,52 @@ class TestKeysAndDependencies:
         assert store.settlements(9)[-1].number > third.number
 
 
+class TestDeliveries:
+    def test_they_come_by_when_they_are_due_and_stay_until_dropped(self, home: Home) -> None:
+        store = home.store
+        late, soon = a_delivery("d1", due_at=T0 + 9), a_delivery("d2", due_at=T0 + 5)
+        now = a_delivery(
+            "d3", body=bytes(range(256)), tries=3, note="500 é", url="https://e/?q=%00"
+        )
+        with store.transaction():
+            store.save_deliveries([late, soon, now])
+            store.save_deliveries([])
+
+        reader = home.reader()
+        assert reader.deliveries(due_before=T0 + 99, limit=9) == [now, soon, late]
+        assert reader.deliveries(due_before=T0 + 5, limit=9) == [now, soon]
+        assert reader.deliveries(due_before=T0 + 99, limit=1) == [now]
+        assert reader.deliveries(due_before=T0 - 1, limit=9) == []
+        reader.close()
+
+        store = home.reopen()
+        with store.transaction():
+            store.drop_deliveries(["d2", "no"])
+            store.drop_deliveries([])
+            store.save_deliveries([now._replace(due_at=T0 + 20, tries=4), now._replace(tries=5)])
+        reader = home.reader()
+        assert reader.deliveries(due_before=T0 + 99, limit=9) == [now._replace(tries=5), late]
+        reader.close()
+
+    def test_targets_can_be_left_out(self, store: TaskStore, reader: TaskReader) -> None:
+        with store.transaction():
+            store.save_deliveries(
+                [a_delivery(f"d{n}", target=f"host-{n % 3}:443", due_at=T0 + n) for n in range(9)]
+            )
+        found = reader.deliveries(due_before=T0 + 99, limit=2, not_to={"host-0:443", "no:1"})
+        assert [one.id for one in found] == ["d1", "d2"]
+        everyone = ["host-0:443", "host-1:443", "host-2:443"]
+        assert reader.deliveries(due_before=T0 + 99, limit=9, not_to=everyone) == []
+
+    def test_they_outlive_their_task(self, store: TaskStore, reader: TaskReader) -> None:
+        put(store, a_task(state=TaskState.COMPLETED, finished_at=T0))
+        with store.transaction():
+            store.save_deliveries([a_delivery()])
+        with store.transaction():
+            assert store.prune(T0 + 99, T0 + 99, 9) == 1
+        assert reader.deliveries(due_before=T0 + 99, limit=9) == [a_delivery()]
+
+
 class TestSmallTables:
     def test_workers_are_replaced_by_name_and_forgotten(self, home: Home) -> None:
         store, reader = home.store, home.reader()
@@ -1223,3 +1280,19 @@ class TestDepth:
         assert home.reader().depth() == expected
         home.reopen()
         assert home.reader().depth() == expected
+
+    def test_a_queue_has_waited_for_as_long_as_the_first_of_its_lanes(self, home: Home) -> None:
+        assert home.reader().queued_since() == {}
+        put(
+            home.store,
+            a_task("t1", seq=1, queued_at=T0 + 9, dispatch_key=T0),
+            a_task("t2", seq=2, queued_at=T0 + 5, dispatch_key=T0 + 1),
+            a_task("t3", seq=3, queued_at=T0 + 7, task_type="sleep"),
+            a_task("t4", seq=4, queued_at=T0 + 3, queue="night"),
+            a_task("t5", seq=5, queued_at=T0, hold=Hold.ORDERING),
+            a_task("t6", seq=6, state=TaskState.SCHEDULED),
+        )
+        assert home.reader().queued_since() == {"default": T0 + 7, "night": T0 + 3}
+        t3, t4 = (home.store.get([one])[one] for one in ("t3", "t4"))
+        save(home.store, ended(t3), step(t4, state=TaskState.RUNNING, lease=a_lease()))
+        assert home.reader().queued_since() == {"default": T0 + 9}

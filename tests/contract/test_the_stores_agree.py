@@ -27,6 +27,7 @@ from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.support import observed
 from tests.support.builders import (
     T0,
+    a_delivery,
     a_fact,
     a_lease,
     a_task,
@@ -103,6 +104,7 @@ operations = st.one_of(
     st.tuples(st.just("claim"), st.lists(st.tuples(names, names, instants), max_size=3)),
     st.tuples(st.just("note"), names),
     st.tuples(st.just("settle"), names),
+    st.tuples(st.just("hook"), names),
     st.tuples(st.just("small"), st.tuples(queues, st.booleans())),
     st.tuples(st.just("generation"), st.none()),
 )
@@ -211,6 +213,9 @@ class Twins(RuleBasedStateMachine):
             case "settle":
                 store.push_settlements([(argument, True), (argument, False)])
                 return store.drop_settlement(store.settlements(1)[0].number)
+            case "hook":
+                store.save_deliveries([a_delivery(argument), a_delivery("t1", due_at=T0 + 5)])
+                return store.drop_deliveries([argument])
             case "small":
                 queue, on = argument
                 store.set_paused(queue, on)

@@ -39,6 +39,7 @@ TABLES = (
     "dependency",
     "idempotency_key",
     "settlement",
+    "delivery",
     "worker",
     "paused_queue",
     "audit",

@@ -106,6 +106,8 @@ def _call(
     return Call(session, tick, name, tuple(text.split(", ")), ended, value, path)
 
 
+#: Result of a call whose process died before the kernel began with it.
+_NEVER = -1
 #: Calls by which SQLite changes its files.
 _WRITES = frozenset({"pwrite64", "ftruncate"})
 
@@ -133,7 +135,7 @@ class Recorder:
     folder: Path
     logs: list[Path] = field(default_factory=list)
     #: By log: what the kernel had done of calls in whose middle the process died, in bytes.
-    _landed: list[dict[int, int]] = field(default_factory=list)
+    _landed: list[dict[int, int | None]] = field(default_factory=list)
 
     def start(
         self, command: Sequence[str], *, cwd: Path, log: Path, inject: Sequence[str] = ()
@@ -159,8 +161,7 @@ class Recorder:
         To be called after the end of each process, before anything else changes the files.
         """
         cut = [one for one in read_log(self.logs[-1], 0, 0) if one.result is None]
-        came = {one.begun: _landed(one) for one in cut if one.name in _WRITES}
-        self._landed.append({begun: n for begun, n in came.items() if n is not None})
+        self._landed.append({one.begun: _landed(one) for one in cut if one.name in _WRITES})
 
     def calls(self) -> list[Call]:
         """Return every call of all processes, in the order in which they began."""
@@ -171,9 +172,11 @@ class Recorder:
                 count = sum(1 for _ in lines)
             landed = self._landed[session] if session < len(self._landed) else {}
             for call in read_log(log, session, first):
-                came = landed.get(call.begun - first)
-                if came is not None:
-                    call = replace(call, ended=first + 2 * count, result=came)
+                if call.begun - first in landed:
+                    came = landed[call.begun - first]
+                    # Of what did not come to be nothing may reach the disk later on.
+                    result = _NEVER if came is None else came
+                    call = replace(call, ended=first + 2 * count, result=result)
                 found.append(call)
             first += 2 * count + 2
         return sorted(found, key=lambda call: call.begun)

@@ -46,7 +46,9 @@ def cluster(config: str, logs: Path) -> Iterator[Cluster]:
     entry = "[hcna_ray.tasks]\nchecked = tests.support.checked_tasks\n"
     (info / "entry_points.txt").write_text(entry)
     (home / "hcna.yaml").write_text(
-        f"ports: {{offset: {PORTS_OFFSET}}}\n{config.format(data=home / 'data')}"
+        f"ports: {{offset: {PORTS_OFFSET}}}\n"
+        # This machine's own network is left alone.
+        f"ray: {{firewall: off}}\n{config.format(data=home / 'data')}"
     )
     before = dict(os.environ)
     for name in list(os.environ):

@@ -338,7 +338,7 @@ class PlainClients:
         self._stack, self._seed = stack, stack.seed
         self._http = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=str(stack.folder / "c1")),
-            base_url="http://c1",
+            base_url="http://localhost",
             headers={"Authorization": f"Bearer {ADMIN_KEY}"},
             timeout=_REQUEST_S,
         )

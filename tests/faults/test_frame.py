@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import __main__ as command
+from tests.faults.disk_recording import Player, Recorder
 from tests.faults.programme import (
     LINES,
     Case,
@@ -172,3 +173,37 @@ def test_every_part_lists_the_same_cases_twice_and_names_each_once() -> None:
             ]
             names = [one.name for one in cases]
             assert len(set(names)) == len(names), f"{name}: a name twice"
+
+
+def test_a_write_that_a_kill_prevented_reaches_no_disk_later(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    file = data / "queue.db"
+
+    def hexed(text: str) -> str:
+        return "".join(f"\\x{byte:02x}" for byte in text.encode())
+
+    def write(text: str) -> str:
+        return f'7 pwrite64(3<{hexed(str(file))}>, "{hexed(text)}", {len(text)}, 0'
+
+    name, at = hexed(str(file)), hexed(str(data))
+    opened = f'7 openat(-100<{at}>, "{name}", 0102, 0644) = 3<{name}>'
+    synced = f"7 fdatasync(3<{name}>) = 0"
+    recorder = Recorder(tmp_path)
+    lives = (
+        ([opened, f"{write('old')}) = 3", synced, f"{write('NEVER')} <unfinished ...>"], "old"),
+        ([opened, f"{write('new')}) = 3", synced], "new"),
+    )
+    for number, (lines, left) in enumerate(lives):
+        log = tmp_path / f"strace-{number}.log"
+        log.write_text("\n".join(lines) + "\n")
+        recorder.logs.append(log)
+        file.write_text(left)
+        recorder.settle()
+
+    player = Player(data, recorder.calls())
+    while player.more:
+        player.step()
+
+    (inode,) = (one for path, one in player.disk.names.items() if path == str(file))
+    assert (bytes(inode.durable), inode.pending) == (b"new", [])

@@ -17,19 +17,21 @@ from typing import Any, NoReturn
 import ray
 from ulid import ULID
 
-from hcna_ray.api.replica import build_replica_app
+from hcna_ray.api import replica
 from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import FailureKind, Progress, Task, TaskError, TaskState, Token
 from hcna_ray.runtime import actors
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
+from hcna_ray.runtime.artifacts import open_store
 from hcna_ray.runtime.keyring import guard_of
 from hcna_ray.runtime.messages import Exchange, Hello, Offer, Report, ReportKind
+from hcna_ray.runtime.output import read_output
+from hcna_ray.runtime.output_link import OutputLink
 from hcna_ray.runtime.ray_link import AgentModeratorLink, SlotModeratorLink
 from hcna_ray.security.certs import ensure_ca
 from hcna_ray.security.keys import ROLES, create_key, ensure_owner_key
-from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.sqlite import SqliteTaskStore
 from tests.support.builders import a_task, an_attempt
 
@@ -58,6 +60,15 @@ def _no_ray(*_: object, **__: object) -> NoReturn:
     raise ValueError("there is no Ray here")
 
 
+class OutputsHere(OutputLink):
+    """There is no agent to be asked over Ray: what is not in this home was not printed."""
+
+    async def read(
+        self, worker: str, task_id: str, token: Token, offset: int, size: int
+    ) -> bytes | None:
+        return read_output(self._folder_of(worker), task_id, token, offset, size)
+
+
 class Stage:
     """An ASGI application that brings up what is behind C1 with its lifespan."""
 
@@ -65,8 +76,13 @@ class Stage:
         """Set up a home: keys, authority, and a store with something of everybody in it."""
         os.environ["HCNA_HOME"] = str(home)
         os.environ["HCNA_LIMITS__WAIT_S_MAX"] = str(WAIT_S)
+        os.environ["HCNA_LIMITS__STREAM_S_MAX"] = str(WAIT_S)
+        os.environ["HCNA_COMPOSITE__HOSTS"] = '["testserver"]'  # As the fuzzer calls it.
+        # Whatever URL is made up, nobody is called: this name has no address.
+        os.environ["HCNA_WEBHOOKS__HOSTS"] = '["receiver.invalid"]'
         os.environ["HCNA_SLOTS__EXCHANGE_WAIT_S"] = str(IDLE_S)
         actors.cluster_nodes = list
+        replica.OutputLink = OutputsHere  # type: ignore[misc]
         ray.init = ray.get_actor = _no_ray
         self.settings = load_settings()
         self.settings.run_dir.mkdir(parents=True, mode=0o700)
@@ -96,7 +112,7 @@ class Stage:
         agent = an_agent(self.settings)
         self._running += [agent, asyncio.create_task(agent.run())]
         await _until(lambda: agent.connected)
-        self._app = build_replica_app(None, None)
+        self._app = replica.build_replica_app(None, None)
 
 
 async def _until(what: Callable[[], bool]) -> None:
@@ -259,15 +275,6 @@ def _a_task(name: str, seq: int, owner: str, state: TaskState, now: float) -> Ta
 
 
 def _store_file(settings: Settings) -> str:
-    bounds = settings.limits
-    store = ArtifactStore(
-        settings.artifacts_dir,
-        artifact_bytes_max=bounds.artifact_bytes,
-        part_bytes_max=bounds.artifact_part_bytes,
-        uploads_max=bounds.artifact_uploads_max,
-        upload_idle_s=bounds.upload_idle_s,
-        disk_free_bytes_min=0,
-        now=time.time,
-    )
+    store = open_store(settings)
     digests = [store.put(FILE, None, owner=owner).sha256 for owner in ROLES]
     return digests[0]

@@ -20,7 +20,7 @@ import pytest
 from hcna_ray.api.app import declared_routes
 from tests.fuzz.run import SEED
 from tests.fuzz.stage import CALLERS
-from tests.support.live import note
+from tests.support.figures import note
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = int(os.environ.get("HCNA_FUZZ_EXAMPLES", "50"))
@@ -30,8 +30,11 @@ RUN_S = 120.0 + 5.0 * EXAMPLES
 #: Each run keeps one processor busy.
 AT_ONCE = 2
 
-#: That a failed task is replayed by its id may not be seen: replays by filter come first.
-MAY_STAY_UNSEEN = {"POST /tasks/{task_id}/retry"}
+#: That a failed task is replayed by its id may not be seen: replays by filter come first. Nothing
+#: has printed anything here.
+MAY_STAY_UNSEEN = {"POST /tasks/{task_id}/retry", "GET /tasks/{task_id}/logs"}
+#: In a run of few examples these succeed by luck alone: each needs the id of a task of the caller.
+MAY_STAY_UNSEEN_IN_FEW = {"POST /tasks/wait", "POST /tasks/{task_id}/cancel"}
 
 pytestmark = pytest.mark.timeout(3 * RUN_S)
 
@@ -76,7 +79,7 @@ def operations(caller: str | None = None) -> set[str]:
     return {
         f"{route.method} {route.path}"
         for route in declared_routes()
-        if route.path not in ("/openapi.json", "/docs")
+        if route.path not in ("/openapi.json", "/docs", "/ui", "/ui/{file}")
         and ranks.index(route.policy.role or "anonymous") <= rank
     }
 
@@ -103,5 +106,6 @@ def test_every_operation_was_asked_often_enough_and_as_far_as_allowed(
     too_few = {name: count for name, count in found["drawn"].items() if count < EXAMPLES}
     assert not too_few
     # A run that is only ever refused would show little.
-    assert operations(caller) - set(found["good"]) <= MAY_STAY_UNSEEN
+    unseen = MAY_STAY_UNSEEN if EXAMPLES >= 500 else MAY_STAY_UNSEEN | MAY_STAY_UNSEEN_IN_FEW
+    assert operations(caller) - set(found["good"]) <= unseen
     assert set(found["good"]) <= operations(caller)

@@ -23,17 +23,23 @@ import pytest
 
 from hcna_ray.client import Client
 from hcna_ray.config import Settings, load_settings
-from tests.support.live import FIGURES
+from tests.support import session_canaries
+from tests.support.canaries import Canaries
+from tests.support.figures import note
 from tests.support.plugin import install_example
 
 #: Far from the default ports, so that a running `make demo` is not disturbed.
 PORTS_OFFSET = int(os.environ.get("HCNA_TEST_OFFSET", "17000"))
 UP_S = 180.0
+#: Where the tests' receiver of webhooks listens, alone of this machine's ports.
+HOOK_PORT = PORTS_OFFSET + 443
 #: Where the guide's worker keeps its files.
 GUIDE_DATA = Path("/data")
 _HOME_PREFIX = "hcna-it-"
 
 CONFIG = f"""\
+ray:
+  firewall: off  # This machine's own network is left alone; the rig has hosts of its own.
 ports:
   offset: {PORTS_OFFSET}
 worker:
@@ -46,6 +52,11 @@ slots:
   max: 16
 lease:
   heartbeat_s: 1.0
+webhooks:
+  networks: [127.0.0.1/32]
+  ports: [{HOOK_PORT}]
+  plain_http: true
+  backoff_s: [0.5, 1, 1, 2, 2, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5]
 """
 
 
@@ -57,6 +68,8 @@ class Cluster:
     url: str
     control_url: str
     api_key: str
+    #: Every secret of it; what they are is looked for when the session ends.
+    canaries: Canaries
 
     @property
     def env(self) -> dict[str, str]:
@@ -82,12 +95,6 @@ class Cluster:
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what the tests measured."""
-    for figure in FIGURES:
-        terminalreporter.write_line(figure)
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """The session's cluster."""
@@ -106,6 +113,9 @@ def cluster() -> Iterator[Cluster]:
     data = _lend_guide_data(home / "data")
     (home / "hcna.yaml").write_text(CONFIG.format(data=data))
     settings = load_settings(home)
+    canaries = Canaries()
+    session_canaries.plant(settings, canaries)
+    seen: list[str] = []
     steps: list[str] = []
     # `timeout pytest ...` must not leave a cluster behind: end as with Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -113,7 +123,12 @@ def cluster() -> Iterator[Cluster]:
         info = up(settings, wait_s=UP_S, on_step=steps.append)
         key = read_client_key(settings.keys_dir)
         assert key is not None
-        yield Cluster(settings, info.url, info.control_url, key)
+        session_canaries.take_up(settings, canaries)
+        yield Cluster(settings, info.url, info.control_url, key, canaries)
+        # Not after a failed start: then there is little to look at, and another reason to tell.
+        session_canaries.back_up(settings, canaries, home / "backups")
+        session_canaries.take_up_keys(settings, canaries)
+        seen += map(str, session_canaries.in_processes(settings, canaries))
     finally:
         try:
             report = down(settings, on_step=steps.append)
@@ -123,12 +138,18 @@ def cluster() -> Iterator[Cluster]:
             for name in ("HCNA_HOME", "PYTHONPATH"):
                 os.environ.pop(name)
             os.environ.update(before | saved)
+        seen += map(str, session_canaries.in_files(settings, canaries))
+        note(
+            f"measured: {len(canaries)} planted secrets, {len(seen)} found where they must not be: "
+            + ", ".join(canaries.names())
+        )
         kept = os.environ.get("HCNA_KEEP_LOGS")
         if kept:
             shutil.copytree(settings.logs_dir, kept, dirs_exist_ok=True)
         shutil.rmtree(home, ignore_errors=True)
         assert not report.left, f"processes left behind: {report.left}"
         assert not report.ports_open, f"ports left open: {report.ports_open}"
+        assert not seen, f"secrets that got out: {'; '.join(seen[:20])}"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from hcna_ray.client import Client, TaskRequest
@@ -27,7 +29,7 @@ from hcna_ray.supervisor.ports import single_ports
 from hcna_ray.supervisor.processes import ProcessRef
 from hcna_ray.supervisor.state import read_supervisor
 from tests.integration.conftest import PORTS_OFFSET
-from tests.support import live
+from tests.support import figures, live
 from tests.support.plugin import install_example
 from tests.support.side_effects import TASK_TYPE, SideEffects, states
 
@@ -38,6 +40,8 @@ OFFSET = PORTS_OFFSET - 6_000
 UP_S, DOWN_S = 180, 90
 
 CONFIG = f"""\
+ray:
+  firewall: off  # This machine's own network is left alone.
 ports:
   offset: {OFFSET}
 slots:
@@ -173,7 +177,7 @@ def test_tasks_outlive_down_and_up_and_down_leaves_nothing(
         assert {view.status for view in client.wait(ids, timeout_s=90)} == {"completed"}
         account = effects.account_of(instance.settings, ids)
         assert len(effects.started(done.id)) == 1
-        live.note(f"down and up: stopped in {report['took_s']:.1f} s, {account}")
+        figures.note(f"down and up: stopped in {report['took_s']:.1f} s, {account}")
 
 
 def test_a_killed_supervisor_is_replaced_by_up_and_not_needed_by_down(instance: Instance) -> None:
@@ -195,7 +199,9 @@ def test_a_killed_supervisor_is_replaced_by_up_and_not_needed_by_down(instance: 
 
     report = instance.down()
 
-    live.note(f"down without a supervisor: {len(report['swept'])} swept, {report['took_s']:.1f} s")
+    figures.note(
+        f"down without a supervisor: {len(report['swept'])} swept, {report['took_s']:.1f} s"
+    )
     assert report["was_running"] is True
     assert report["swept"]
     trace.check_nothing_left()
@@ -210,3 +216,37 @@ def _kill_supervisor(settings: Settings) -> ProcessRef:
 
 def _queue(client: Client, queue: str, action: str) -> None:
     live.post(client.url, client.api_key or "", f"/admin/queues/{queue}/{action}")
+
+
+def test_c1_with_tls_and_serve_behind_it(instance: Instance) -> None:
+    config = instance.home / "hcna.yaml"
+    config.write_text(CONFIG + "composite: {security: {enable_tls: true}}\n")
+    try:
+        info = instance.up()
+        settings = instance.settings
+        place, trust = f"127.0.0.1:{settings.api_port}", settings.cluster_dir / "trust.pem"
+        assert info["url"] == f"http://127.0.0.1:{settings.serve_port}"
+        assert str(info["public_url"]).endswith(f":{settings.api_port}")
+
+        context = ssl.create_default_context(cafile=trust)
+        with httpx.Client(verify=context, trust_env=False) as http:
+            health = http.get(f"https://{place}/health")
+            assert health.json()["moderator_connected"] is True
+            assert "strict-transport-security" not in health.headers, "not for loopback"
+            assert http.get(f"https://{place}/-/routes").status_code == 404
+            forged = http.get(f"https://{place}/health", headers={"Host": "evil.test"})
+            assert (forged.status_code, forged.json()["code"]) == (421, "host_refused")
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://{place}/health", trust_env=False)
+
+        key = read_client_key(settings.keys_dir)
+        assert key is not None
+        outside = {"HCNA_URL": f"https://{place}", "HCNA_API_KEY": key, "HCNA_CA_FILE": str(trust)}
+        remote = Instance(instance.home, {**instance.env, **outside})
+        assert remote.hcna("submit", "echo", "message=x", "--wait")["result"]["message"] == "x"
+        with instance.client() as client:
+            assert client.submit("echo", {"message": "x"}).result(timeout_s=30)
+    finally:
+        instance.down()
+        config.write_text(CONFIG)
+    Trace(instance).check_nothing_left()

@@ -19,7 +19,7 @@ import pytest
 from hcna_ray.client import Client, TaskFailed, TaskHandle, TaskRequest
 from hcna_ray.core.models import Outcome, TaskState
 from tests.integration.conftest import Cluster
-from tests.support import live
+from tests.support import figures, live
 from tests.support.live import eventually
 from tests.support.side_effects import TASK_TYPE, SideEffects, states
 
@@ -73,7 +73,7 @@ def _all_complete(
     with live.reading(cluster.settings) as reader:
         account = effects.account(reader, ids)
     assert account.completed == len(ids)
-    live.note(f"{what}: {account}")
+    figures.note(f"{what}: {account}")
 
 
 class Submitter:
@@ -162,7 +162,7 @@ def test_five_hundred_queued_tasks_survive_the_moderator(
         submitter.goes_on(20)
 
     ids = submitter.check(client)
-    live.note(
+    figures.note(
         f"moderator killed: accepting again after {accepting_s:.2f} s; "
         f"{len(ids)} submits, the longest {submitter.longest_s:.2f} s"
     )
@@ -191,7 +191,7 @@ def test_a_moderator_that_stands_still_loses_nothing(
         submitter.goes_on(5)
 
     ids = submitter.check(client)
-    live.note(f"moderator stopped 12 s: the longest submit took {submitter.longest_s:.2f} s")
+    figures.note(f"moderator stopped 12 s: the longest submit took {submitter.longest_s:.2f} s")
     _all_complete(cluster, client, effects, ids + _ids(running), "moderator stopped 12 s")
     assert all(client.get(one.id).losses == 0 for one in running)
 
@@ -250,7 +250,7 @@ def test_a_killed_raylet_of_w1_is_brought_back(
     live.raylet_of(cluster.settings, "worker").kill()
 
     eventually(lambda: live.incarnation(cluster.settings) != incarnation, 90, "W1 registers again")
-    live.note(f"raylet of W1 killed: registered again after {time.monotonic() - started:.1f} s")
+    figures.note(f"raylet of W1 killed: registered again after {time.monotonic() - started:.1f} s")
     _all_complete(cluster, client, effects, _ids(running) + _ids(queued), "raylet killed")
 
 
@@ -274,7 +274,7 @@ def test_c1_answers_again_after_its_process_was_killed(
         submitter.goes_on(5)
 
     ids = submitter.check(client)
-    live.note(
+    figures.note(
         f"{what} killed: accepting again after {answering_s:.2f} s, "
         f"the longest submit took {submitter.longest_s:.2f} s"
     )
@@ -300,7 +300,7 @@ def test_a_task_that_kills_its_process_is_poison_and_harms_no_other(
     with live.reading(cluster.settings) as reader:
         account = effects.account(reader, [poison.id])
         assert {one.outcome for one in reader.attempts(poison.id)} == {Outcome.LOST}
-    live.note(f"poison: {account}")
+    figures.note(f"poison: {account}")
 
 
 # -- helpers ---------------------------------------------------------------------------------------

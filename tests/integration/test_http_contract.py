@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from tests.support.live import eventually
 
 W1 = "HCNA-W1--prod--home--v1.0"
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-PROBES = {"/health", "/ready", "/live", "/metrics", "/status"}
+PROBES = {"/health", "/ready", "/live", "/metrics", "/metrics/targets", "/status"}
 Json = dict[str, Any]
 
 
@@ -777,6 +778,11 @@ def test_the_control_port_serves_the_control_plane_only(
     url = cluster.control_url
     assert httpx.get(f"{url}/health", trust_env=False).json()["status"] == "healthy"
     assert "tasks_completed_total" in httpx.get(f"{url}/metrics", trust_env=False).text
+    groups = httpx.get(f"{url}/metrics/targets", trust_env=False).json()
+    # Whoever asks the control port shall scrape the control port.
+    assert groups[0]["targets"] == [urlsplit(url).netloc]
+    exporters = {(one["labels"]["node"], one["labels"]["exporter"]) for one in groups}
+    assert {("M1", "c1"), ("M1", "node"), ("M1", "edge"), ("W1", "node")} <= exporters
     stranger = httpx.get(f"{url}/admin/keys", trust_env=False)
     assert problem(stranger) == (401, "unauthorized")
     headers = {"Authorization": f"Bearer {cluster.api_key}"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from hcna_ray.client import Client, Conflict, TaskHandle, TaskRequest
 from hcna_ray.core.models import TaskState
 from tests.integration.conftest import Cluster
-from tests.support import live
+from tests.support import figures, live
 from tests.support.live import eventually, percentile
 from tests.support.side_effects import TASK_TYPE, SideEffects, check_history
 
@@ -33,7 +33,7 @@ def test_short_payloads_overtake_long_ones_of_their_type(cluster: Cluster, clien
         ]
         assert len(spent_s) == SHORT
         p50, p99 = percentile(spent_s, 0.5), percentile(spent_s, 0.99)
-        live.note(
+        figures.note(
             f"{LONG} tasks of 30 s among {SHORT} of 1 ms: the short ones' p50 {p50 * 1000:.0f} ms, "
             f"p99 {p99 * 1000:.0f} ms, max {max(spent_s) * 1000:.0f} ms"
         )
@@ -77,7 +77,7 @@ def test_cancelling_the_first_of_a_grant_costs_the_others_nothing(
             account = effects.account(reader, [first.id, *(one.id for one in others)])
         assert account.cancelled == 1
         assert account.ends == len(others)
-        live.note(f"first of a grant of {len(behind) + 1} cancelled: {account}")
+        figures.note(f"first of a grant of {len(behind) + 1} cancelled: {account}")
         if len(behind) == GRANT - 1:
             return
     raise AssertionError(f"no grant of {GRANT} in 5 tries, the last had {len(behind) + 1}")

@@ -52,7 +52,6 @@ def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     @functools.cache
     def ran(path: Path) -> Any:
         notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-        assert not any(cell.get("outputs") for cell in notebook.cells), "kept without outputs"
         return execute(notebook, cluster, tmp_path_factory.mktemp(path.stem))
 
     return ran
@@ -70,9 +69,13 @@ def test_a_notebook_runs_from_top_to_bottom(
     assert cluster.api_key not in json.dumps(notebook)
 
 
+def named(stem: str) -> Path:
+    (path,) = [one for one in NOTEBOOKS if one.stem == stem]
+    return path
+
+
 def test_the_first_notebook_shows_what_it_promises(run: Callable[[Path], Any]) -> None:
-    (path,) = [one for one in NOTEBOOKS if one.stem == "01_first_tasks"]
-    notebook = run(path)
+    notebook = run(named("01_first_tasks"))
 
     (card,) = outputs(notebook, "client", "text/html")
     assert "healthy" in card
@@ -85,10 +88,54 @@ def test_the_first_notebook_shows_what_it_promises(run: Callable[[Path], Any]) -
     assert outputs(notebook, "map", "text/plain")[-1] == "([0, 1, 4, 9, 16], 9801)"
     assert outputs(notebook, "unordered", "text/plain") == ["[0.1, 0.3, 0.6]"]
     assert "completed" in outputs(notebook, "watch", "text/html")[-1]
-    assert "W9" in outputs(notebook, "why", "text/plain")[-1]
+    assert "W9" in outputs(notebook, "why", "text/html")[-1]
     assert outputs(notebook, "cancel", "text/plain")[-1].count("cancelled") >= 2
     assert "slept_s" in outputs(notebook, "attach", "text/plain")[-1]
     assert "completed" in outputs(notebook, "last", "text/html")[-1]
+
+
+def test_the_sweep_draws_as_it_goes_and_has_every_result(run: Callable[[Path], Any]) -> None:
+    notebook = run(named("02_parameter_sweep"))
+
+    assert outputs(notebook, "grid", "text/plain") == ["24"]
+    assert len(outputs(notebook, "run", "image/png")) == 1, "one picture, drawn again in its place"
+    (bar,) = (text for text in outputs(notebook, "run", "text/html"))
+    assert "24 of 24" in bar
+    (ratios,) = outputs(notebook, "frame", "text/html")
+    assert "wave" in ratios
+    assert outputs(notebook, "trade", "image/png")
+    assert "W1" in outputs(notebook, "record", "text/html")[0]
+
+
+def test_the_folder_comes_back_bit_for_bit(run: Callable[[Path], Any]) -> None:
+    notebook = run(named("03_compress_a_folder"))
+
+    assert outputs(notebook, "compress", "text/html")[-1].count(">completed<") == 9
+    assert outputs(notebook, "result", "text/html")[0].count("HCNA-W1--prod--home--v1.0") == 9
+    assert outputs(notebook, "plot", "image/png")
+    assert outputs(notebook, "proof", "text/plain")[-1].startswith("'9 of 9 files are the same")
+
+
+def test_the_drill_loses_attempts_and_no_task(run: Callable[[Path], Any]) -> None:
+    notebook = run(named("04_failure_drill"))
+
+    (verdict,) = outputs(notebook, "verdict", "text/plain")
+    found = re.fullmatch(r"'8 of 8 completed, (\d+) attempts lost, ([\d.]+) s resumed'", verdict)
+    assert found, verdict
+    assert int(found[1]) >= 2
+    assert float(found[2]) > 0
+    assert outputs(notebook, "timeline", "image/png")
+    assert "online" in outputs(notebook, "again", "text/html")[-1]
+
+
+def test_the_cluster_is_watched(run: Callable[[Path], Any]) -> None:
+    notebook = run(named("05_watch_the_cluster"))
+
+    assert "W1" in outputs(notebook, "workers", "text/html")[0]
+    assert len(outputs(notebook, "load", "image/png")) == 1
+    assert outputs(notebook, "spread", "image/png")
+    assert "gpu" in outputs(notebook, "why", "text/html")[0]
+    assert "cordoned" in outputs(notebook, "cordon", "text/html")[0]
 
 
 def test_a_task_outlives_the_kernel_that_submitted_it(cluster: Cluster, tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ import pytest
 
 from hcna_ray.client import ApiError, Client, InvalidRequest, Retry, TaskFailed, TaskRequest
 
-TYPES = {"example.word_count", "example.flaky", "example.countdown", "example.marked"}
+TYPES = {
+    "example.word_count",
+    "example.flaky",
+    "example.countdown",
+    "example.spoken",
+    "example.marked",
+}
 
 
 def test_its_types_are_known_to_c1_and_to_the_worker(client: Client, http: httpx.Client) -> None:

@@ -16,12 +16,15 @@ import pytest_asyncio
 
 from hcna_ray.config import LimitSettings, Settings
 from hcna_ray.core.models import FailureKind, Needs, Outcome, Task, TaskState, Token
+from hcna_ray.core.tracing import attempt_span_id
+from hcna_ray.observability.traces import Ran, Waited
 from hcna_ray.runtime import artifacts
 from hcna_ray.runtime import host as host_module
 from hcna_ray.runtime.artifacts import ArtifactServer, WorkerArtifacts
 from hcna_ray.runtime.journal import RunnerFiles, process_birth, read_note
 from hcna_ray.runtime.messages import ReportKind
 from hcna_ray.runtime.output import output_file
+from tests.support.otlp import spooled
 from tests.support.paper_worker import Desk
 from tests.support.workshop import OUTPUT_BYTES, Workshop, install_handlers
 
@@ -410,3 +413,75 @@ async def test_every_start_ends_as_completed_or_lost_whatever_line_an_executor_d
         if report.kind == ReportKind.COMPLETED
     }
     assert told <= completed
+
+
+# -- traces ----------------------------------------------------------------------------------------
+
+
+async def test_every_attempt_has_one_span_however_it_ended(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own process tells of it, or else the moderator has it to tell; never both, never none."""
+    monkeypatch.setattr(host_module, "KILL_GRACE_S", 0.5)
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    workshop = Workshop(home, Desk(traced=True))
+    workshop.traced = True
+    async with workshop.open() as shop:
+        shop.start_agent("a")
+        shop.submit("light", task_type="rig.effect", traceparent=trace)
+        heavy = Needs(cpu=1.0)
+        shop.submit("heavy", task_type="rig.effect", traceparent=trace, needs=heavy)
+        await shop.ended("light", "heavy")
+        # It ends the process that has just run another one.
+        shop.submit("dies", task_type="rig.exit", traceparent=trace, max_losses=2)
+        shop.submit("obeys", task_type="rig.block", traceparent=trace)
+        shop.submit("defies", task_type="rig.stubborn", traceparent=trace)
+        await shop.ended("dies")
+        await shop.running("obeys", "defies")
+        shop.cancel("obeys")
+        shop.cancel("defies")
+        await shop.ended("obeys", "defies")
+        attempts = [
+            (one.task_id, attempt_span_id(one.task_id, one.token), str(one.outcome))
+            for task in ("light", "heavy", "dies", "obeys", "defies")
+            for one in shop.desk.store.reader().attempts(task)
+        ]
+        await shop.until(lambda: len(spooled(home / "traces")) == 3)
+
+    def of_notes() -> Iterator[tuple[str, str, str]]:
+        for note in shop.desk.notes:
+            if isinstance(note, Ran):
+                yield note.task_id, attempt_span_id(note.task_id, note.token), note.outcome
+
+    written = [
+        (
+            str(one.attributes["messaging.message.id"]),
+            one.span_id,
+            str(one.attributes["hcna.outcome"]),
+        )
+        for one in spooled(home / "traces")
+    ]
+    assert {name for name, _, _ in written} == {"light", "heavy", "obeys"}
+    assert sorted([*written, *of_notes()]) == sorted(attempts)
+    assert len(attempts) == 6
+    waits = [note for note in shop.desk.notes if isinstance(note, Waited)]
+    assert len(waits) == 6
+
+
+async def test_a_handlers_own_spans_lie_below_its_attempt(home: Path) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    workshop = Workshop(home, Desk(traced=True))
+    workshop.traced = True
+    async with workshop.open() as shop:
+        shop.start_agent("a")
+        shop.submit("t1", task_type="rig.traced", traceparent=trace)
+        await shop.ended("t1")
+        await shop.until(lambda: len(spooled(home / "traces")) == 2)
+
+    found = {one.name: one for one in spooled(home / "traces")}
+    ran, step = found["run rig.traced"], found["a step"]
+    assert (ran.trace_id, ran.parent_id) == tuple(trace.split("-")[1:3])
+    assert (step.trace_id, step.parent_id) == (ran.trace_id, ran.span_id)
+    assert step.resource == ran.resource
+    result = json.loads(shop.desk.task("t1").result or b"")
+    assert result["traceparent"] == f"00-{ran.trace_id}-{ran.span_id}-01"

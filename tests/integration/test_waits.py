@@ -9,7 +9,7 @@ import httpx
 
 from hcna_ray.client import Client, TaskRequest
 from tests.integration.conftest import Cluster, paused
-from tests.support import live
+from tests.support import figures, live
 from tests.support.live import Reply, Wire, eventually, percentile
 
 WAITERS = 2_000
@@ -51,7 +51,7 @@ async def test_two_thousand_open_waits_do_not_slow_submits_down(
     assert {view["status"] for view in views} == {"completed"}
     assert [view["task_id"] for view in views] == [waited_for[i % TASKS] for i in range(WAITERS)]
     p99_alone, p99_beside = _p99_ms(alone), _p99_ms(beside)
-    live.note(
+    figures.note(
         f"POST /tasks, {CONNECTIONS} connections: p99 {p99_alone:.1f} ms alone, "
         f"{p99_beside:.1f} ms beside {WAITERS} open waits ({p99_beside / p99_alone:.2f} times)"
     )

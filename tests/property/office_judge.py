@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hcna_ray.core import machine, placement
 from hcna_ray.core.errors import HcnaError, IdempotencyConflict, StoreUnavailable, TaskFinished
 from hcna_ray.core.models import HEAVY_SLOT, TERMINAL, Hold, Task, TaskSpec, TaskState, Token
+from hcna_ray.observability.figures import RAN, SUM, WAITED
 from hcna_ray.runtime.clockwatch import CLOCK_STEP_S
 from hcna_ray.runtime.messages import Accepted, Grant, Refused, Report, ReportKind, SubmitBatch
 from hcna_ray.runtime.requests import Cancel, Request, Retry, RetryMany
@@ -485,4 +486,14 @@ class Judge:
             for stored in reader.facts(after=0, limit=1 << 30, task_id=task.id):
                 if stored.fact.kind in {state.value for state in TERMINAL}:
                     count("ended", task.spec.task_type, stored.fact.kind)
-        self.must(counted == reader.counters(), "C11 counters", (counted, reader.counters()))
+        stored = reader.counters()
+        plain = {one: value for one, value in stored.items() if one.name not in (WAITED, RAN)}
+        self.must(counted == plain, "C11 counters", (counted, plain))
+        ran: dict[str, int] = {}
+        ends: dict[str, int] = {}
+        for one, value in stored.items():
+            if one.name == RAN and one.label != SUM:
+                ran[one.task_type] = ran.get(one.task_type, 0) + value
+            elif one.name == "attempts":
+                ends[one.task_type] = ends.get(one.task_type, 0) + value
+        self.must(ran == ends, "C11 counters", (ran, ends))

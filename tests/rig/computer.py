@@ -199,11 +199,7 @@ class Computer:
 
     def leftovers(self, host: Host) -> list[str]:
         """Return what of ours is still there on a host: processes, ports, sockets."""
-        found = [
-            f"process {one}"
-            for one in host.processes()
-            if re.search(r"ray|hcna|haproxy|serve", one.command) and not _is_rig(one.command)
-        ]
+        found = [f"process {one}" for one in host.processes() if is_ours(one.command)]
         found += [f"port {port.number}" for port in host.ports() if port.number not in (22,)]
         return found
 
@@ -211,5 +207,8 @@ class Computer:
 _OPEN = ("scheduled", "queued", "running")
 
 
-def _is_rig(command: str) -> bool:
-    return "tests.support.rig" in command or "sshd" in command
+def is_ours(command: str) -> bool:
+    """Whether a process of a host is of hcna-ray or of Ray, by its command."""
+    if "tests.support.rig" in command or "sshd" in command:
+        return False
+    return re.search(r"ray|hcna|haproxy|serve", command) is not None

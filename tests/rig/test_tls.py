@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from hcna_ray.security.authority import ensure_node, request_node, sign_request
 from tests.rig.computer import HOME, PYTHON, Computer, eventually, measured
+from tests.rig.people import REFUSED, certificates, met
 from tests.support.rig import Host
 from tests.support.rig.testing import rig_for_tests
 
@@ -29,6 +28,9 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
     base = tmp_path_factory.mktemp("rigs").resolve()
     with rig_for_tests(base=base) as rig:
         made = Computer(rig)
+        for host in ("m1", "w1"):
+            # Strangers have to come as far as Ray itself; who else does is for test_ports.py.
+            rig[host].write(f"{HOME}/hcna.yaml", "ray: {firewall: off}\n")
         made.join("w1", code=made.code_in(made.hcna("m1", "up").out))
         eventually(lambda: made.state_of("W1") == "online", 60, "W1 online")
         made.works("W1", 60)
@@ -38,48 +40,17 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
 
 @pytest.fixture(scope="module")
 def people(computer: Computer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Certificates to try, by who shows them: the right one and some that must not do."""
-    folder = tmp_path_factory.mktemp("people")
-    now, where = datetime.now(UTC), ("127.0.0.1", computer.rig["client"].address)
-    stranger = ensure_node(folder / "other", "W1", names=["w1"], addresses=where, now=now)
-    cluster = folder / "cluster"
-    cluster.mkdir()
-    for name in ("ca.pem", "ca.key"):
-        (cluster / name).write_text(computer.m1.read(f"{HOME}/cluster/{name}"))
-
-    def signed(directory: Path, when: datetime) -> str:
-        request = request_node(directory, "W1")
-        made = sign_request(
-            cluster, request, name="x", kind="node", names=["w1"], addresses=where, now=when
-        )
-        return (directory / "node.key.new").read_text() + made
-
-    return {
-        "right": signed(folder / "right", now),
-        "stranger": stranger.pem.read_text(),
-        "expired": signed(folder / "expired", now - timedelta(days=91)),
-        "early": signed(folder / "early", now + timedelta(days=5)),
-    }
-
-
-def met(computer: Computer, people: dict[str, str], at: Host, ports: tuple[int, ...]) -> dict:  # type: ignore[type-arg]
-    """Try everybody at ports of a host, from the client's host."""
-    client = computer.rig["client"]
-    client.write("/root/handshakes.py", (DATA / "handshakes.py").read_text())
-    for person, pem in people.items():
-        client.write(f"/root/people/{person}.pem", pem, mode=0o600)
-    words = " ".join(map(str, ports))
-    command = f"{PYTHON} /root/handshakes.py /root/people {at.address} {words}"
-    return dict(json.loads(client.sh(command, timeout_s=120).out))
+    """Certificates to try, by who shows them."""
+    return certificates(computer, tmp_path_factory.mktemp("people"), computer.rig["client"])
 
 
 def test_only_the_right_certificate_gets_in(computer: Computer, people: dict[str, str]) -> None:
     tried = 0
     for host, ports in (("m1", HEAD), ("w1", WORKER)):
-        found = met(computer, people, computer.rig[host], ports)
+        found = met(computer.rig["client"], people, computer.rig[host], ports)
         for port in ports:
             assert found[f"{port} right"]["verdict"] == "in", found
-            for person in ("stranger", "expired", "early", "nobody", "old"):
+            for person in REFUSED:
                 assert found[f"{port} {person}"]["verdict"] not in ("in", ""), (port, person)
                 tried += 1
     measured(f"handshakes at {len(HEAD + WORKER)} ports of Ray: {tried} refused, none let in")
@@ -100,7 +71,7 @@ def test_ray_reads_its_files_when_it_starts_and_a_rotation_restarts_it(
     computer: Computer, people: dict[str, str]
 ) -> None:
     one = computer.rig["w1"]
-    shown = met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
+    shown = met(computer.rig["client"], people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
     assert shown == serial_of(one)
     script = (
         "import time; from datetime import UTC, datetime; from pathlib import Path;"
@@ -116,7 +87,10 @@ def test_ray_reads_its_files_when_it_starts_and_a_rotation_restarts_it(
 
     # The file is another one; the processes show what they read when they started.
     assert serial_of(one) != shown
-    assert met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"] == shown
+    assert (
+        met(computer.rig["client"], people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
+        == shown
+    )
     # Processes that start now show the new one, and meet the old ones.
     heavy = computer.submit("echo", {}, requires={"worker": "W1", "cpu": 1})
     computer.completed(heavy, 60)
@@ -125,7 +99,7 @@ def test_ray_reads_its_files_when_it_starts_and_a_rotation_restarts_it(
     computer.hcna("m1", "certs rotate W1")
     took = time.monotonic() - begun
 
-    after = met(computer, people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
+    after = met(computer.rig["client"], people, one, WORKER[:1])[f"{WORKER[0]} right"]["serial"]
     assert after == serial_of(one) != shown
     computer.works("W1", 30)
     measured(f"hcna certs rotate W1: {took:.1f} s until W1 is back with its new certificate")
@@ -159,7 +133,7 @@ def test_rotation_under_load_loses_nothing(computer: Computer, people: dict[str,
     for name, text in before.items():
         assert one.read(f"{HOME}/{name}") != text
     # Neither the old token nor a certificate of the old authority opens anything.
-    found = met(computer, people, computer.m1, HEAD[:1])
+    found = met(computer.rig["client"], people, computer.m1, HEAD[:1])
     assert found[f"{HEAD[0]} right"]["verdict"] != "in"
     call = f"{PYTHON} /root/no_token.py {computer.m1.address}:6379 {HOME}/cluster"
     assert one.sh(f"{call} {before['keys/ray.token'].strip()}").out.strip() == "UNAUTHENTICATED"

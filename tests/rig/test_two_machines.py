@@ -16,6 +16,7 @@ import yaml
 
 from hcna_ray.supervisor.processes import Marker, scan
 from tests.rig.computer import HCNA, HOME, PYTHON, Computer, eventually, measured
+from tests.rig.reach import asked_for_pages, found_by_a_stranger
 from tests.support.rig import Rig
 from tests.support.rig.testing import rig_for_tests
 
@@ -101,6 +102,12 @@ def test_seed_tests_1_to_4(computer: Computer) -> None:
         "Received intent test.ping from M1"
         in computer.rig["w1"].sh("tail -n 400 /var/log/journal/hcna-w1.log").out
     )
+
+
+def test_nobody_else_finds_more_than_the_gate(computer: Computer) -> None:
+    """Who shows what at the ports that members reach is in test_ports.py."""
+    measured(found_by_a_stranger(computer, ("m1", "w1")))
+    measured(asked_for_pages(computer, [("client", "m1"), ("w1", "m1")]))
 
 
 def test_dispatch_latency_across_hosts(computer: Computer) -> None:

@@ -19,6 +19,7 @@ from hcna_ray.core.models import (
     Token,
     WorkerRecord,
 )
+from hcna_ray.store.base import Delivery
 
 #: The instant at which tests begin, 2026-01-01T00:00:00Z.
 T0 = 1_767_225_600.0
@@ -117,6 +118,20 @@ def a_worker_record(name: str = "W1", **changes: Any) -> WorkerRecord:
         "task_types": ("echo",),
     }
     return WorkerRecord(name=name, **{**defaults, **changes})
+
+
+def a_delivery(id_: str = "t1.1.1", **changes: Any) -> Delivery:
+    """Return something that is to be told to a webhook."""
+    defaults: dict[str, Any] = {
+        "task_id": "t1",
+        "principal": "owner",
+        "target": "example.org:443",
+        "url": "https://example.org/hook",
+        "body": b'{"type": "task.completed"}',
+        "created_at": T0,
+        "due_at": T0,
+    }
+    return Delivery(id_, **{**defaults, **changes})
 
 
 def an_audit_entry(action: str = "queue.pause", **changes: Any) -> AuditEntry:

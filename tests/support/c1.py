@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,9 +14,18 @@ import httpx
 from fastapi import FastAPI
 
 from hcna_ray.api.app import build_app
+from hcna_ray.api.ports import IdSource
 from hcna_ray.api.services import Services
-from hcna_ray.config import LimitSettings, Settings
+from hcna_ray.config import (
+    CompositeSecuritySettings,
+    CompositeSettings,
+    LimitSettings,
+    Settings,
+)
+from hcna_ray.core.errors import OutputUnavailable
+from hcna_ray.core.models import Token
 from hcna_ray.handlers import Registry
+from hcna_ray.observability.spans import Traces
 from hcna_ray.security.keys import ApiKey, Role, digest_of, verify
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.support.builders import T0
@@ -23,7 +33,9 @@ from tests.support.fake_moderator import FakeModerator
 
 ADMIN_KEY = "hcna_admin-key-of-the-tests"
 USER_KEY = "hcna_user-key-of-the-tests"
-URL = "http://c1.test"
+URL = "http://127.0.0.1"
+#: By what a C1 of these believes the edge before it.
+EDGE_MARK = "0123456789abcdef" * 4
 
 
 class PaperKeys:
@@ -45,6 +57,29 @@ class PaperKeys:
 
     def all(self) -> Sequence[ApiKey]:
         return self._keys
+
+
+class PaperOutputs:
+    """Outputs of attempts, by task and number of the attempt."""
+
+    def __init__(self) -> None:
+        self.texts: dict[tuple[str, int], bytes] = {}
+        #: Workers that do not answer.
+        self.away: set[str] = set()
+        self.asked: list[tuple[str, int]] = []
+        #: Set, and replaced, by every question.
+        self.looked = asyncio.Event()
+
+    async def read(
+        self, worker: str, task_id: str, token: Token, offset: int, size: int
+    ) -> bytes | None:
+        self.asked.append((worker, offset))
+        self.looked.set()
+        self.looked = asyncio.Event()
+        if worker in self.away:
+            raise OutputUnavailable(f"worker {worker}, which keeps the output, does not answer", 5)
+        text = self.texts.get((task_id, token.attempt))
+        return None if text is None else text[offset : offset + size]
 
 
 class CountedIds:
@@ -80,6 +115,7 @@ class Composite:
     moderator: FakeModerator
     disk: dict[str, int]
     keys: PaperKeys
+    outputs: PaperOutputs
 
     @property
     def services(self) -> Services:
@@ -106,13 +142,28 @@ class Composite:
 
 @asynccontextmanager
 async def a_composite(
-    home: Path, *, limits: dict[str, Any] | None = None, public: bool = False, **policy: Any
+    home: Path,
+    *,
+    limits: dict[str, Any] | None = None,
+    public: bool = False,
+    traces: Traces | None = None,
+    ids: IdSource | None = None,
+    hosts: tuple[str, ...] = (),
+    edge: bool = False,
+    **policy: Any,
 ) -> AsyncIterator[Composite]:
-    """Run a C1 with a home of its own."""
-    settings = Settings(home=home, limits=LimitSettings(**(limits or {})))
+    """Run a C1 with a home of its own; ``edge``: it is behind one."""
+    settings = Settings(
+        home=home,
+        limits=LimitSettings(**(limits or {})),
+        composite=CompositeSettings(
+            hosts=hosts, security=CompositeSecuritySettings(enable_tls=edge)
+        ),
+    )
     moderator = FakeModerator(**policy)
     disk = {"free": 1 << 40}
     keys = PaperKeys()
+    outputs = PaperOutputs()
     bounds = settings.limits
     app = build_app(
         moderator=moderator,
@@ -129,14 +180,17 @@ async def a_composite(
             now=moderator.desk.clock.now,
             disk_free=lambda _: disk["free"],
         ),
+        outputs=outputs,
         settings=settings,
         clock=moderator.desk.clock,
-        ids=CountedIds(),
+        ids=ids or CountedIds(),
         threaded_reads=False,
         public=public,
+        traces=traces,
+        edge_mark=EDGE_MARK if edge else None,
     )
     async with app.router.lifespan_context(app), _client(app, ADMIN_KEY) as http:
-        yield Composite(app, http, moderator, disk, keys)
+        yield Composite(app, http, moderator, disk, keys, outputs)
 
 
 def _client(app: FastAPI, key: str | None) -> httpx.AsyncClient:

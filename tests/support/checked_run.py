@@ -51,7 +51,7 @@ from hcna_ray.runtime.nursery import ProcessNursery
 from hcna_ray.runtime.requests import Reports
 from hcna_ray.store.artifacts import ArtifactStore
 from tests.checker.recorder import Caller, History
-from tests.support.c1 import ADMIN_KEY, URL, PaperKeys
+from tests.support.c1 import ADMIN_KEY, URL, PaperKeys, PaperOutputs
 from tests.support.checked_tasks import TASK_TYPES
 from tests.support.moderator_process import SocketLink, SocketModerator, Where, open_reader
 from tests.support.read_store import export
@@ -274,6 +274,7 @@ def application(
             now=time.time,
             disk_free=lambda _: 1 << 40,
         ),
+        outputs=PaperOutputs(),
         settings=settings,
         clock=SystemClock(),
         ids=UlidIds(),

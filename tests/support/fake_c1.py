@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -92,6 +93,14 @@ class FakeC1:
         self.after: list[Callable[[Seen], None]] = []
         #: At most this many ended tasks in an answer of ``/tasks/wait``.
         self.wait_limit = 1000
+        #: What has happened; a connection is told so many at once, and then breaks off.
+        self.events: list[Json] = []
+        self.events_at_once = 1000
+        #: What attempts have printed; an answer holds so many bytes of it at most.
+        self.printed: dict[str, list[bytes]] = {}
+        self.printed_at_once = 1 << 20
+        #: Reports that wait for their webhooks.
+        self.webhooks: list[Json] = []
         self._lock = threading.Lock()
 
     # -- ways in -----------------------------------------------------------------------------------
@@ -142,7 +151,14 @@ class FakeC1:
             def log_message(self, format: str, *args: object) -> None:
                 """Say nothing."""
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        opened: list[socket.socket] = []
+
+        class Server(ThreadingHTTPServer):
+            def process_request(self, request: Any, client_address: Any) -> None:
+                opened.append(request)
+                super().process_request(request, client_address)
+
+        server = Server(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -151,6 +167,9 @@ class FakeC1:
         finally:
             server.shutdown()
             thread.join()
+            for one in opened:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
             server.server_close()
 
     def reply(self, seen: Seen) -> Reply:
@@ -186,6 +205,8 @@ class FakeC1:
         if seen.headers.get("authorization") != f"Bearer {API_KEY}":
             return problem(401, "unauthorized", "this needs an API key")
         match seen.method, *seen.path.strip("/").split("/"):
+            case "GET", "status":
+                return json_reply(200, self.status())
             case "POST", "tasks":
                 return self._submit(seen)
             case "POST", "tasks", "batch":
@@ -194,6 +215,14 @@ class FakeC1:
                 return self._wait(seen.json)
             case "GET", "tasks":
                 return self._list(seen.query)
+            case "GET", "webhooks", "secret":
+                return json_reply(200, {"secret": "whsec_AAAA"})
+            case "GET", "admin", "webhooks":
+                return json_reply(200, {"waiting": self.webhooks})
+            case ("GET", "events") | ("GET", "tasks", _, "events"):
+                return self._events(seen)
+            case "GET", "tasks", task_id, "logs":
+                return self._logs(task_id, seen)
             case "GET", "tasks", task_id:
                 if task_id not in self.tasks:
                     return problem(404, "task_not_found", f"there is no task {task_id}")
@@ -226,6 +255,25 @@ class FakeC1:
                 return json_reply(200, {"msg_id": "m1", **body, "answer": answer})
         return problem(404, "not_found", f"there is nothing at {seen.path}")
 
+    def status(self) -> Json:
+        """Everything at a glance."""
+        queues: dict[str, dict[str, int]] = {}
+        totals = {"accepted": len(self.tasks)}
+        totals |= dict.fromkeys(("completed", "failed", "cancelled", "expired"), 0)
+        for task in self.tasks.values():
+            states = queues.setdefault(task["queue"], {})
+            states[task["status"]] = states.get(task["status"], 0) + 1
+            if task["status"] in totals:
+                totals[task["status"]] += 1
+        return {
+            "node_id": "HCNA-C1--prod--home--v1.0",
+            "moderator": {"node_id": "HCNA-M1--prod--home--v1.0", "live_attempts": 0},
+            "workers": [self.worker()],
+            "queues": queues,
+            "totals": totals,
+            "paused": [],
+        }
+
     def worker(self) -> Json:
         """The view of W1."""
         return {
@@ -240,7 +288,7 @@ class FakeC1:
             "task_types": ["echo"],
             "slots": 2,
             "running": [],
-            "telemetry": {},
+            "telemetry": {"schema": "hcna.telemetry.v1", "payload": {"load_1m": 0.25}},
         }
 
     def _accept(self, body: Json, key: str | None) -> str | Reply:
@@ -279,6 +327,36 @@ class FakeC1:
             "traceparent": None,
         }
         return task_id
+
+    def _events(self, seen: Seen) -> Reply:
+        place = seen.headers.get("last-event-id") or seen.query.get("after", "0")
+        after = int(place.rpartition("-")[2])
+        told = [
+            f"id: 1-{number}\ndata: {json.dumps(event)}\n\n"
+            for number, event in enumerate(self.events, 1)
+            if number > after
+        ]
+        if not told and seen.path != "/events":
+            return Reply(204)
+        body = "retry: 1000\n\n" + "".join(told[: self.events_at_once])
+        return Reply(200, body.encode(), {"content-type": "text/event-stream"})
+
+    def _logs(self, task_id: str, seen: Seen) -> Reply:
+        if task_id not in self.tasks:
+            return problem(404, "task_not_found", f"there is no task {task_id}")
+        printed = self.printed.get(task_id, [])
+        number = int(seen.query.get("attempt", len(printed)))
+        if not 0 < number <= len(printed):
+            return problem(404, "attempt_not_found", f"there is no attempt {number}")
+        offset = int(seen.query["offset"])
+        piece = printed[number - 1][offset : offset + self.printed_at_once]
+        return Reply(200, piece, {"content-type": "text/plain", "x-attempt": str(number)})
+
+    def tell(self, task_id: str, kind: str, **more: object) -> None:
+        """Something happens to a task."""
+        number = len(self.events) + 1
+        event = {"number": number, "task_id": task_id, "kind": kind, "at": NOW, "status": "queued"}
+        self.events.append(event | more)
 
     def _submit(self, seen: Seen) -> Reply:
         accepted = self._accept(seen.json, seen.headers.get("idempotency-key"))

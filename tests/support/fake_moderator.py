@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
@@ -68,7 +68,7 @@ class FakeModerator:
         self.dies = False
         self.gate: asyncio.Event | None = None
         self.batches: list[SubmitBatch] = []
-        self.change_calls = 0
+        self.change_calls = self.written_calls = 0
         self.refuses: HcnaError | None = None
         self.intents: list[tuple[str, str, Mapping[str, Any]]] = []
         self.audited: list[AuditEntry] = []
@@ -129,9 +129,17 @@ class FakeModerator:
 
     async def changes(self, after: int, wait_s: float) -> Changes:
         self.change_calls += 1
+        return await self._parked_call(self.desk.feed.after(after, wait_s))
+
+    async def written(self, after: int, wait_s: float) -> Changes:
+        self.written_calls += 1
+        return await self._parked_call(self.desk.feed.written(after, wait_s))
+
+    async def _parked_call(self, call: Coroutine[Any, Any, Changes]) -> Changes:
         if self.down:
+            call.close()
             raise ModeratorUnavailable("moderator did not answer", 2)
-        waiting = asyncio.ensure_future(self.desk.feed.after(after, wait_s))
+        waiting = asyncio.ensure_future(call)
         killed = asyncio.ensure_future(self._revived.wait())
         try:
             await asyncio.wait({waiting, killed}, return_when=asyncio.FIRST_COMPLETED)

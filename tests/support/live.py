@@ -30,15 +30,6 @@ T = TypeVar("T")
 _LISTEN = "0A"
 
 
-#: What this session measured, in words; shown at its end.
-FIGURES: list[str] = []
-
-
-def note(figure: str) -> None:
-    """Have a line shown at the end of the session, passed or failed."""
-    FIGURES.append(figure)
-
-
 def eventually(look: Callable[[], T], timeout_s: float, what: str, pause_s: float = 0.1) -> T:
     """Return the first true answer of ``look``; fail when there is none in time."""
     end = time.monotonic() + timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from hcna_ray.core.models import TaskFilter
@@ -63,8 +64,10 @@ def view(
         reader.facts(after=0, limit=limit),
         reader.last_fact(),
         reader.audit(before=None, limit=limit),
+        reader.deliveries(due_before=math.inf, limit=limit),
         reader.counters(),
         reader.depth(),
+        reader.queued_since(),
         reader.page(TaskFilter(), before_seq=None, limit=limit),
         reader.workers(),
         reader.paused(),

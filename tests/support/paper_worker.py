@@ -21,6 +21,7 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Cancel, Pending, Query, Reports, Request
+from hcna_ray.runtime.trace_notes import TraceNote
 from hcna_ray.store.base import TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import T0, a_spec
@@ -51,14 +52,18 @@ class PaperClock:
 class Desk:
     """A moderator and what it has answered so far."""
 
-    def __init__(self, store: TaskStore | None = None, **policy: Any) -> None:
+    def __init__(
+        self, store: TaskStore | None = None, clock: PaperClock | None = None, **policy: Any
+    ) -> None:
         self.store = store or MemoryTaskStore()
-        self.clock = PaperClock()
+        self.clock = clock or PaperClock()
         self.free_bytes = 1 << 40
         self.policy = Policy(**policy)
         #: Whether to run on while the moderator says that it has work left over.
         self.runs_on = True
         self.ended: list[str] = []
+        #: What spans are to be made of.
+        self.notes: list[TraceNote] = []
         self.answers: dict[int, object] = {}
         self.moderator = self._build()
 
@@ -114,6 +119,7 @@ class Desk:
             self.answers[id(pending)] = answer
             self._kept.append(pending)
         self.ended += outbound.ended
+        self.notes += outbound.notes
 
     #: Keeps answered calls alive, so that no two share an ``id()``.
     _kept: list[Pending] = []  # noqa: RUF012 - shared on purpose

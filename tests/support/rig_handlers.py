@@ -53,6 +53,27 @@ def effect(_payload: BaseModel, ctx: TaskContext) -> dict[str, int]:
     return {"pid": os.getpid()}
 
 
+@task("rig.look", payload=AnyPayload)
+def look(_payload: BaseModel, ctx: TaskContext) -> dict[str, Any]:
+    """Tell what this process was given: its environment, its command line, its open files."""
+    _note(ctx)
+    own = Path("/proc/self")
+    files = {}
+    for number in os.listdir(own / "fd"):
+        try:
+            files[number] = os.readlink(own / "fd" / number)
+        except FileNotFoundError:
+            continue  # The one that the list was read from.
+    return {
+        "environ": dict(os.environ),
+        "begun_with": (own / "environ").read_bytes().decode("latin-1").split("\0"),
+        "command": (own / "cmdline").read_bytes().decode("latin-1").split("\0"),
+        "files": files,
+        "modules": sorted(sys.modules),
+        "parent": os.getppid(),
+    }
+
+
 @task("rig.block", payload=AnyPayload)
 def block(_payload: BaseModel, ctx: TaskContext) -> None:
     """Sit in one call that knows nothing of cancelling."""
@@ -118,6 +139,16 @@ def read(payload: FilePayload, ctx: TaskContext) -> dict[str, str]:
     """Read an artifact."""
     path = ctx.open_artifact(payload.artifact, field="payload.artifact")
     return {"text": path.read_text()}
+
+
+@task("rig.traced", payload=AnyPayload)
+def traced(_payload: BaseModel, ctx: TaskContext) -> dict[str, str | None]:
+    """Do one step in a span of its own, through OpenTelemetry's ordinary interface."""
+    from opentelemetry import trace
+
+    with trace.get_tracer("rig").start_as_current_span("a step"):
+        _note(ctx)
+    return {"traceparent": ctx.traceparent}
 
 
 @task("rig.exit", payload=AnyPayload)

@@ -16,6 +16,7 @@ from typing import Any
 from hcna_ray.core.clock import SystemClock, boottime
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable
 from hcna_ray.core.models import TaskState
+from hcna_ray.observability.traces import TracesPlan
 from hcna_ray.runtime import wire
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.host import HostSettings, SlotHost, signal_group
@@ -92,6 +93,8 @@ class _Host:
                 "outputs": str(shop.outputs),
                 "output_bytes": OUTPUT_BYTES,
                 "outputs_bytes_max": 1 << 30,
+                "once": offer is not None,
+                **({"traces": shop.traces_plan().to_json()} if shop.traced else {}),
             }
         )
         self.host = SlotHost(
@@ -167,10 +170,21 @@ class Workshop:
         self.attempts_max = 16
         self.artifacts: ArtifactLink = NoArtifacts()
         self.away = False
+        #: Whether executors make spans, below ``home/traces``.
+        self.traced = False
         self.incarnation = ""
         self.agent: WorkerAgent | None = None
         self._agent_task: asyncio.Task[None] | None = None
         self._parked: list[tuple[Pending, asyncio.Future[Any]]] = []
+
+    def traces_plan(self) -> TracesPlan:
+        return TracesPlan(
+            folder=self.home / "traces",
+            bytes_max=1 << 20,
+            sample_ratio=1.0,
+            service="hcna-worker",
+            node_id="W1",
+        )
 
     def next_pid(self) -> int:
         return FIRST_PID + len(self.hosts)
@@ -246,15 +260,18 @@ class Workshop:
             resources=(),
             labels=(),
             task_types=(
+                "echo",
                 "rig.block",
                 "rig.effect",
                 "rig.exit",
                 "rig.family",
                 "rig.flood",
+                "rig.look",
                 "rig.make",
                 "rig.print",
                 "rig.read",
                 "rig.stubborn",
+                "rig.traced",
             ),
             reports=reports,
         )

@@ -12,8 +12,11 @@ from pydantic import BaseModel, ValidationError
 from hcna_ray.config import (
     ConfigError,
     Settings,
+    TracingSettings,
     load_settings,
+    shared_part,
     short_name,
+    with_shared,
     without_password,
 )
 
@@ -132,20 +135,68 @@ def test_the_message_cipher_is_part_of_security(tmp_path: Path, method: str) -> 
     assert load(tmp_path, text).moderator.security.bpcs_key_exchange == method
 
 
-def test_a_public_address_without_tls_binds_loopback_and_says_so(tmp_path: Path) -> None:
+def test_a_public_address_without_tls_starts_nothing_and_is_never_bound(tmp_path: Path) -> None:
     settings = load(tmp_path, COMPOSITE_FILE)
 
+    with pytest.raises(
+        ConfigError, match=r"^\S+/hcna.yaml: composite.listen_address is"
+    ) as refusal:
+        settings.check_start()
+
+    assert "set composite.security.enable_tls: true" in str(refusal.value)
+    assert "ssh -L 8080:127.0.0.1:8080" in str(refusal.value)
     assert settings.api_host == "127.0.0.1"
-    (warning,) = settings.warnings()
-    assert "composite.listen_address is 0.0.0.0" in warning
-    assert "ssh -L 8080:127.0.0.1:8080" in warning
+    assert not settings.is_public
+    assert settings.public_url("m1.local") == settings.api_url == "http://127.0.0.1:8080"
 
 
-def test_asking_for_encryption_that_is_not_there_is_not_passed_over(tmp_path: Path) -> None:
-    settings = load(tmp_path, COMPOSITE_FILE.replace("enable_tls: false ", _WITH_TLS))
+def test_with_tls_a_public_address_is_bound_and_serve_stays_on_loopback(tmp_path: Path) -> None:
+    settings = load(tmp_path, COMPOSITE_FILE.replace("enable_tls: false", "enable_tls: true"))
 
-    assert settings.api_host == "127.0.0.1"
-    assert "composite.security.enable_tls is true, but" in settings.warnings()[0]
+    assert (settings.api_host, settings.api_port) == ("0.0.0.0", 8080)
+    assert (settings.serve_host, settings.serve_port) == ("127.0.0.1", 10034)
+    assert settings.api_url == "http://127.0.0.1:10034"
+    settings.check_start()
+    assert settings.is_public
+    assert settings.warnings() == ()
+    assert settings.public_url("m1.local") == "https://m1.local:8080"
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts", "expected"),
+    [
+        ("192.168.1.10", "[]", "https://192.168.1.10:8080"),
+        ("'::'", "[]", "https://m1.local:8080"),
+        ("'fd00::1'", "[]", "https://[fd00::1]:8080"),
+        ("0.0.0.0", "[c1.example.org, other]", "https://c1.example.org:8080"),
+    ],
+)
+def test_what_to_call_it_from_elsewhere(
+    tmp_path: Path, address: str, hosts: str, expected: str
+) -> None:
+    security = "security: {enable_tls: true}"
+    text = f"composite: {{listen_address: {address}, hosts: {hosts}, {security}}}"
+
+    assert load(tmp_path, text).public_url("m1.local") == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "warns"), [("127.0.0.1", 0), ("127.0.0.7", 0), ("localhost", 0), ("'::1'", 1)]
+)
+def test_what_is_here_alone_needs_no_tls(tmp_path: Path, address: str, warns: int) -> None:
+    settings = load(tmp_path, f"composite: {{listen_address: {address}}}")
+
+    settings.check_start()
+
+    assert not settings.is_public
+    assert len(settings.warnings()) == warns
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "'::1'"])
+def test_tls_on_loopback_is_not_public(tmp_path: Path, address: str) -> None:
+    text = f"composite: {{listen_address: {address}, security: {{enable_tls: true}}}}"
+
+    assert not load(tmp_path, text).is_public
 
 
 def test_a_public_address_of_m1_is_not_bound(tmp_path: Path) -> None:
@@ -163,9 +214,6 @@ def test_certificates_between_the_machines_make_nothing_public(tmp_path: Path) -
         assert load(tmp_path, text).is_public is False
     assert load(tmp_path, MODERATOR_FILE).moderator.security.enable_mtls
     assert load(tmp_path, "moderator: {listen_address: 127.0.0.7}\n").is_public is False
-
-
-_WITH_TLS = "cert_path: /c\n    key_path: /k\n    enable_tls: true "
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
@@ -223,7 +271,11 @@ def test_the_offset_moves_every_port(tmp_path: Path) -> None:
         ("lease: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
         ("moderator: {node_id: w1}", ["moderator.node_id = 'w1'", "HCNA-W1--prod--home--v1.0"]),
         ("moderator: {security: {enable_mtls: true}}", ["enable_mtls needs cert_path, key_path"]),
-        ("composite: {security: {enable_tls: true}}", ["enable_tls needs cert_path, key_path"]),
+        ("composite: {security: {cert_path: /c.pem}}", ["of your own needs key_path too"]),
+        ("composite: {security: {key_path: /c.key}}", ["of your own needs cert_path too"]),
+        ("composite: {security: {enable_mtls: true}}", ["enable_mtls needs enable_tls: true"]),
+        ("composite: {hosts: ['a b']}", ["composite.hosts", "'a b'"]),
+        ("composite: {edge: {head_s: 0}}", ["composite.edge.head_s = 0", ">= 1"]),
         ("worker: {moderator_node: {address: x}}", ["worker.moderator_node.node_id is missing"]),
         ("ports: {gcs: 8080}", ["ports.gcs", "composite.api_port", "8080"]),
         ("ports: {worker_processes_max: 65000, offset: 1000}", ["above 65535"]),
@@ -403,3 +455,53 @@ def test_every_field_has_a_sentence() -> None:
 )
 def test_the_short_name_is_role_and_index(node_id: str, short: str) -> None:
     assert short_name(node_id) == short
+
+
+# -- traces ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("http://127.0.0.1:4318", "http://127.0.0.1:4318"),
+        ("http://tempo.local:4318/", "http://tempo.local:4318"),
+        ("https://otlp.example.com/v1/traces", "https://otlp.example.com"),
+        ("https://example.com/otlp/v1/traces/", "https://example.com/otlp"),
+    ],
+)
+def test_a_collectors_address_is_its_base(written: str, kept: str) -> None:
+    assert TracingSettings(endpoint=written).endpoint == kept
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["localhost:4318", "grpc://x:4317", "http://", "http://me:secret@x:4318", "http://x?a=b", ""],
+)
+def test_what_is_no_collectors_address_is_refused(written: str) -> None:
+    with pytest.raises(ValidationError):
+        TracingSettings(endpoint=written)
+
+
+def test_a_machine_that_joins_takes_m1s_collector_unless_it_has_its_own(tmp_path: Path) -> None:
+    m1 = Settings(
+        home=tmp_path,
+        tracing=TracingSettings(endpoint="http://m1:4318", headers_file=tmp_path / "h"),
+    )
+    shared = shared_part(m1)
+    plain = with_shared(Settings(home=tmp_path), shared, "HCNA-W2--test", moderator="m1")
+    own = with_shared(
+        Settings(home=tmp_path, tracing=TracingSettings(endpoint="http://own:4318")),
+        shared,
+        "HCNA-W2--test",
+        moderator="m1",
+    )
+    older = with_shared(
+        Settings(home=tmp_path),
+        {name: part for name, part in shared.items() if name != "tracing"},
+        "HCNA-W2--test",
+        moderator="m1",
+    )
+
+    assert plain.tracing == TracingSettings(endpoint="http://m1:4318")  # Files are each one's own.
+    assert own.tracing.endpoint == "http://own:4318"
+    assert older.tracing == TracingSettings()

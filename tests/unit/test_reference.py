@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from hcna_ray.core import advice
+
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("access", "cli", "configuration", "error-codes", "http-api", "metrics", "ports")
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
@@ -42,8 +44,8 @@ def test_every_generated_page_is_checked(reference: ModuleType) -> None:
 def test_a_code_without_a_sentence_is_refused(
     reference: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fewer = {code: text for code, text in reference.CODES.items() if code != "task_finished"}
-    monkeypatch.setattr(reference, "CODES", fewer)
+    fewer = {code: one for code, one in advice.REFUSAL.items() if code != "task_finished"}
+    monkeypatch.setattr(advice, "REFUSAL", fewer)
 
     with pytest.raises(reference.Stale, match="task_finished"):
         reference.error_codes()

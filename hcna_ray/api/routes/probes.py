@@ -11,17 +11,24 @@ from typing import Any
 from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
-from hcna_ray.api.metrics import stored_figures
+from hcna_ray.api.metrics import own_figures, read_stored, stored_figures, worker_figures
 from hcna_ray.api.policy import OPEN, Check, Policy
 from hcna_ray.api.routing import Call, Routes, answer
-from hcna_ray.api.schemas import HealthOut, LiveOut, ReadyOut, StatusOut
+from hcna_ray.api.schemas import (
+    HealthOut,
+    LiveOut,
+    ReadyOut,
+    StatusOut,
+    TargetsOut,
+    TargetsQuery,
+)
 from hcna_ray.api.services import Glance
+from hcna_ray.api.targets import targets
 from hcna_ray.api.views import iso
 from hcna_ray.api.visibility import worker_views
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import TERMINAL, TaskState, WorkerState
 from hcna_ray.observability.exposition import CONTENT_TYPE, Sample, render
-from hcna_ray.store.base import TaskReader
 
 routes = Routes("probes")
 
@@ -40,6 +47,21 @@ async def _depth(call: Call) -> Depth | None:
         return await call.services.reads.run(lambda reader: reader.depth())
     except HcnaError:
         return None
+
+
+async def _totals(call: Call) -> dict[str, int] | None:
+    """Return how many tasks were accepted and ended, by how, since the store was made."""
+    if call.caller is None:
+        return None
+    try:
+        counters = await call.services.reads.run(lambda reader: reader.counters())
+    except HcnaError:
+        return None
+    figures = stored_figures(counters, {})
+    ended: Tally[str] = Tally({state.value: 0 for state in TERMINAL})
+    for (_, state), count in figures["ended"].items():
+        ended[state] += count
+    return {"accepted": sum(figures["accepted"].values()), **ended}
 
 
 async def _look(call: Call) -> tuple[Glance | None, Depth | None]:
@@ -123,7 +145,7 @@ async def status(call: Call) -> Response:
     """
     services, caller = call.services, call.caller
     full = caller is not None and caller.sees_all
-    glance, depth = await _look(call)
+    (glance, depth), totals = await asyncio.gather(_look(call), _totals(call))
     queues: dict[str, dict[str, int]] = {}
     for (queue, state), count in (depth or {}).items():
         queues.setdefault(queue, {})[state.value] = count
@@ -136,6 +158,7 @@ async def status(call: Call) -> Response:
         "moderator": None if glance is None else _moderator(glance, full=full),
         "workers": await worker_views(services, caller, () if glance is None else glance.workers),
         "queues": queues,
+        "totals": totals,
         "paused": [] if glance is None else sorted(glance.status.paused),
         "requests": {
             sort.value: {
@@ -181,15 +204,14 @@ def _moderator(glance: Glance, *, full: bool) -> dict[str, Any]:
 async def metrics(call: Call) -> Response:
     """Show every figure in Prometheus' text format."""
     services = call.services
-
-    def read(reader: TaskReader) -> dict[str, dict[tuple[str, ...], int]]:
-        return stored_figures(reader.counters(), reader.depth())
-
+    now = services.clock.now()
     glance = await services.cache.glance()
     try:
-        stored = await services.reads.run(read)
+        stored = await services.reads.run(lambda reader: read_stored(reader, now))
     except HcnaError:
         stored = None
+    loop = asyncio.get_running_loop()
+    certificates = await loop.run_in_executor(services.files, services.certificates.ends)
     workers: dict[tuple[str, ...], int] | None = None
     if glance is not None:
         workers = {(state.value,): 0 for state in WorkerState}
@@ -199,6 +221,9 @@ async def metrics(call: Call) -> Response:
     sample = Sample(
         **(stored or {}),
         workers=workers,
+        worker_figures={} if glance is None else worker_figures(glance.workers),
+        moderator=None if glance is None else own_figures(glance.status),
+        certificates=certificates,
         moderator_up=glance is not None,
         store_readable=stored is not None,
         requests=services.stats.requests,
@@ -210,6 +235,30 @@ async def metrics(call: Call) -> Response:
         waiting=services.feed.waiting,
     )
     return Response(render(sample), 200, {"Content-Type": CONTENT_TYPE})
+
+
+@routes.add(
+    "GET",
+    "/metrics/targets",
+    policy=Policy(role=None, in_public="viewer"),
+    sort=Sort.PROBE,
+    query=TargetsQuery,
+    answers={200: TargetsOut},
+)
+async def metrics_targets(call: Call) -> Response:
+    """List what Prometheus shall scrape: C1 (job ``hcna``) and every page of Ray (job ``ray``).
+
+    For ``http_sd_configs``. While M1 or Ray does not answer, what was last known is listed.
+    """
+    services, job = call.services, call.query(TargetsQuery).job
+    glance = await services.cache.glance()
+    found = targets(
+        services.settings,
+        host=call.request.headers.get("host", ""),
+        workers=[worker.name for worker in (() if glance is None else glance.workers)],
+        nodes=await services.exporters.nodes(),
+    )
+    return answer([group for group in found if job in (None, group["labels"]["job"])])
 
 
 def _version(name: str) -> str:

@@ -86,6 +86,13 @@ async def submit_task(call: Call) -> Response:
         (result,) = await within_quota(services, key, (spec,))
     if isinstance(result, Refused):
         raise result.error
+    call.say_of_span(
+        {
+            "messaging.message.id": result.task_id,
+            "messaging.destination.name": spec.queue,
+            "hcna.task.type": spec.task_type,
+        }
+    )
     return answer(submitted(result), 202)
 
 
@@ -164,9 +171,13 @@ async def get_task(call: Call) -> Response:
                 if wait_s:  # What changed while waiting is worth telling.
                     task, attempts = await services.reads.find(task_id)
                 break
-    cluster = await services.cache.cluster() if task.state is TaskState.QUEUED else NOBODY
+    cluster = await services.cache.cluster() if task.state in _LOOKED_AT else NOBODY
     view = task_view(task, attempts, cluster, now=services.clock.now(), with_payload=query.payload)
     return answer(seen_as(call.key, task, view))
+
+
+#: States in which the workers say something about a task.
+_LOOKED_AT = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 
 
 def checked_wait(call: Call, wait_s: float) -> float:

@@ -162,7 +162,8 @@ async def forget_worker(call: Call) -> Response:
     """Strike a worker that left for good off the record; it may join again later.
 
     Only one that is asleep or gone, unless ``force`` is given. What it held goes to other workers.
-    Answers with what was known of it.
+    One in contact that is forgotten by force is a new worker of that name a moment later, if it
+    goes on running. Answers with what was known of it.
     """
     query = call.query(ForgetQuery)
     forgotten = await call.services.moderator.forget_worker(

@@ -39,7 +39,7 @@ def no_canary(run: Run) -> Outcome:
         return out
     if short := [one for one in canaries if len(one) < 8]:
         out.note(len(short), "canaries are too short to be told from chance")
-    needles = {form: name for name in canaries if len(name) >= 8 for form in _forms(name)}
+    needles = {form: name for name in canaries if len(name) >= 8 for form in forms(name)}
     longest = max((len(one) for one in needles), default=0)
     roots = [run.folder, *(Path(one) for one in schedule.get("scan", []))]
     unread = 0
@@ -56,7 +56,7 @@ def no_canary(run: Run) -> Outcome:
     return out
 
 
-def _forms(secret: str) -> Iterator[bytes]:
+def forms(secret: str) -> Iterator[bytes]:
     raw = secret.encode()
     yield raw
     yield json.dumps(secret)[1:-1].encode()

@@ -2,7 +2,7 @@
 
 ``handshakes.py FOLDER HOST PORT [PORT ...]`` prints, for each port and person, whether the other
 side let them in, and the serial number of the certificate that it showed. ``nobody`` has no
-certificate, ``old`` has the right one and speaks TLS 1.1.
+certificate; ``old`` and ``older`` have the right one and speak TLS 1.1 and TLS 1.0.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+OLD = {"old": ssl.TLSVersion.TLSv1_1, "older": ssl.TLSVersion.TLSv1}
 #: What a client of HTTP/2 says first, with empty settings; whoever was let in is answered.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
@@ -23,12 +24,12 @@ def context(folder: Path, person: str) -> ssl.SSLContext:
     made.set_alpn_protocols(["h2"])
     # The other side is to refuse, so this one does not.
     made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
-    if person == "old":
+    if person in OLD:
         warnings.simplefilter("ignore", DeprecationWarning)
-        made.minimum_version = made.maximum_version = ssl.TLSVersion.TLSv1_1
+        made.minimum_version = made.maximum_version = OLD[person]
         made.set_ciphers("ALL:@SECLEVEL=0")
     if person != "nobody":
-        made.load_cert_chain(folder / f"{'right' if person == 'old' else person}.pem")
+        made.load_cert_chain(folder / f"{'right' if person in OLD else person}.pem")
     return made
 
 
@@ -59,7 +60,7 @@ def main(folder: Path, host: str, ports: list[int]) -> None:
     people = sorted(path.stem for path in folder.glob("*.pem"))
     found = {}
     for port in ports:
-        for person in (*people, "nobody", "old"):
+        for person in (*people, "nobody", *OLD):
             verdict, serial = meet(context(folder, person), host, port)
             found[f"{port} {person}"] = {"verdict": verdict, "serial": serial}
     print(json.dumps(found))

@@ -22,6 +22,7 @@ from hcna_ray.api.app import declared_routes
 from hcna_ray.api.policy import Check
 from hcna_ray.api.routing import Route
 from hcna_ray.core.models import (
+    Fact,
     FailureKind,
     Progress,
     Task,
@@ -163,6 +164,7 @@ class World:
         store = self.c1.moderator.desk.memory
         with store.transaction():
             store.insert([task])
+            store.append_facts([Fact(task.id, "accepted", T0, state, None, "W1", CANARY)])
         self.ids.add(task.id)
         return task.id
 
@@ -195,6 +197,11 @@ def _list(world: World) -> Ask:
     return "", {}, 200
 
 
+def _events(world: World) -> Ask:
+    world.task(TaskState.FAILED)
+    return "", {"params": {"follow": "false", "after": "0"}}, 200
+
+
 def _retry_many(world: World) -> Ask:
     world.task(TaskState.FAILED)
     return "", {"json": {"filter": ECHO}}, 202
@@ -214,6 +221,13 @@ ASKS: dict[tuple[str, str], Callable[[World], Ask]] = {
         {"params": {"payload": "true"}},
         200,
     ),
+    ("GET", "/tasks/{task_id}/events"): lambda world: (
+        world.task(next(_STATES)),
+        {"params": {"follow": "false"}},
+        200,
+    ),
+    ("GET", "/tasks/{task_id}/logs"): lambda world: (world.running, {}, 200),
+    ("GET", "/events"): _events,
     ("DELETE", "/tasks/{task_id}"): _task(TaskState.QUEUED),
     ("POST", "/tasks/{task_id}/cancel"): _task(TaskState.QUEUED),
     ("POST", "/tasks/{task_id}/retry"): _task(TaskState.FAILED, 202),
@@ -232,13 +246,19 @@ ASKS: dict[tuple[str, str], Callable[[World], Ask]] = {
     ("POST", "/admin/queues/{name}/resume"): _plain("lab"),
     ("GET", "/admin/audit"): _plain(),
     ("GET", "/admin/keys"): _plain(),
+    ("GET", "/webhooks/secret"): _plain(),
+    ("GET", "/admin/webhooks"): _plain(),
     ("GET", "/health"): _plain(),
     ("GET", "/ready"): _plain(),
     ("GET", "/live"): _plain(),
     ("GET", "/metrics"): _plain(),
+    ("GET", "/metrics/targets"): _plain(),
     ("GET", "/status"): _plain(),
     ("GET", "/openapi.json"): _plain(),
     ("GET", "/docs"): _plain(),
+    ("GET", "/whoami"): _plain(),
+    ("GET", "/ui"): _plain(),
+    ("GET", "/ui/{file}"): _plain("app.js"),
 }
 
 
@@ -259,6 +279,8 @@ def expected(route: Route, caller: Caller, status: int) -> tuple[int, str | None
         case Check.TASKS if caller.sees == "nothing" and route.path == "/tasks/wait":
             return 404, "task_not_found"
         case Check.TASK if caller.sees == "nothing":
+            return 404, "task_not_found"
+        case Check.OUTPUT if caller.sees != "all":
             return 404, "task_not_found"
         case Check.ARTIFACT if not caller.has_file and route.method != "PUT":
             return 404, "artifact_not_found"
@@ -301,6 +323,7 @@ async def a_world(c1: Composite) -> World:
     artifacts.made(world.made, Maker("alice", "echo", "lab"))
     (offer,) = worker.granted()
     worker.report(worker.started(offer))
+    c1.outputs.texts[world.running, 1] = CANARY.encode()
     # No id of one is the beginning of another's.
     assert world.running == "task-1"
     return world
@@ -441,7 +464,10 @@ async def test_an_outline_holds_nothing_that_was_written(world: World, state: Ta
     assert bare["progress"] == whole["progress"] | {"message": ""}
     if state is TaskState.FAILED:
         assert bare["error"] == whole["error"] | {"message": "", "type": None}
-    hidden = {*WITHHELD, "payload", "progress", "error", "attempts"}
+    assert bare["why"]["code"] == whole["why"]["code"]
+    assert bare["why"]["message"]
+    assert CANARY not in str(bare)
+    hidden = {*WITHHELD, "payload", "progress", "error", "attempts", "why"}
     assert {n: v for n, v in bare.items() if n not in hidden} == {
         n: v for n, v in whole.items() if n not in hidden
     }

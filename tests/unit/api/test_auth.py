@@ -6,6 +6,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from hcna_ray.api.auth import RELOAD_S, FileKeyRing, authenticate
+from hcna_ray.api.clients import Guesses
 from hcna_ray.api.problems import Unauthorized
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from tests.support.paper_worker import PaperClock
@@ -31,7 +32,9 @@ def test_keys_made_later_are_seen_and_lost_files_admit_nobody(tmp_path: Path) ->
     revoke_key(tmp_path, "guest", now=clock.now())
     clock.advance(RELOAD_S)
     with pytest.raises(Unauthorized, match="revoked"):
-        authenticate(Headers({"X-API-Key": guest}), ring, clock)
+        authenticate(
+            Headers({"X-API-Key": guest}), ring, clock, guesses=Guesses(clock), address=None
+        )
 
     (tmp_path / "keys.json").write_text("{broken")
     clock.advance(2)

@@ -18,7 +18,18 @@ from hcna_ray.api.routing import Routes
 from hcna_ray.runtime.messages import Goodbye, Heartbeat
 from tests.support.c1 import USER_KEY, Composite, a_composite
 
-OPEN = {"/health", "/ready", "/live", "/metrics", "/status", "/openapi.json", "/docs"}
+OPEN = {
+    "/health",
+    "/ready",
+    "/live",
+    "/metrics",
+    "/metrics/targets",
+    "/status",
+    "/openapi.json",
+    "/docs",
+}
+#: Those of them that are pages.
+PAGES = {"/ui", "/ui/{file}"}
 
 
 def flattened(routes: list[BaseRoute]) -> Iterator[tuple[str, str]]:
@@ -36,12 +47,13 @@ def test_every_route_of_the_application_has_a_policy(c1: Composite) -> None:
     served = set(flattened(c1.app.routes))
 
     assert served == set(declared)
-    assert {route.path for route in declared.values() if route.policy.role is None} == OPEN
+    assert {route.path for route in declared.values() if route.policy.role is None} == OPEN | PAGES
     admin = {name for name, route in declared.items() if route.policy.role == "admin"}
     assert admin == {
         ("POST", "/admin/send-intent"),
         ("GET", "/admin/audit"),
         ("GET", "/admin/keys"),
+        ("GET", "/admin/webhooks"),
         ("DELETE", "/workers/{name}"),
     }
 
@@ -57,7 +69,8 @@ def test_what_a_path_names_is_checked() -> None:
     named = {"{task_id}": Check.TASK, "{sha256}": Check.ARTIFACT, "/queues/{name}": Check.QUEUE}
     for route in declared_routes():
         for part, check in named.items():
-            assert (part in route.path) <= (route.policy.check is check), route
+            held = (check, Check.OUTPUT) if check is Check.TASK else (check,)
+            assert (part in route.path) <= (route.policy.check in held), route
         if route.method not in ("GET", "HEAD") and route.path != "/tasks/wait":
             assert rank_of(route.policy.role) >= rank_of("submitter"), route
 
@@ -91,9 +104,10 @@ async def test_how_a_key_may_be_sent(c1: Composite, headers: dict[str, str], sta
 
 async def test_a_full_budget_refuses_its_own_sort_only(tmp_path: Path) -> None:
     async with a_composite(tmp_path, limits={"reads_max": 1}) as c1:
-        with c1.services.admission.admit(Sort.READ):
-            refused = await c1.http.get("/tasks")
-            accepted = await c1.http.post("/tasks", json={"task_type": "echo"})
+        c1.services.admission.take(Sort.READ)
+        refused = await c1.http.get("/tasks")
+        accepted = await c1.http.post("/tasks", json={"task_type": "echo"})
+        c1.services.admission.give(Sort.READ)
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
         assert accepted.status_code == 202
@@ -129,6 +143,15 @@ async def test_status_shows_everything_at_a_glance(c1: Composite) -> None:
     assert status["queues"] == {"q": {"queued": 1}}
     assert status["moderator"]["workers_online"] == 1
     assert "echo" in status["task_types"]
+    assert status["totals"] == {
+        "accepted": 1,
+        **dict.fromkeys(("completed", "failed", "cancelled", "expired"), 0),
+    }
+
+
+async def test_totals_are_not_for_strangers(c1: Composite) -> None:
+    async with c1.client(None) as stranger:
+        assert (await stranger.get("/status")).json()["totals"] is None
 
 
 async def test_metrics_have_the_names_dashboards_ask_for(c1: Composite) -> None:
@@ -153,6 +176,18 @@ async def test_metrics_have_the_names_dashboards_ask_for(c1: Composite) -> None:
     ):
         assert line in lines or line in [_sorted_labels(one) for one in lines], line
     assert "task-1" not in reply.text
+    for name in (
+        'hcna_task_schedule_to_start_seconds_count{task_type="echo"} 3.0',
+        'hcna_attempt_duration_seconds_count{task_type="echo"} 3.0',
+        'hcna_queue_oldest_age_seconds{queue="default"} 0.0',
+        'hcna_queue_paused{queue="default"} 0.0',
+        'hcna_worker_state{state="online",worker="W1"} 1.0',
+        'hcna_worker_state{state="gone",worker="W1"} 0.0',
+        'hcna_worker_last_seen_age_seconds{worker="W1"} 1.0',
+        "hcna_lease_renewals_total 0.0",
+        "hcna_store_refusals_total 0.0",
+    ):
+        assert name in lines or name in [_sorted_labels(one) for one in lines], name
 
     c1.moderator.kill()
     c1.moderator.desk.clock.advance(1)
@@ -212,7 +247,7 @@ async def test_openapi_describes_every_route_and_resolves(c1: Composite) -> None
     described = {
         (method.upper(), path) for path, methods in document["paths"].items() for method in methods
     }
-    hidden = {("GET", "/openapi.json"), ("GET", "/docs")}
+    hidden = {("GET", path) for path in ("/openapi.json", "/docs", *PAGES)}
     assert described | hidden == {(route.method, route.path) for route in declared_routes()}
     names = set(document["components"]["schemas"])
     for reference in _references(document):
@@ -223,7 +258,7 @@ async def test_openapi_describes_every_route_and_resolves(c1: Composite) -> None
             continue
         responses = operation["responses"]
         assert {"413", "422", "500", "503"} <= set(responses)
-        assert ("401" in responses) == (route.path not in OPEN - {"/metrics"})
+        assert ("401" in responses) == (route.path not in OPEN - {"/metrics", "/metrics/targets"})
         for status, response in responses.items():
             if int(status) >= 400 and not (route.path in OPEN and status == "503"):
                 assert "application/problem+json" in response["content"], (route, status)

@@ -91,6 +91,29 @@ async def test_a_waiting_task_says_why(c1: Composite, task: dict[str, Any], code
     assert view["pending_reason"]["code"] == code
     assert view["pending_reason"]["message"]
     assert view["pending_reason"]["fix"]
+    assert view["why"] == view["pending_reason"]
+
+
+async def test_a_running_task_says_where_and_whether_it_is_heard_of(c1: Composite) -> None:
+    worker = c1.moderator.join()
+    task_id = await c1.submit()
+    (offer,) = worker.granted()
+    worker.report(worker.started(offer))
+    runs = (await c1.task(task_id))["why"]
+    for _ in range(15):
+        c1.moderator.desk.tick(1.0)
+    silent = (await c1.task(task_id))["why"]
+    c1.moderator.kill()
+    c1.services.cache.forget()
+    unseen = (await c1.task(task_id))["why"]
+
+    assert runs == {
+        "code": "running",
+        "message": "runs on W1 for 0 s",
+        "fix": f"wait, or hcna task cancel {task_id}",
+    }
+    assert (silent["code"], "suspect" in silent["message"]) == ("worker_silent", True)
+    assert unseen["code"] == "running_unseen"
 
 
 async def test_a_need_nobody_has_is_named(c1: Composite) -> None:
@@ -120,6 +143,7 @@ async def test_without_the_moderator_reads_work_and_writes_are_refused(c1: Compo
     assert view["pending_reason"]["code"] == "moderator_unavailable"
     assert refused.status_code == 503
     assert refused.json()["code"] == "moderator_unavailable"
+    assert "started again by itself" in refused.json()["fix"]
     assert refused.headers["retry-after"] == "2"
 
 
@@ -200,6 +224,8 @@ async def test_a_failed_task_is_shown_and_can_be_run_again(c1: Composite) -> Non
     view = await c1.task(task_id)
     TaskOut.model_validate(view)
     assert view["error"] == {"kind": "error", "message": "no", "attempts": 1, "type": "ValueError"}
+    assert view["why"]["message"] == "failed after 1 attempt: ValueError: no"
+    assert f"hcna task retry {task_id}" in view["why"]["fix"]
     again = await c1.http.post(f"/tasks/{task_id}/retry")
     assert (again.status_code, again.json()["status"]) == (202, "queued")
     many = await c1.http.post("/tasks/retry", json={"filter": {"task_type": "echo"}})

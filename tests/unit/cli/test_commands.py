@@ -237,14 +237,20 @@ def test_a_wrong_key_is_exit_code_4(hcna: Hcna, monkeypatch: pytest.MonkeyPatch)
     ("status", "code", "then"),
     [
         (403, "forbidden", "hcna keys create on M1"),
-        (403, "out_of_scope", "hcna keys create on M1"),
-        (429, "quota", "hcna task list --status queued"),
-        (429, "rate_limited", "hcna status"),
+        (403, "out_of_scope", "ask for a key with that scope: hcna keys create on M1"),
+        (429, "quota", "wait for some to end (hcna task list --status queued)"),
+        (429, "rate_limited", "wait for Retry-After"),
+        (418, "of_a_newer_c1", "hcna status"),
     ],
 )
 def test_a_key_that_may_not_is_told_what_helps(status: int, code: str, then: str) -> None:
     exit_code, line = describe(api_error_of(status, {"code": code, "detail": "no"}))
     assert (exit_code, f"Next: {then}" in line) == (4, True)
+
+
+def test_what_c1_says_to_do_is_what_is_printed() -> None:
+    told = {"code": "of_a_newer_c1", "detail": "no", "fix": "turn it round"}
+    assert describe(api_error_of(409, told))[1].endswith("no. Next: turn it round")
 
 
 def test_a_wait_that_ends_first_is_exit_code_1(hcna: Hcna) -> None:
@@ -320,10 +326,20 @@ def test_the_card_is_short_and_has_everything() -> None:
         assert part in text
 
 
+def test_the_card_names_the_entrance_for_others() -> None:
+    words = ("http://127.0.0.1:10034", "http://127.0.0.1:8265", Path("/home/me/.hcna"), "CODE")
+    lines = card(*words, "https://c1.example.org:8080")
+
+    assert len(lines) <= 13
+    assert "https://c1.example.org:8080 for others" in lines[1]
+    assert "HCNA_CA_FILE" in lines[1]
+
+
 @dataclass(frozen=True)
 class _Info:
     url: str = "http://127.0.0.1:8080"
     control_url: str = "http://127.0.0.1:8443"
+    public_url: str | None = None
     dashboard_url: str = "http://127.0.0.1:8265"
     ray_address: str = "127.0.0.1:6379"
     home: str = "/home/me/.hcna"
@@ -334,6 +350,16 @@ class _Info:
 class _Stopped:
     was_running: bool = True
     took_s: float = 1.5
+
+
+def test_up_refuses_a_public_address_in_clear(hcna: Hcna, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCNA_COMPOSITE__LISTEN_ADDRESS", "0.0.0.0")
+
+    ran = hcna("up")
+
+    assert ran.code == 1
+    assert "composite.listen_address is 0.0.0.0 without composite.security.enable_tls" in ran.err
+    assert ran.err.endswith("Next: set that right, and the same command again\n")
 
 
 def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,11 +385,11 @@ def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyP
     fake = FakeSupervisor("hcna_ray.supervisor")
     monkeypatch.setitem(sys.modules, "hcna_ray.supervisor", fake)
     monkeypatch.setattr("hcna_ray.supervisor", fake, raising=False)
-    monkeypatch.setenv("HCNA_COMPOSITE__LISTEN_ADDRESS", "0.0.0.0")
+    monkeypatch.setenv("HCNA_MODERATOR__LISTEN_ADDRESS", "0.0.0.0")
 
     ran = hcna("up", "--wait", "7")
     assert (ran.code, calls) == (0, [7.0])
-    assert "composite.listen_address is 0.0.0.0" in ran.err
+    assert "moderator.listen_address is 0.0.0.0" in ran.err
     assert "starting M1" in ran.err
     assert "http://127.0.0.1:8080/docs" in ran.out
     assert "hcna join HCNA-CODE" in ran.out

@@ -38,7 +38,7 @@ from hcna_ray.supervisor.membership import (
 )
 from hcna_ray.supervisor.processes import identify
 from hcna_ray.supervisor.reach import Listeners
-from hcna_ray.supervisor.state import write_supervisor
+from hcna_ray.supervisor.state import write_state, write_supervisor
 from tests.support.gates import GateRig, serving
 from tests.unit.cli.conftest import Ran
 
@@ -505,7 +505,8 @@ def test_doctor_on_a_member(hcna: Hcna, rig: GateRig, home: Path) -> None:
     assert ran.code == 0, ran.err
     assert ran.json["role"] == "worker"
     assert ran.json["ok"] is True
-    assert "23520:23525,23900:24499" in ran.json["firewall"][0]
+    assert "23520:23521,23523,23900:24499" in ran.json["firewall"][0]
+    assert ran.json["closing"] == []
 
 
 def test_doctor_prints_what_a_firewall_needs(
@@ -526,6 +527,22 @@ def test_doctor_prints_what_a_firewall_needs(
     assert "✗ ports to M1" in ran.err
     assert "a check failed: ports to M1" in ran.err
     assert [line.split()[1] for line in ran.out.splitlines()[1:]] == ["ufw", "firewall-cmd", "nft"]
+
+
+def test_doctor_ends_with_what_closes_rays_ports(hcna: Hcna, rig: GateRig, home: Path) -> None:
+    hcna("join", rig.code())
+    runs_here(home / "run")
+    told = {"mode": "auto", "table": None, "let_in": ["10.0.0.1"], "trouble": "no root"}
+    write_state(home / "run", {"firewall": told})
+
+    ran = hcna("doctor")
+
+    assert ran.code == 0, ran.err
+    assert "Ray's ports are open to whoever reaches this machine: no root" in ran.err
+    first, *commands = ran.out.splitlines()
+    assert "again when a machine joins, moves or leaves" in first
+    assert commands == [f"  {one}" for one in hcna("doctor", "--json").json["closing"]]
+    assert commands[0].startswith("  sudo ")
 
 
 def test_doctor_on_a_machine_of_nobody(hcna: Hcna, home: Path) -> None:

@@ -368,3 +368,11 @@ def test_batches_are_ndjson(client: Client, c1: FakeC1) -> None:
     client.batch([TaskRequest(task_type="echo", payload={"text": "a\nb"})])
     assert c1.requests[0].headers["content-type"] == "application/x-ndjson"
     assert json.loads(c1.requests[0].body)["payload"] == {"text": "a\nb"}
+
+
+def test_why_is_what_c1_says(client: Client, c1: FakeC1) -> None:
+    handle = client.submit("hold")
+    told = {"code": "near_timeout", "message": "runs on W1 for 9 s", "fix": "more time"}
+    c1.tasks[handle.id].update(status="running", why=told)
+    answer = client.why(handle.id)
+    assert (answer.code, answer.message, answer.fix) == tuple(told.values())

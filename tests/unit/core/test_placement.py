@@ -18,6 +18,7 @@ from hcna_ray.core.placement import (
     explain,
     has_room,
     occupy,
+    shortcoming,
 )
 from tests.unit.core.builders import NOW, a_spec, a_worker
 
@@ -395,3 +396,13 @@ def test_a_task_that_fits_waits_for_its_turn(needs: Needs) -> None:
     reason = why(needs, a_worker("W1"), a_worker("W2"))
 
     assert (reason.code, reason.message) == ("waiting_turn", "waiting for its turn on W1, W2")
+
+
+def test_who_could_run_it_were_it_there_does_not_follow_its_state() -> None:
+    away = a_worker(state=WorkerState.ASLEEP, trouble="has no disk")
+
+    assert shortcoming(Needs(), "echo", away) is None
+    assert exclusion(Needs(), "echo", away) is not None
+    other = shortcoming(Needs(worker="W9"), "echo", away)
+    assert other is not None
+    assert other.clause == "worker=W9"

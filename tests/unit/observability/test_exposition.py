@@ -4,7 +4,8 @@ import math
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hcna_ray.observability.exposition import BUCKETS_S, Histogram, Sample, render
+from hcna_ray.observability.exposition import Sample, render
+from hcna_ray.observability.figures import BUCKETS_S, Histogram
 
 
 def parsed(sample: Sample) -> dict[str, float]:
@@ -48,4 +49,4 @@ def test_a_histogram_counts_up_to_and_including_each_bound() -> None:
     buckets = dict(histogram.buckets())
     assert (buckets["0.001"], buckets["0.0025"], buckets["60.0"], buckets["+Inf"]) == (2, 3, 4, 5)
     assert list(BUCKETS_S) == sorted(BUCKETS_S)
-    assert math.isclose(histogram.total_s, 121.0021)
+    assert math.isclose(histogram.total, 121.0021)

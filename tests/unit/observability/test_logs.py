@@ -64,3 +64,79 @@ def test_configuring_twice_writes_each_line_once() -> None:
     logs.configure(stream=stream)
     logging.getLogger("hcna_ray").warning("once")
     assert len(stream.getvalue().splitlines()) == 1
+
+
+def lines_of(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_what_is_secret_by_its_name_is_not_written() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    deep: object = "deep down"
+    for _ in range(30):
+        deep = [deep]
+    logging.getLogger("hcna_ray.test").info(
+        "hello",
+        extra={
+            "api_key": "s1",
+            "headers": {"Authorization": "s2", "X-API-Key": "s3", "accept": "text/plain"},
+            "items": [{"refreshToken": "s4"}, ({"Client-Secret": "s5"},)],
+            "deep": deep,
+            "task_id": "task-1",
+        },
+    )
+    (line,) = lines_of(stream)
+    assert not [word for word in ("s1", "s2", "s3", "s4", "s5", "deep down") if word in str(line)]
+    assert line["headers"] == {"Authorization": "***", "X-API-Key": "***", "accept": "text/plain"}
+    assert line["task_id"] == "task-1"
+
+
+def test_an_api_key_is_not_written_wherever_it_stands() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    key = "hcna_" + "aB3_-" * 8 + "xyz"
+    log = logging.getLogger("hcna_ray.test")
+    try:
+        raise ValueError(key)
+    except ValueError as error:
+        log.warning("refused %s", key, exc_info=True, extra={"why": error, "url": f"/?k={key}"})
+    assert key not in stream.getvalue()
+    (line,) = lines_of(stream)
+    assert line["message"] == "refused ***"
+    assert line["url"] == "/?k=***"
+
+
+def test_levels_are_set_by_module_and_forgotten_again() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream, levels="warning, hcna.api=debug,hcna_ray.store.sqlite=trace")
+    for name in ("hcna_ray.api.gather", "hcna_ray.store.sqlite", "hcna_ray.store.memory"):
+        log = logging.getLogger(name)
+        log.log(logs.TRACE, "trace")
+        log.debug("debug")
+        log.info("info")
+    assert [(line["logger"], line["level"]) for line in lines_of(stream)] == [
+        ("hcna_ray.api.gather", "debug"),
+        ("hcna_ray.api.gather", "info"),
+        ("hcna_ray.store.sqlite", "trace"),
+        ("hcna_ray.store.sqlite", "debug"),
+        ("hcna_ray.store.sqlite", "info"),
+    ]
+    logs.configure(stream=stream, levels="")
+    assert logging.getLogger("hcna_ray.api").level == logging.NOTSET
+    assert logging.getLogger("hcna_ray").level == logging.INFO
+
+
+def test_the_environment_sets_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCNA_LOG", "error")
+    logs.configure(stream=io.StringIO())
+    assert logging.getLogger("hcna_ray").level == logging.ERROR
+
+
+@pytest.mark.parametrize("levels", ["loud", "ray=debug", "hcna_ray.api=", "hcna_rays=info"])
+def test_levels_that_make_no_sense_are_said_and_left_aside(levels: str) -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream, levels=levels)
+    (line,) = lines_of(stream)
+    assert line["action"] == "logs.levels_refused"
+    assert logging.getLogger("hcna_ray").level == logging.INFO

@@ -77,6 +77,30 @@ async def test_what_is_no_frame_closes_the_channel(raw: bytes) -> None:
 
 
 def test_handlers_are_told_nothing_that_opens_the_cluster() -> None:
-    shell = {"PATH": "/bin", "RAY_ADDRESS": "x", "HCNA_API_KEY": "k", "HCNA_HOME": "/h"}
+    told = {
+        "PATH": "/bin",
+        "HCNA_HOME": "/h",
+        "HCNA_NODE": "W1",
+        "DATABASE_URL": "mysql://of-somebody-else",
+        "PGP_KEY": "0xAB",
+        "AWS_SECRET_ACCESS_KEY": "what the owner gives handlers on purpose",
+    }
+    hidden = {
+        "RAY_ADDRESS": "x",
+        "RAY_AUTH_TOKEN": "x",
+        "RAY_AUTH_TOKEN_PATH": "x",
+        "HCNA_API_KEY": "x",
+        "HCNA_BACKUP_PASSPHRASE": "x",
+        "HCNA_CONFIG": "x",
+        "HCNA_STORE__URL": "x",
+        "HCNA_MODERATOR__SECURITY__KEY_PATH": "x",
+        "PGPASSWORD": "x",
+        "PGPASSFILE": "x",
+        "PGSERVICEFILE": "x",
+        "PGHOST": "x",
+    }
 
-    assert nursery_environment(shell) == {"PATH": "/bin", "HCNA_HOME": "/h"}
+    assert nursery_environment(told | hidden) == told
+    for scheme in ("postgres", "postgresql"):
+        of_ours = {"DATABASE_URL": f"{scheme}://u:secret@db/hcna"}
+        assert nursery_environment(of_ours) == {}

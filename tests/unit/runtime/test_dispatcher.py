@@ -18,9 +18,13 @@ from hcna_ray.core.models import (
     WorkerState,
     WorkerView,
 )
-from hcna_ray.runtime.dispatcher import Dispatcher, LiveTable, Place
+from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.live import LiveTable, Place
+from hcna_ray.runtime.messages import Exchange
+from hcna_ray.runtime.parking import Parking
 from hcna_ray.runtime.policy import Policy
+from hcna_ray.runtime.requests import Pending
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import T0, a_spec
 
@@ -32,11 +36,27 @@ class Floor:
         self.store = MemoryTaskStore()
         self.live = LiveTable()
         self.dispatcher = Dispatcher(self.store, Policy(**policy), self.live)
-        self.views = {"W1": self.view("W1")}
+        self.views = {"W1": self.a_view("W1")}
         self.seq = 0
         self.accepted = 0
 
-    def view(self, name: str, **changes: Any) -> WorkerView:
+    #: The roster.
+    version = 1
+
+    def names(self) -> list[str]:
+        return list(self.views)
+
+    def view(self, name: str) -> WorkerView | None:
+        return self.views.get(name)
+
+    def park(self, *places: Place) -> Parking:
+        parking = Parking(self.live, lambda name: self.views[name].cpu)
+        for worker, slot in places:
+            call = Exchange(worker=worker, incarnation="a", slot=slot, seq=self.seq)
+            parking.put((worker, slot), Pending(call, lambda _: None))
+        return parking
+
+    def a_view(self, name: str, **changes: Any) -> WorkerView:
         has: dict[str, Any] = {
             "name": name,
             "node_id": name,
@@ -75,16 +95,11 @@ class Floor:
         """Park calls, hand out, commit; return task names by place."""
         batch = ledger or self.ledger()
         self.seq += 1
-        granted = self.dispatcher.dispatch(
-            batch,
-            self.views,
-            dict.fromkeys(places, self.seq),
-            dict.fromkeys(places, "a"),
-            paused,
-            7,
-            T0,
-        )
+        parking = self.park(*places)
+        granted = self.dispatcher.dispatch(batch, self, parking, paused, 7, T0)
         self.commit(batch)
+        for place in places:
+            parking.pop(place)
         return {place: [offer.task_id for offer in offers] for place, offers in granted.items()}
 
     def step(self, name: str, event: Any) -> None:
@@ -180,7 +195,7 @@ def test_heavy_tasks_go_to_the_agent_and_only_as_many_as_fit() -> None:
 
     assert granted == {SLOT: ["t1"], AGENT: ["h1", "h2"]}
     assert floor.live.used("W1") == Needs(cpu=4.0)
-    floor.views["W1"] = floor.view("W1", used=floor.live.used("W1"))
+    floor.views["W1"] = floor.a_view("W1", used=floor.live.used("W1"))
     assert floor.dispatch(AGENT) == {}
 
 
@@ -199,7 +214,7 @@ def test_an_offer_carries_what_a_heavy_attempt_needs() -> None:
 )
 def test_a_worker_that_does_not_accept_gets_nothing(state: WorkerState) -> None:
     floor = Floor()
-    floor.views["W1"] = floor.view("W1", state=state)
+    floor.views["W1"] = floor.a_view("W1", state=state)
     floor.submit("t1")
 
     assert floor.dispatch(SLOT) == {}
@@ -224,7 +239,9 @@ def test_the_bound_on_attempts_counts_what_runs_and_what_is_about_to() -> None:
     assert floor.dispatch(SLOT) == {SLOT: ["t1"]}
     floor.start("t1")
 
-    assert floor.live.starts(idle=[SLOT]) == 2
+    parking = floor.park(SLOT)
+    assert floor.live.starts() == 2
+    parking.pop(SLOT)
     assert floor.dispatch(SLOT, ("W1", 1)) == {}
 
 
@@ -252,9 +269,7 @@ def test_an_expired_head_ends_instead_of_going_out() -> None:
     floor = Floor()
     floor.submit("t1", expires_at=T0 + 1.0)
     ledger = floor.ledger()
-    granted = floor.dispatcher.dispatch(
-        ledger, floor.views, {SLOT: 1}, {SLOT: "a"}, frozenset(), 7, T0 + 1.0
-    )
+    granted = floor.dispatcher.dispatch(ledger, floor, floor.park(SLOT), frozenset(), 7, T0 + 1.0)
     floor.commit(ledger)
 
     assert granted == {}
@@ -279,3 +294,25 @@ def test_what_memory_says_is_what_the_store_says_also_after_a_restart() -> None:
     assert again._ready == floor.dispatcher._ready
     assert [task.id for task in again_live.in_slot("W1", 0)] == ["t0"]
     assert {task.id for task in again_live.on_worker("W1")} == {"t0", "h1"}
+
+
+def test_the_best_worker_by_load_is_passed_over_when_it_is_full() -> None:
+    floor = Floor()
+    floor.views = {"W1": floor.a_view("W1", cpu=16.0), "W2": floor.a_view("W2", cpu=4.0)}
+    floor.submit("h1", needs=Needs(cpu=16.0))
+    assert floor.dispatch(AGENT) == {AGENT: ["h1"]}
+    floor.views["W1"] = floor.a_view("W1", cpu=16.0, used=Needs(cpu=16.0))
+
+    floor.submit("h2", needs=Needs(cpu=4.0))
+    other: Place = ("W2", HEAVY_SLOT)
+    assert floor.dispatch(AGENT, other) == {other: ["h2"]}
+
+
+def test_who_can_run_a_lane_is_found_out_again_when_the_roster_changes() -> None:
+    floor = Floor()
+    floor.submit("t1", task_type="new")
+    assert floor.dispatch(SLOT) == {}
+    floor.views["W1"] = floor.a_view("W1", task_types=frozenset({"new"}))
+    floor.version += 1
+
+    assert floor.dispatch(SLOT) == {SLOT: ["t1"]}

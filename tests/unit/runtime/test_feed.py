@@ -88,3 +88,17 @@ async def test_a_commit_told_twice_counts_once() -> None:
     feed.publish(0, ())
 
     assert (await feed.after(0, 0.0)).ended == ("t1",)
+
+
+async def test_whoever_asks_for_history_is_woken_by_any_of_it() -> None:
+    feed = ChangeFeed(10)
+    listener = asyncio.create_task(feed.written(10, 60.0))
+    await asyncio.sleep(0)
+    assert not listener.done()
+
+    feed.publish(11, ())
+
+    assert (await listener).last == 11
+    assert (await feed.written(10, 60.0)).last == 11
+    assert (await feed.written(12, 60.0)).last == 11  # Who has read ahead looks again by itself.
+    assert (await feed.written(11, 0.001)).last == 11

@@ -15,6 +15,7 @@ from hcna_ray.core.events import (
 )
 from hcna_ray.core.machine import accept
 from hcna_ray.core.models import LaneKey, Outcome, TaskState, Token
+from hcna_ray.observability.figures import RAN, SUM, WAITED
 from hcna_ray.runtime.ledger import Ledger, lane_of
 from hcna_ray.store.base import Counter
 from hcna_ray.store.memory import MemoryTaskStore
@@ -88,6 +89,9 @@ def test_many_steps_of_one_task_are_one_write_with_one_version(store: MemoryTask
     assert store.reader().counters() == {
         Counter("attempts", "echo", "completed"): 1,
         Counter("ended", "echo", "completed"): 1,
+        # It waited and ran for no time at all, once.
+        **{Counter(figure, "echo", "0.005"): 1 for figure in (WAITED, RAN)},
+        **{Counter(figure, "echo", SUM): 0 for figure in (WAITED, RAN)},
     }
 
 

@@ -32,6 +32,7 @@ from hcna_ray.core.models import (
     Token,
     WorkerState,
 )
+from hcna_ray.observability.figures import RAN, SUM, WAITED, stored_histogram
 from hcna_ray.runtime import reports
 from hcna_ray.runtime.messages import Accepted, Grant, Offer, Refused, ReportKind, SubmitBatch
 from hcna_ray.runtime.moderator import PRUNE_MAX, PRUNE_PERIOD_S
@@ -1257,7 +1258,8 @@ def test_counters_say_what_happened(desk: Desk, w1: PaperWorker) -> None:
     w1.report(w1.started(first), w1.ended(first))
     w1.report(w1.started(second), w1.ended(second, ReportKind.FAILED, error=BOOM))
 
-    counted = {tuple(name): n for name, n in desk.store.reader().counters().items()}
+    stored = desk.store.reader().counters()
+    counted = {tuple(name): n for name, n in stored.items() if name.name not in (WAITED, RAN)}
 
     assert counted == {
         ("accepted", "echo", "default"): 2,
@@ -1266,6 +1268,54 @@ def test_counters_say_what_happened(desk: Desk, w1: PaperWorker) -> None:
         ("ended", "echo", "completed"): 1,
         ("ended", "echo", "failed"): 1,
     }
+
+
+def histogram_of(desk: Desk, figure: str) -> list[tuple[str, float]]:
+    """Return the buckets of echo tasks that hold anything, and the sum, as the store has them."""
+    assert isinstance(desk.store, MemoryTaskStore)
+    stored = desk.store.reader().counters()
+    counted = {
+        one.label: value
+        for one, value in stored.items()
+        if (one.name, one.task_type) == (figure, "echo")
+    }
+    histogram = stored_histogram(counted)
+    return [
+        (bound, count)
+        for (bound, _), count in zip(histogram.buckets(), histogram.counts, strict=True)
+        if count
+    ] + [(SUM, histogram.total)]
+
+
+def test_how_long_tasks_wait_and_run_survives_the_moderator(desk: Desk, w1: PaperWorker) -> None:
+    desk.submit_ids("t1", "t2")
+    desk.clock.advance(2)
+    first, second = w1.granted(0)[0], w1.granted(1)[0]
+    w1.report(w1.started(first))
+    w1.report(w1.started(first))  # Told twice, counted once.
+    desk.clock.advance(20)
+    w1.report(w1.ended(first), w1.ended(second))
+
+    # Of the second one nobody told before its end that it had begun.
+    assert histogram_of(desk, WAITED)[0] == ("2.5", 1)
+    assert sum(count for _, count in histogram_of(desk, WAITED)[:-1]) == 2
+    ran = histogram_of(desk, RAN)
+    assert sum(count for _, count in ran[:-1]) == 2
+    desk.restart()
+    assert histogram_of(desk, RAN) == ran
+
+
+def test_the_moderator_counts_its_own_batches_and_renewals(desk: Desk, w1: PaperWorker) -> None:
+    before = desk.ask(Query(name="status")).figures
+    desk.submit_ids("t1", "t2")
+    w1.heartbeat()
+    after = desk.ask(Query(name="status")).figures
+
+    assert after.renewals == before.renewals + 1
+    assert sum(after.commit_s.counts) > sum(before.commit_s.counts)
+    assert sum(after.batch_calls.counts) == sum(before.batch_calls.counts) + 3
+    assert sum(after.batch_s.counts) == sum(after.batch_calls.counts)
+    assert (after.refused, after.disk_free_bytes) == (0, desk.free_bytes)
 
 
 def test_a_drain_lets_attempts_run_on_until_its_time_is_up(desk: Desk, w1: PaperWorker) -> None:

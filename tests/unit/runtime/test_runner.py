@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from opentelemetry import trace as otel
 from pydantic import BaseModel
 
 from hcna_ray.core.errors import DiskFull, HcnaError, NotFound
@@ -20,6 +21,9 @@ from hcna_ray.core.models import FailureKind, Token
 from hcna_ray.handlers.context import ArtifactRef, TaskContext
 from hcna_ray.handlers.errors import Reject, TaskCancelled
 from hcna_ray.handlers.registry import AnyPayload, Registry
+from hcna_ray.observability import spans as spans_module
+from hcna_ray.observability.spans import AttemptSpan, Traces
+from hcna_ray.observability.traces import TracesPlan
 from hcna_ray.runtime import runner as runner_module
 from hcna_ray.runtime.journal import (
     ContactMark,
@@ -40,6 +44,7 @@ from hcna_ray.runtime.messages import (
     ReportKind,
 )
 from hcna_ray.runtime.runner import Runner, RunnerSettings
+from tests.support.otlp import spooled
 from tests.support.paper_worker import PaperClock
 
 PATIENCE_S = 10.0
@@ -111,7 +116,7 @@ class Shelf:
 class Bench:
     """A runner, what is around it, and handlers a test writes."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, traces: Traces | None = None) -> None:
         self.home, self.files = home, RunnerFiles(home, "a.slot.0.1")
         self.link, self.shelf, self.clock = NotingLink(), Shelf(home), PaperClock()
         self.registry = Registry()
@@ -123,12 +128,14 @@ class Bench:
                 scratch_root=home,
                 long_s=0.05,
                 result_bytes_max=1000,
+                spans_first=traces is not None,
             ),
             self.registry,
             self.files,
             self.link,
             self.shelf,
             self.clock,
+            traces=traces,
         )
 
     def handle(self, name: str, does: Callable[[TaskContext], Any]) -> None:
@@ -803,3 +810,118 @@ def test_the_signal_handler_of_before_is_put_back(bench: Bench) -> None:
     bench.run()
 
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# -- traces ----------------------------------------------------------------------------------------
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.fixture
+def traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(spans_module, "CLOSE_S", 60.0)  # The machine of the tests may be slow.
+    plan = TracesPlan(
+        folder=tmp_path / "traces",
+        bytes_max=1 << 20,
+        sample_ratio=1.0,
+        service="hcna-worker",
+        node_id="HCNA-W1--test",
+    )
+    traces = Traces(plan)
+    traces.start()
+    return Bench(tmp_path, traces)
+
+
+def test_an_attempt_is_a_span_and_the_current_one_of_its_handler(traced: Bench) -> None:
+    seen: list[str | None] = []
+
+    def work(ctx: TaskContext) -> dict[str, Any]:
+        traced.clock.advance(0.02)
+        seen.extend((ctx.traceparent, ctx.trace_id))
+        with otel.get_tracer("handler").start_as_current_span("own"):
+            current = otel.get_current_span().get_span_context()
+        seen.append(f"{current.trace_id:032x}")
+        return {}
+
+    traced.handle("t1", work)
+    begun = traced.clock.now()
+    traced.run(traced.offer("t1", traceparent=TRACE), traced.offer("t1"))
+
+    (ran,) = spooled(traced.home / "traces")
+    trace_id = TRACE.split("-")[1]
+    assert (ran.name, ran.trace_id, ran.parent_id) == ("run t1", trace_id, TRACE.split("-")[2])
+    assert (ran.start_ns, ran.end_ns) == (int(begun * 1e9), int((begun + 0.02) * 1e9))
+    assert ran.attributes["hcna.outcome"] == "completed"
+    # What is in no trace has none; nothing of the attempt before is left.
+    assert seen == [f"00-{trace_id}-{ran.span_id}-01", trace_id, trace_id, None, None, "0" * 32]
+
+
+def test_without_traces_a_handler_sees_what_its_submitter_sent(bench: Bench) -> None:
+    seen: list[str | None] = []
+    bench.handle("t1", lambda ctx: seen.append(ctx.traceparent))
+    bench.run(bench.offer("t1", traceparent=TRACE))
+
+    assert seen == [TRACE]
+
+
+def test_the_span_is_written_before_the_end_is_told(traced: Bench) -> None:
+    traced.handle("t1", lambda _ctx: {})
+    written: list[int] = []
+    real = traced.link.report
+
+    def report(reports: tuple[Report, ...]) -> bool:
+        if any(one.kind == ReportKind.COMPLETED for one in reports):
+            written.append(len(spooled(traced.home / "traces")))
+        return real(reports)
+
+    traced.link.report = report  # type: ignore[method-assign]
+    traced.run(traced.offer("t1", traceparent=TRACE))
+
+    assert written == [1]
+
+
+def test_for_what_is_not_recorded_nobody_waits(
+    traced: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[None] = []
+    monkeypatch.setattr(Traces, "close", lambda _self: written.append(None))
+    traced.handle("t1", lambda _ctx: {})
+    traced.run(traced.offer("t1", traceparent=TRACE[:-2] + "00"), traced.offer("t1"))
+
+    assert written == []
+
+
+def test_a_failure_and_a_stop_say_so_without_their_message(traced: Bench) -> None:
+    def fail(_ctx: TaskContext) -> None:
+        raise ValueError("a secret of the payload")
+
+    def obey(_ctx: TaskContext) -> None:
+        traced.order("t2", "drain")
+
+    traced.handle("t1", fail)
+    traced.handle("t2", obey)
+    traced.run(traced.offer("t1", traceparent=TRACE), traced.offer("t2", traceparent=TRACE))
+
+    failed, stopped = spooled(traced.home / "traces")
+    assert (failed.failed, failed.attributes["error.type"]) == (True, "ValueError")
+    assert failed.attributes["hcna.outcome"] == "errored"
+    assert stopped.attributes["hcna.outcome"] == "lost"
+    assert "secret" not in repr((failed, stopped))
+
+
+def test_no_attempt_fails_for_its_spans_sake(
+    traced: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object, **_named: object) -> Any:
+        raise RuntimeError("no span today")
+
+    traced.handle("t1", lambda _ctx: {})
+    monkeypatch.setattr(AttemptSpan, "end", broken)
+    first = traced.run(traced.offer("t1", traceparent=TRACE))
+    assert the(first, ReportKind.COMPLETED)
+    monkeypatch.setattr(Traces, "attempt", broken)
+    (traced.home / "b").mkdir()
+    another = Bench(traced.home / "b", traced.runner._traces)
+    another.handle("t2", lambda _ctx: {})
+
+    assert the(another.run(another.offer("t2", traceparent=TRACE)), ReportKind.COMPLETED, "t2")

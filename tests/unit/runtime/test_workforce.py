@@ -199,6 +199,8 @@ def test_a_worker_in_contact_is_forgotten_only_by_force(
     assert desk.task("t1").pinned_to is None  # Nobody comes back for it.
     assert desk.task("t1").losses == 0
     assert not w1.heartbeat().known
+    w1.hello()  # As an agent does that is not known: this one runs on.
+    assert state(desk) is WorkerState.ONLINE
 
 
 def test_who_forgets_a_worker_is_told_what_goes_on_waiting_for_it(

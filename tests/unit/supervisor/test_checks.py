@@ -28,7 +28,6 @@ from hcna_ray.supervisor.checks import (
     check_disk,
     check_home,
     choose_source,
-    compact,
     documented_ports,
     existing,
     firewall_command,
@@ -38,7 +37,9 @@ from hcna_ray.supervisor.checks import (
     judge_certificate,
     judge_clock,
     judge_disk,
+    judge_entrance,
     judge_files,
+    judge_firewall,
     judge_member,
     judge_memory,
     judge_name,
@@ -233,13 +234,13 @@ def test_how_a_member_is() -> None:
 def test_what_to_type_for_each_firewall(tmp_path: Path) -> None:
     ports = documented_ports(load_settings(home=tmp_path, env={}), "worker")
 
-    assert ports == [(10020, 10025), (10400, 10999)]
+    assert ports == [(10020, 10021), (10023, 10023), (10400, 10999)]
     assert firewall_command(ports, "ufw", "10.0.0.1") == (
-        "sudo ufw allow proto tcp from 10.0.0.1 to any port 10020:10025,10400:10999"
+        "sudo ufw allow proto tcp from 10.0.0.1 to any port 10020:10021,10023,10400:10999"
     )
     assert firewall_command(ports, "firewall-cmd") == (
-        "sudo firewall-cmd --permanent --add-port=10020-10025/tcp --add-port=10400-10999/tcp "
-        "&& sudo firewall-cmd --reload"
+        "sudo firewall-cmd --permanent --add-port=10020-10021/tcp --add-port=10023/tcp "
+        "--add-port=10400-10999/tcp && sudo firewall-cmd --reload"
     )
     assert firewall_command([(1, 1)], "nft") == (
         "sudo nft insert rule inet filter input tcp dport '{ 1 }' accept"
@@ -250,8 +251,24 @@ def test_what_to_type_for_each_firewall(tmp_path: Path) -> None:
 def test_the_ports_of_m1(tmp_path: Path) -> None:
     ports = documented_ports(load_settings(home=tmp_path, env={}), "head")
 
-    assert ports == [(6379, 6379), (10010, 10013), (10040, 10040), (10200, 10399)]
-    assert compact([]) == []
+    assert ports == [
+        (6379, 6379),
+        (10010, 10011),
+        (10013, 10013),
+        (10040, 10040),
+        (10200, 10399),
+    ]
+
+
+def test_whether_rays_ports_are_closed() -> None:
+    closed = {"mode": "auto", "table": "hcna_1", "let_in": ["10.0.0.2", "10.0.0.3"], "trouble": ""}
+
+    assert judge_firewall(closed).level == "ok"
+    assert "table inet hcna_1 lets 2 other addresses in" in judge_firewall(closed).found
+    assert judge_firewall({"mode": "off", "trouble": ""}).level == "ok"
+    still_open = judge_firewall(closed | {"table": None, "trouble": "hcna is not root here"})
+    assert still_open.level == "warn"
+    assert still_open.found.endswith("whoever reaches this machine: hcna is not root here")
 
 
 def test_which_firewall_there_is() -> None:
@@ -558,6 +575,29 @@ def test_doctor_on_m1_that_is_down(tmp_path: Path) -> None:
     assert found["supervisor"].fix == "hcna up"
     assert f"{settings.port('gcs')} by" in found["ports"].found
     assert by_id(list(head_checks(settings)))["ports"].ok
+
+
+@pytest.mark.parametrize(
+    ("listen", "tls", "level", "words", "asked"),
+    [
+        ("127.0.0.1", False, "ok", "this machine alone", False),
+        ("127.0.0.1", True, "ok", "this machine alone", False),
+        ("0.0.0.0", True, "ok", "at https://m1.lab:8080 (port 8080/tcp, TLS)", True),
+        ("0.0.0.0", False, "fail", "in clear", False),
+    ],
+)
+def test_doctor_names_the_entrance_for_others(
+    tmp_path: Path, listen: str, tls: bool, level: str, words: str, asked: bool
+) -> None:
+    env = {"HCNA_COMPOSITE__LISTEN_ADDRESS": listen}
+    env["HCNA_COMPOSITE__SECURITY__ENABLE_TLS"] = str(tls).lower()
+    settings = load_settings(home=tmp_path, env=env)
+
+    check = judge_entrance(settings, "m1.lab")
+
+    assert (check.level, words in check.found) == (level, True), check
+    assert ((8080, 8080) in documented_ports(settings, "head")) == asked
+    assert (8080, 8080) not in documented_ports(settings, "worker")
 
 
 @pytest.mark.usefixtures("roomy", "head")

@@ -1,16 +1,13 @@
-"""Command lines and environment of the Ray nodes, and what the edge lets through."""
+"""Command lines and environment of the Ray nodes."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from hcna_ray.config import MIB, Settings, load_settings
-from hcna_ray.supervisor.edge import edge_command, edge_config
 from hcna_ray.supervisor.ports import (
     connections_max,
     head_command,
@@ -107,6 +104,20 @@ def test_every_process_gets_the_same_ray_settings_and_the_mark(tmp_path: Path) -
     assert not found.keys() & {"RAY_ADDRESS", "HCNA_API_KEY", "HCNA_LEASE__TTL_S"}
 
 
+def test_the_address_of_the_store_is_in_no_environment(tmp_path: Path) -> None:
+    """Its password would be in that of every process of Ray, and of every handler."""
+    ours, other = "postgresql://hcna:secret@db/hcna", "postgresql://app:secret@db/app"
+    by_url = load_settings(home=tmp_path, env={"DATABASE_URL": ours})
+    by_setting = load_settings(home=tmp_path, env={"HCNA_STORE__URL": ours})
+
+    assert by_url.store.url == by_setting.store.url == ours
+    for settings in (by_url, by_setting):
+        found = process_environment(settings, {"DATABASE_URL": ours, "HCNA_STORE__URL": ours})
+        assert "secret" not in repr(found)
+    # A database of somebody else's is theirs to give to handlers.
+    assert process_environment(by_setting, {"DATABASE_URL": other})["DATABASE_URL"] == other
+
+
 def test_ray_demands_a_token(tmp_path: Path) -> None:
     found = ray_environment(settings_with(tmp_path))
 
@@ -179,16 +190,3 @@ def test_the_entrance_holds_every_waiting_client_but_not_more_than_files_allow(
     assert connections_max(settings, files=65536) > settings.limits.waits_max
     assert connections_max(settings, files=20000) * 2.5 < 20000
     assert connections_max(settings, files=1024) * 2.5 < 1024
-
-
-def test_the_edge_configuration_is_valid_for_haproxy(tmp_path: Path) -> None:
-    settings = settings_with(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "edge.cfg").write_text(edge_config(settings))
-
-    command = edge_command(settings)
-
-    assert shutil.which(command[0])
-    checked = subprocess.run([*command, "-c"], capture_output=True, text=True, timeout=20)
-    assert checked.returncode == 0, checked.stderr
-    assert "bind 127.0.0.1:8443" in edge_config(settings)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+import stat
 import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from hcna_ray.supervisor.serve_proxy import (
     serve_proxy_path,
     serve_proxy_script,
 )
+from tests.support.edge import free_ports, wait_until_it_listens
 
 #: What Ray Serve 2.60 writes while no application is known, as far as it matters.
 CONFIG = """\
@@ -79,6 +86,124 @@ def test_an_unknown_path_is_not_said_to_be_missing(tmp_path: Path) -> None:
     assert "return status 503 content-type application/problem+json" in written
     assert "hdr retry-after 1" in written
     entrance = written[written.index("frontend http_frontend") :].splitlines()
-    assert entrance[1].startswith("    http-request set-header x-request-disconnect-disabled ?1 if")
-    assert written.count("\n") == CONFIG.count("\n") + 1
+    assert entrance[1] == "    option disable-h2-upgrade"
+    for line in entrance[2:4]:
+        assert line.startswith("    http-request return status 400 ")
+    assert entrance[2].endswith("if { req.fhdr(content-length) -m len gt 18 }")
+    assert entrance[3].endswith("unless { path_beg / }")
+    assert entrance[4:6] == [
+        "    http-request del-header x-request-timeout-seconds",
+        "    http-request del-header x-request-disconnect-disabled",
+    ]
+    assert entrance[6].startswith("    http-request set-header x-request-disconnect-disabled ?1 if")
+    assert entrance[7] == "    http-request set-header x-hcna-last-field 1"
+    assert written.count("\n") == CONFIG.count("\n") + 7
     assert 'string "ok"' in written
+
+
+def test_what_is_no_request_for_a_path_is_refused(tmp_path: Path) -> None:
+    proxy, config, output = tmp_path / "serve-haproxy", tmp_path / "haproxy.cfg", tmp_path / "out"
+    proxy.write_text(serve_proxy_script())
+    proxy.chmod(0o700)
+    (port,) = free_ports(1)
+    config.write_text(CONFIG.format(port=port))
+
+    def status(request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(request)
+            return connection.recv(65536)[:12]
+
+    head = b" HTTP/1.1\r\nHost: c1\r\nConnection: close\r\n\r\n"
+    with output.open("wb") as stream:
+        process = subprocess.Popen([proxy, "-db", "-f", config], stdout=stream, stderr=stream)
+    try:
+        wait_until_it_listens(port, process, output)
+        assert status(b"GET /-/healthz" + head) == b"HTTP/1.1 200"
+        assert status(b"GET http://c1/-/healthz" + head) == b"HTTP/1.1 200"
+        assert status(b"GET /tasks" + head) == b"HTTP/1.1 503", "no application is up"
+        for target in (b"OPTIONS *", b"GET *", b"GET live"):
+            assert status(target + head) == b"HTTP/1.1 400", target
+        assert status(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)) == b"HTTP/1.1 400"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+#: What Ray writes for its own pages and its socket, as its template has it.
+OPENED = (
+    "    stats socket {{ config.socket_path }} mode 666 level admin expose-fd listeners\n",
+    "    bind :{{ config.metrics_port }}\n",
+    "  bind *:{{ config.stats_port }}\n",
+)
+PAGES = """\
+global
+    stats socket {socket} mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 5s
+    timeout server 5s
+frontend prometheus
+    bind :{metrics}
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+frontend http_frontend
+    bind 127.0.0.1:{entrance}
+    http-request return status 200 content-type text/plain string "ok"
+listen stats
+  bind *:{stats}
+  stats enable
+  stats uri /stats
+"""
+
+
+def test_ray_writes_what_is_taken_back() -> None:
+    """With another Ray this may be other words: then there is something to do here."""
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    template = Path(spec.origin).parent / "serve" / "_private" / "haproxy_templates.py"
+    written = template.read_text()
+
+    for line in OPENED:
+        assert written.count(line) == 1, line
+    binds = [line.strip() for line in written.splitlines() if line.strip().startswith("bind ")]
+    assert len(binds) == 4, binds  # C1's entrance, bound as it is told, and gRPC, which is off.
+
+
+def test_its_pages_are_on_loopback_and_its_socket_is_its_owners() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="hcna-sp-"))  # A socket's path has 107 characters.
+    proxy, config, admin = folder / "serve-haproxy", folder / "h.cfg", folder / "admin.sock"
+    ports = dict(zip(("metrics", "entrance", "stats"), free_ports(3), strict=True))
+    proxy.write_text(serve_proxy_script())
+    proxy.chmod(0o700)
+    config.write_text(PAGES.format(socket=admin, **ports))
+
+    running = subprocess.Popen([proxy, "-db", "-f", config], stderr=subprocess.PIPE)
+    try:
+        until = time.monotonic() + 20
+        while not (found := listening(set(ports.values()))).keys() >= set(ports.values()):
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < until, found
+            time.sleep(0.01)
+
+        assert set(found.values()) == {"127.0.0.1"}
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+    finally:
+        running.terminate()
+        running.communicate(timeout=20)
+        shutil.rmtree(folder)
+
+
+def listening(ports: set[int]) -> dict[int, str]:
+    """Return which of the ports somebody listens on, and at which address."""
+    found = {}
+    for table, family, width in (("tcp", socket.AF_INET, 4), ("tcp6", socket.AF_INET6, 16)):
+        path = Path("/proc/net", table)
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            place, state = line.split()[1], line.split()[3]
+            address, _, port = place.partition(":")
+            if state == "0A" and int(port, 16) in ports:
+                raw = bytes.fromhex(address)
+                words = b"".join(raw[i : i + 4][::-1] for i in range(0, width, 4))
+                found[int(port, 16)] = socket.inet_ntop(family, words)
+    return found

@@ -77,6 +77,25 @@ def countdown(payload: CountdownPayload) -> Iterator[CountdownItem]:
         yield CountdownItem(left=left)
 
 
+class SpokenPayload(Payload):
+    """What to print, and whether to fail after it."""
+
+    lines: list[str] = Field(max_length=10_000)
+    pause_s: float = Field(default=0.0, ge=0, le=60, description="Pause after each line.")
+    fail_until_attempt: int = Field(default=1, ge=1, le=100)
+
+
+@task("example.spoken", payload=SpokenPayload, max_attempts=5, backoff_s=0.1, retry_on=["OSError"])
+def spoken(payload: SpokenPayload, ctx: TaskContext) -> dict[str, int]:
+    """Print lines, each after the number of the attempt."""
+    for line in payload.lines:
+        print(f"{ctx.attempt}: {line}")  # noqa: T201
+        ctx.pause(payload.pause_s)
+    if ctx.attempt < payload.fail_until_attempt:
+        raise OSError(f"attempt {ctx.attempt} fails, as asked")
+    return {"lines": len(payload.lines)}
+
+
 class MarkedPayload(Payload):
     """How long to work, where to leave marks, and whether to die instead of returning."""
 

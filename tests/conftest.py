@@ -1,11 +1,13 @@
+"""For all tests."""
+
 from __future__ import annotations
 
 import pytest
 
-from tests.support.live import FIGURES
+from tests.support.figures import FIGURES
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what was asked, with the seed to ask it again."""
+    """Show what the tests measured."""
     for figure in FIGURES:
         terminalreporter.write_line(figure)

@@ -1,0 +1,376 @@
+"""The page in Chromium: what a person sees, and drives.
+
+Pictures of it are kept in ``build/page``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from tests.page.browser import PHONE, WIDE, Browser
+from tests.page.house import OPERATOR_KEY, VIEWER_KEY, House, a_house
+from tests.support.c1 import ADMIN_KEY, USER_KEY
+from tests.support.live import eventually
+
+
+@pytest.fixture(autouse=True)
+def no_complaint(browser: Browser) -> Iterator[None]:
+    """The console says nothing, but where a test expects it and looks by itself."""
+    yield
+    assert browser.complaints() == []
+
+
+def submit(house: House, key: str = ADMIN_KEY, **task: object) -> str:
+    """Submit a task as some other client does."""
+    reply = httpx.post(
+        f"{house.url}/tasks",
+        json={"task_type": "echo", **task},
+        headers={"Authorization": f"Bearer {key}"},
+    )
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["task_id"])
+
+
+def runs(house: House, *task_ids: str) -> None:
+    eventually(lambda: set(task_ids) <= set(house.running()), 20.0, f"{task_ids} run")
+
+
+def failed_task(house: House) -> str:
+    task_id = submit(house)
+    runs(house, task_id)
+    house.fail(task_id, "the disk was full")
+    return task_id
+
+
+def test_sign_in_submit_and_watch_it_finish(browser: Browser, house: House) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.press("Submit", "nav a")
+    browser.type(
+        '{"message": "Hello, HCNA-3!", "n": 12345678901234567890}', "textarea[name=payload]"
+    )
+    browser.press("Submit")
+    browser.see("running", ".badge")
+    browser.see("Sent to W1", ".story")
+    browser.see("Heartbeat of W1", ".story")
+
+    house.complete(*house.running(), result=b'{"said":"Hello, HCNA-3!","n":12345678901234567890}')
+
+    browser.see("completed", ".badge")  # Nothing was pressed, and nothing loaded anew.
+    story = browser.text(".story")
+    assert re.search(
+        r"Accepted.*Sent to W1.*Started on W1.*Completed on W1 after", story, re.DOTALL
+    ), story
+    assert browser.text("pre").count("12345678901234567890") == 2  # To the last digit.
+    assert browser.find("#spoken").get_property("textContent") == "The task is completed."
+
+
+def test_events_bring_it_at_once(browser: Browser, house: House) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.see("Told of changes as they happen.", "footer")
+
+    task_id = submit(house)
+    browser.see(task_id, "tbody")
+    runs(house, task_id)
+    browser.see("running", "tbody")
+    house.complete(task_id)
+    browser.see("Nothing waits and nothing runs.")
+
+
+def test_while_c1_has_no_room_for_another_stream_it_is_asked_again_and_again(
+    opened: Browser, tmp_path: Path
+) -> None:
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    with a_house(tmp_path / "home", streams_max=1) as house:
+        opened.url = house.url
+        with httpx.stream("GET", f"{house.url}/events", headers=headers):
+            opened.sign_in(ADMIN_KEY)
+            opened.see("Asks every two seconds.", "footer")
+            opened.see(submit(house), "tbody")
+        opened.see("Told of changes as they happen.", "footer")
+        assert all("503" in one for one in opened.complaints())
+        opened.leave()
+
+
+def test_a_wrong_key_is_refused_in_words(browser: Browser) -> None:
+    browser.open()
+    browser.find("#key").send_keys("hcna_nobody")
+    browser.press("Sign in")
+    browser.see("the key is not valid", "#key-problem")
+    assert browser.driver.execute_script("return sessionStorage.length") == 0
+    (complaint,) = browser.complaints()  # That of the refused request itself.
+    assert "401" in complaint
+
+
+def test_the_key_is_in_this_tab_alone_and_goes_with_signing_out(browser: Browser) -> None:
+    browser.sign_in(ADMIN_KEY)
+    kept = "return JSON.stringify([{...sessionStorage}, {...localStorage}, document.cookie])"
+    assert json.loads(browser.driver.execute_script(kept)) == [{"hcna.key": ADMIN_KEY}, {}, ""]
+    browser.open("#/tasks")
+    browser.driver.refresh()  # Loaded anew, it is still signed in.
+    browser.see("Tasks", "h1")
+    browser.press("Sign out")
+    browser.find("#key")
+    assert json.loads(browser.driver.execute_script(kept)) == [{}, {}, ""]
+
+
+def test_a_failed_task_is_replayed(browser: Browser, house: House) -> None:
+    task_id = failed_task(house)
+    browser.sign_in(ADMIN_KEY)
+    browser.see("Failed (1)", "nav")
+    browser.press("Failed (1)", "nav a")
+    browser.see("the disk was full", "tbody")
+    browser.picture("failed")
+    browser.press(f"Replay {task_id}")
+    browser.see(f"{task_id} runs again.", ".notice")
+    browser.see("Nothing has failed.")
+    runs(house, task_id)
+    house.complete(task_id)
+    browser.open(f"#/tasks/{task_id}")
+    browser.see("Completed", ".story")
+    story = browser.text(".story")
+    told = r"Failed on W1.*ValueError: the disk was full.*Replayed.*Sent to W1.*Completed on W1"
+    assert re.search(told, story, re.DOTALL), story
+
+
+def test_all_that_failed_is_replayed_after_a_question(browser: Browser, house: House) -> None:
+    ids = [failed_task(house) for _ in range(3)]
+    browser.sign_in(ADMIN_KEY)
+    browser.open("#/failed")
+    browser.press("Replay all")
+    browser.press("Replay", "dialog button")
+    browser.see("3 tasks run again.", ".notice")
+    runs(house, *ids)
+
+
+def test_w1_is_drained_and_given_work_again(browser: Browser, house: House) -> None:
+    task_id = submit(house)
+    runs(house, task_id)
+    browser.sign_in(OPERATOR_KEY)
+    browser.press("Drain W1")
+    browser.press("Leave it", "dialog button")
+    browser.press("Drain W1")
+    browser.picture("drain")
+    browser.press("Drain W1", "dialog button")
+    browser.see("W1 is being drained.", ".notice")
+    browser.see("draining", "[data-machine=W1]")
+    waiting = submit(house)
+    browser.open(f"#/tasks/{waiting}")
+    browser.see("Waits", ".story")
+    browser.see("What helps", ".story")
+    browser.open("#/")
+    browser.press("Give W1 work again")
+    browser.see("online", "[data-machine=W1]")
+    runs(house, task_id, waiting)
+
+
+def test_a_queue_is_paused_and_resumed(browser: Browser, house: House) -> None:
+    submit(house, queue="night")
+    browser.sign_in(OPERATOR_KEY)
+    browser.press("Pause queue night")
+    browser.see("paused", "tr[data-row=night]")
+    task_id = submit(house, queue="night")
+    browser.open(f"#/tasks/{task_id}")
+    browser.see("The queue 'night' is paused.", ".story")
+    browser.open("#/")
+    browser.press("Resume queue night")
+    browser.see("open", "tr[data-row=night]")
+    runs(house, task_id)
+
+
+def test_a_task_is_cancelled_with_its_reason(browser: Browser, house: House) -> None:
+    task_id = submit(house, run_at="2031-01-01T00:00:00Z")
+    browser.sign_in(ADMIN_KEY)
+    browser.open(f"#/tasks/{task_id}")
+    browser.press("Cancel")
+    browser.find("dialog input[name=reason]").send_keys("not needed any more")
+    browser.press("Cancel the task", "dialog button")
+    browser.see("cancelled", ".badge")
+    browser.see("Not needed any more.", ".story")
+
+
+def test_w1_falls_silent_is_shown_so_and_what_it_ran_is_requeued(
+    browser: Browser, house: House
+) -> None:
+    task_id = submit(house)
+    runs(house, task_id)
+    browser.sign_in(ADMIN_KEY)
+    browser.see("online", "[data-machine=W1]")
+    house.silence(12.0)
+    browser.see("unreachable", "[data-machine=W1]")
+    words = browser.text("[data-machine=W1]")
+    age = re.search(r"last known (\d+) s ago", words)
+    assert age is not None, words
+    assert 12 <= int(age[1]) < 30
+    browser.picture("unreachable")
+    house.silence(60.0)
+    browser.see("asleep", "[data-machine=W1]")
+
+    house.back()
+
+    browser.see("online", "[data-machine=W1]")
+    runs(house, task_id)
+    browser.open(f"#/tasks/{task_id}")
+    browser.see("Lost on W1", ".story")
+    house.complete(task_id)
+    browser.see("Completed", ".story")
+    story = browser.text(".story")
+    told = r"Sent to W1.*Lost on W1.*W1 was silent for.*Requeued.*Sent to W1.*Completed on W1"
+    assert re.search(told, story, re.DOTALL), story
+    browser.picture("story")
+
+
+def test_while_m1_is_away_it_says_so_and_refuses_in_words(browser: Browser, house: House) -> None:
+    submit(house, queue="night")
+    browser.sign_in(ADMIN_KEY)
+    browser.see("answers", "[data-machine=M1]")
+    house.stop_moderator()
+    browser.see("M1 does not answer", ".banner")
+    browser.see("last known", "[data-machine=M1]")
+    browser.see("not known", "[data-machine=W1]")
+    assert "Running" not in browser.text("[data-machine=W1]")  # Nobody knows what it runs.
+    browser.press("Pause queue night")
+    browser.see("Refused: moderator did not answer", ".notice")
+    house.start_moderator()
+    browser.see_no("M1 does not answer")
+    browser.see("answers", "[data-machine=M1]")
+    # The browser writes down every answer that is a refusal; nothing else is wrong.
+    assert all("503" in one for one in browser.complaints())
+
+
+def test_while_c1_is_out_of_reach_what_is_shown_has_its_age(browser: Browser) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.see("online", "[data-machine=W1]")
+    browser.offline(True)
+    browser.see("C1 is unreachable, last known", ".banner")
+    browser.see("unreachable", "[data-machine=C1]")
+    browser.see("not known", "[data-machine=W1]")
+    browser.picture("c1-unreachable")
+    browser.offline(False)
+    browser.see_no("C1 is unreachable")
+    browser.see("online", "[data-machine=W1]")
+    assert all("ERR_INTERNET_DISCONNECTED" in one for one in browser.complaints())
+
+
+def test_a_viewer_sees_no_button_and_an_outline(browser: Browser, house: House) -> None:
+    task_id = failed_task(house)
+    queued = submit(house, queue="night", run_at="2031-01-01T00:00:00Z")
+    browser.sign_in(VIEWER_KEY)
+    browser.see(queued, "tbody")
+    assert browser.buttons() == ["Sign out"]
+    assert "Submit" not in browser.text("nav")
+    for where in ("#/tasks", "#/failed", f"#/tasks/{task_id}", f"#/tasks/{queued}"):
+        browser.open(where)
+        browser.see(task_id if "failed" in where else "task", "h1, tbody")
+        assert browser.buttons() == ["Sign out"], where
+    browser.open(f"#/tasks/{task_id}")
+    browser.see("You see an outline")
+    assert "the disk was full" not in browser.text()
+
+
+def test_a_submitter_works_with_its_own_and_drives_no_machine(
+    browser: Browser, house: House
+) -> None:
+    theirs, own = submit(house), submit(house, USER_KEY)
+    browser.sign_in(USER_KEY)
+    browser.see(own, "tbody")
+    assert theirs not in browser.text()
+    assert browser.buttons() == ["Sign out"]
+    browser.open(f"#/tasks/{theirs}")
+    browser.see("it is not yours to see")
+    browser.open(f"#/tasks/{own}")
+    browser.see("Cancel", "button")
+    assert all("404" in one for one in browser.complaints())
+
+
+def test_what_a_submitter_writes_is_text(browser: Browser, house: House) -> None:
+    bad = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    task_id = submit(house, payload={"message": bad}, metadata={bad: bad})
+    runs(house, task_id)
+    house.fail(task_id, bad)
+    browser.sign_in(ADMIN_KEY)
+    for where in ("#/failed", f"#/tasks/{task_id}"):
+        browser.open(where)
+        browser.see(bad)
+
+
+def test_all_of_it_by_keyboard(browser: Browser) -> None:
+    """Tab, Enter and Escape alone; after every change of view its heading has the focus."""
+    browser.sign_in(ADMIN_KEY)
+    assert browser.focused() == "Overview"
+    browser.tab_to("Submit")
+    browser.keys(Keys.ENTER)
+    browser.see("Submit a task", "h1")
+    assert browser.focused() == "Submit a task"
+    browser.tab_to("Submit")
+    browser.keys(Keys.ENTER)
+    browser.see("Sent to W1", ".story")
+    assert browser.focused().startswith("Task ")
+    browser.open("#/")
+    browser.see("Machines", "h2")
+    browser.tab_to("Drain W1")
+    browser.keys(Keys.ENTER)
+    browser.find("dialog[open]")
+    browser.keys(Keys.ESCAPE)
+    assert browser.focused() == "Drain W1"
+
+
+def test_nothing_is_cut_off_on_smaller_screens(browser: Browser, house: House) -> None:
+    failed = failed_task(house)
+    running = submit(house)
+    submit(house, queue="q" * 64, requires={"gpu": 1})
+    runs(house, running)
+    browser.sign_in(ADMIN_KEY)
+    for where in ("#/", "#/tasks", "#/failed", "#/submit", f"#/tasks/{failed}"):
+        browser.open(where)
+        browser.see_no("Asking C1", "main")
+        for width in (320, 768, 1000):
+            browser.size((width, 800))
+            assert browser.cut_off() == [], (where, width)
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_barrier_in_any_view_on_any_screen(
+    browser: Browser, house: House, scheme: str, size: tuple[int, int]
+) -> None:
+    failed = failed_task(house)
+    lost, running = submit(house), submit(house, queue="night", payload={"album": "spring"})
+    submit(house, queue="q" * 64, requires={"gpu": 1})
+    done = submit(house)
+    runs(house, lost, running, done)
+    house.complete(done)
+    browser.size(size)
+    browser.scheme(scheme)
+    name = f"{scheme}-{'phone' if size == PHONE else 'wide'}"
+    browser.open()
+    browser.find("#key")
+    browser.picture(f"{name}-sign-in")
+    assert browser.barriers() == []
+    browser.sign_in(ADMIN_KEY)
+    browser.see(running, "tbody")
+    views = {
+        "overview": ("#/", "Overview"),
+        "tasks": ("#/tasks", "Tasks"),
+        "failed": ("#/failed", "Failed tasks"),
+        "submit": ("#/submit", "Submit a task"),
+        "task-running": (f"#/tasks/{running}", running),
+        "task-failed": (f"#/tasks/{failed}", failed),
+    }
+    for view, (where, title) in views.items():
+        browser.open(where)
+        browser.see(title, "h1")
+        browser.see_no("Asking C1", "main")
+        browser.picture(f"{name}-{view}", whole=True)
+        assert browser.barriers() == [], view
+        assert browser.cut_off() == [], view
+    house.silence(60.0)
+    browser.open("#/")
+    browser.see("unreachable", "[data-machine=W1]")
+    assert browser.barriers() == []
