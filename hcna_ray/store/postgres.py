@@ -1247,8 +1247,9 @@ _BY_ID = (
 # along the numbers of all rows instead, believing that one with the key comes soon.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = %s ORDER BY dispatch_key, seq LIMIT %s"
 _QUEUED_SINCE = (
-    "SELECT l.queue, MIN((SELECT t.queued_at FROM task AS t WHERE t.ready_lane = l.id "
-    "ORDER BY t.dispatch_key, t.seq LIMIT 1)) FROM lane AS l WHERE l.ready > 0 GROUP BY l.queue"
+    "SELECT queue, MIN(since) FROM (SELECT l.queue, (SELECT t.queued_at FROM task AS t "
+    "WHERE t.ready_lane = l.id ORDER BY t.dispatch_key, t.seq LIMIT 1) AS since "
+    "FROM lane AS l WHERE l.ready > 0) AS f WHERE since IS NOT NULL GROUP BY queue"
 )
 _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
 _DUE = "SELECT seq FROM task WHERE wake_at <= %s ORDER BY wake_at, seq LIMIT %s"

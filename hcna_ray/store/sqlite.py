@@ -853,8 +853,9 @@ _BELONGS = (
 # What the scheduler looks for is found in indexes alone, as row numbers.
 _HEADS = "SELECT seq FROM task WHERE ready_lane = ? ORDER BY dispatch_key, seq LIMIT ?"
 _QUEUED_SINCE = (
-    "SELECT l.queue, MIN((SELECT t.queued_at FROM task AS t WHERE t.ready_lane = l.id "
-    "ORDER BY t.dispatch_key, t.seq LIMIT 1)) FROM lane AS l WHERE l.ready > 0 GROUP BY l.queue"
+    "SELECT queue, MIN(since) FROM (SELECT l.queue, (SELECT t.queued_at FROM task AS t "
+    "WHERE t.ready_lane = l.id ORDER BY t.dispatch_key, t.seq LIMIT 1) AS since "
+    "FROM lane AS l WHERE l.ready > 0) AS f WHERE since IS NOT NULL GROUP BY queue"
 )
 _LEASED = "SELECT seq FROM task WHERE granted_at IS NOT NULL"
 _DUE = "SELECT seq FROM task WHERE wake_at <= ? ORDER BY wake_at, seq LIMIT ?"

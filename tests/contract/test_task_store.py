@@ -1296,3 +1296,12 @@ class TestDepth:
         t3, t4 = (home.store.get([one])[one] for one in ("t3", "t4"))
         save(home.store, ended(t3), step(t4, state=TaskState.RUNNING, lease=a_lease()))
         assert home.reader().queued_since() == {"default": T0 + 9}
+
+    def test_a_queue_of_tasks_without_an_instant_has_not_waited(self, home: Home) -> None:
+        put(
+            home.store,
+            a_task("t1", seq=1, queued_at=None, queue="night"),
+            a_task("t2", seq=2, queued_at=None),
+            a_task("t3", seq=3, queued_at=T0 + 7, task_type="sleep"),
+        )
+        assert home.reader().queued_since() == {"default": T0 + 7}

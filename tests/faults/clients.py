@@ -30,6 +30,8 @@ _REQUEST_S = 25.0
 #: What a client does after nobody answered.
 _AWAY_S = 0.3
 _PROBE_S = 0.2
+#: Answers that waiting does not change: what asks is wrong.
+_NEVER = (401, 403, 421)
 #: How far behind a client that keeps its rate may fall and still make up for it.
 _LATE_S = 5.0
 
@@ -222,6 +224,8 @@ class Clients:
         sent = steady_now()
         response = await caller.submit(body, key=key)
         self.answers.append(Answer(sent, steady_now(), response.status_code))
+        if response.status_code in _NEVER:
+            raise RuntimeError(f"C1 would never accept it: {response.status_code} {response.text}")
         if response.status_code != 202:
             await asyncio.sleep(_AWAY_S)
             return None

@@ -155,7 +155,9 @@ class Stack:
         m1 = self.rig["m1"]
         # The door leads outsiders to a port that M1's own rules would keep from them.
         ray = {"profile": "tiny", "firewall": "off"}
-        own = {"moderator": {"local_worker": "never"}, "ray": ray, **settings}
+        # Clients call it by M1's address, which is not what C1 listens on.
+        called = {"hosts": [m1.address]}
+        own = {"moderator": {"local_worker": "never"}, "ray": ray, "composite": called, **settings}
         m1.write("/root/.hcna/hcna.yaml", json.dumps(own))
         # The kernel's own relay: a program would be one more thing that dies.
         m1.at_boot(
@@ -189,6 +191,9 @@ class Stack:
             brief=brief,
         )
         self._clients.start()
+        accepted = eventually(lambda: self.clients.accepted_after(0.0) or self.clients.broken, 60)
+        assert accepted, "nothing that the clients submit is accepted"
+        assert not self.clients.broken, self.clients.broken
 
     def _furnish(self, name: str) -> None:
         host = self.rig[name]
