@@ -26,6 +26,9 @@ BODY_BYTES_PER_S_MIN = 4 * KIB
 LAST_FIELD = b"x-hcna-last-field"
 #: A field in which the edge says which address a request came from, behind its mark.
 CLIENT_FIELD = b"x-hcna-client"
+#: A field that names a request, and what may be written into a log and an answer as it stands.
+REQUEST_ID_FIELD = b"x-request-id"
+REQUEST_ID_PATTERN = "[A-Za-z0-9._:/+=@-]{1,128}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 from hcna_ray import failpoints
@@ -142,7 +143,7 @@ class Gatherer:
         self.items += len(specs)
         self.bytes += size
         if self._runner is None:
-            self._runner = asyncio.create_task(self._run(), name="gatherer")
+            self._runner = asyncio.create_task(self._run(), name="gatherer", context=Context())
         return await submission.answer
 
     async def close(self, timeout_s: float) -> None:
@@ -165,7 +166,9 @@ class Gatherer:
             self._full = None
             return
         if age >= FULL_S and self._look_for_room is None:
-            self._look_for_room = asyncio.create_task(self._find_room(), name="look-for-room")
+            self._look_for_room = asyncio.create_task(
+                self._find_room(), name="look-for-room", context=Context()
+            )
         if self._room < (count if atomic else 1):
             raise self._full.with_traceback(None)  # Of another request; it would grow with each.
         self._room = max(0, self._room - count)

@@ -33,6 +33,8 @@ from hcna_ray.api.problems import (
     UriTooLong,
     respond,
 )
+from hcna_ray.api.request_ids import REQUEST_ID, request_id_of, with_request_id
+from hcna_ray.observability.log_context import lines_about
 
 #: A refused body is read and thrown away this far, so that the client gets to read the answer:
 #: closing a socket with unread input resets the connection and may destroy the answer.
@@ -45,7 +47,10 @@ _ONCE = frozenset(
 
 
 class RequestLimits:
-    """ASGI middleware that refuses what is too large with a problem and closes the connection."""
+    """ASGI middleware that refuses what is too large with a problem and closes the connection.
+
+    It is the first to see a request, so it is here that a request gets its name.
+    """
 
     def __init__(
         self,
@@ -67,8 +72,13 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._bodies.of(scope["method"], scope["path"])
         scope["headers"] = _of_the_head(scope["headers"])
+        request_id = request_id_of(scope["headers"])
+        with lines_about({REQUEST_ID: request_id}):
+            await self._pass_on(scope, receive, with_request_id(send, request_id))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._bodies.of(scope["method"], scope["path"])
         self._origins.settle(scope)
         try:
             length = _check_head(scope, self._hosts)

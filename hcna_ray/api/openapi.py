@@ -15,7 +15,10 @@ DESCRIPTION = """\
 Everything behind one API: submit tasks, wait for them, move files, look after workers.
 
 Errors are RFC 9457 problem details with a stable `code`. Send a key as `Authorization: Bearer
-<key>` or `X-API-Key: <key>`; `hcna env` prints yours."""
+<key>` or `X-API-Key: <key>`; `hcna env` prints yours.
+
+Every answer has an `X-Request-ID`: the one you sent (1 to 128 letters, digits and `._:/+=@-`), or
+one made for it. C1's log lines about your request carry it as `request_id`, as do problems."""
 
 SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer"},

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from hcna_ray.api.request_ids import REQUEST_ID
 from hcna_ray.core.advice import next_step
 from hcna_ray.core.errors import (
     CannotAccept,
@@ -34,6 +35,7 @@ from hcna_ray.core.errors import (
     StaleWorker,
     StoreFull,
 )
+from hcna_ray.observability.log_context import current_fields
 from hcna_ray.store.artifacts import ArtifactTooLarge
 
 log = logging.getLogger(__name__)
@@ -269,8 +271,10 @@ def problem_of(error: HcnaError) -> dict[str, Any]:
 
 
 def render(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """Turn a problem object into a response, with the headers that go with it."""
+    """Turn a problem object into the response to this request, with the headers that go with it."""
     status = int(body["status"])
+    if (request_id := current_fields().get(REQUEST_ID)) is not None:
+        body = {**body, REQUEST_ID: request_id}
     sent = dict(headers or {})
     if (retry_after_s := body.get("retry_after_s")) is not None:
         sent["Retry-After"] = str(retry_after_s)

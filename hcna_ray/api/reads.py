@@ -10,6 +10,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from typing import TypeVar
 
 from hcna_ray.core.errors import HcnaError, NotFound, Overloaded, StoreUnavailable
@@ -71,7 +72,7 @@ class Reads:
         answer: asyncio.Future[Found | None] = asyncio.get_running_loop().create_future()
         self._lookups.setdefault(task_id, []).append(answer)
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look_up(), name="lookups")
+            self._looking = asyncio.create_task(self._look_up(), name="lookups", context=Context())
         found = await answer
         if found is None:
             raise NotFound("task", task_id[:100])

@@ -7,6 +7,7 @@ counted against. What is declared here is also what ``/openapi.json`` tells.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ Method = Literal["GET", "HEAD", "POST", "PUT", "DELETE"]
 M = TypeVar("M", bound=BaseModel)
 Q = TypeVar("Q", bound=Query)
 
+#: One line for each answer, at level debug: at full load they would be thousands a second.
+access_log = logging.getLogger("hcna_ray.api.access")
+
+#: Of an id that somebody wrote into a path, as much is logged.
+_ID_CHARS_MAX = 100
 #: Bodies above this are parsed on a thread, so that others are served in between.
 PARSE_INLINE_BYTES_MAX = 256 * 1024
 
@@ -60,7 +66,7 @@ PARSE_INLINE_BYTES_MAX = 256 * 1024
 class Call:
     """One request, authenticated and admitted: what a handler works with."""
 
-    __slots__ = ("_query", "caller", "request", "services", "span")
+    __slots__ = ("_query", "about", "caller", "request", "services", "span")
 
     def __init__(
         self, request: Request, services: Services, caller: ApiKey | None, query: Query
@@ -71,6 +77,8 @@ class Call:
         self._query = query
         #: The span of this request, where one is made.
         self.span: RequestSpan | None = None
+        #: What the lines are about that are logged for this request, beside its own name.
+        self.about: dict[str, object] = {}
 
     @property
     def key(self) -> ApiKey:
@@ -124,10 +132,12 @@ class Call:
         value = self.request.headers.get("traceparent")
         return value if trace_id(value) is not None else None
 
-    def log_fields(self) -> Mapping[str, object]:
-        """Return what the lines are about that are logged for this request."""
-        found = trace_id(self.traceparent)
-        return _NONE if found is None else {"trace_id": found}
+    def look_at_names(self) -> None:
+        """Note which trace and which task this request belongs to, as far as its head says."""
+        if (found := trace_id(self.traceparent)) is not None:
+            self.about["trace_id"] = found
+        if (task_id := self.request.path_params.get("task_id")) is not None:
+            self.about["task_id"] = str(task_id)[:_ID_CHARS_MAX]
 
     def say_of_span(self, attributes: Mapping[str, str | int]) -> None:
         """Add to this request's span what became known, if it has one."""
@@ -367,7 +377,8 @@ def _guard(
                 if services.traces is not None and check is Check.SUBMISSION:
                     span = call.span = services.traces.request(method, path, call.traceparent)
                 failpoints.hit("c1.request.admitted")
-                fields = call.log_fields()
+                call.look_at_names()
+                fields = call.about
                 with lines_about(fields):
                     response = await handler(call)
                 failpoints.hit("c1.answer.made")
@@ -387,10 +398,28 @@ def _guard(
         if span is not None:
             span.end(response.status_code)
         services.audit.count(request, caller, method, path, response.status_code)
-        services.stats.count(path, method, response.status_code, services.clock.elapsed() - since)
+        took_s = services.clock.elapsed() - since
+        services.stats.count(path, method, response.status_code, took_s)
+        if access_log.isEnabledFor(logging.DEBUG):
+            with lines_about(fields):
+                _log_answer(method, path, response.status_code, caller, took_s)
         return response
 
     return endpoint
+
+
+def _log_answer(method: str, path: str, status: int, caller: ApiKey | None, took_s: float) -> None:
+    access_log.debug(
+        "request answered",
+        extra={
+            "action": "api.answered",
+            "method": method,
+            "route": path,
+            "status": status,
+            "duration_ms": round(took_s * 1000, 3),
+            "principal": "" if caller is None else caller.name,
+        },
+    )
 
 
 #: What the path names is held against the key here, before a handler sees the request. The other

@@ -341,6 +341,7 @@ class ProblemOut(BaseModel):
     fix: str = Field(default="", description="The next step.")
     errors: list[FieldProblem] = []
     retry_after_s: int | None = None
+    request_id: str = Field(default="", description="X-Request-ID of this answer.")
 
 
 class SubmitOut(Answer):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,7 @@ class ClusterCache:
         asking = self._asking.get(what)
         if asking is None:
             ask = self._ask_cluster if what == "cluster" else self._ask_glance
-            asking = asyncio.create_task(ask(), name=f"ask-{what}")
+            asking = asyncio.create_task(ask(), name=f"ask-{what}", context=Context())
             self._asking[what] = asking
             asking.add_done_callback(lambda _: self._asking.pop(what, None))
         await asyncio.shield(asking)

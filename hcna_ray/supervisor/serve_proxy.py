@@ -9,7 +9,8 @@ puts this line of the configuration right and becomes HAProxy.
 
 It also changes the heads of requests. A length that two programs count differently is refused, and
 so are HTTP/2 and what has no path. What
-a client says to Serve itself, how long to wait for instance, is taken out. What submits tasks is
+a client says to Serve itself, how long to wait for instance, is taken out; so is a name of the
+request that is none (``X-Request-ID``), and the answer has its name once. What submits tasks is
 marked as in no need of being ended when its client goes: Serve would watch each such request with
 two tasks of asyncio's, and the submission is stored in any case. And it marks where the fields of
 the head end: uvicorn puts those behind the last chunk of a body, which no rule of an HAProxy sees,
@@ -28,7 +29,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
-from hcna_ray.api.bounds import LAST_FIELD
+from hcna_ray.api.bounds import LAST_FIELD, REQUEST_ID_FIELD, REQUEST_ID_PATTERN
 from hcna_ray.config import LOOPBACK
 
 #: Where Ray, and the package with the binary, look for a program to start as HAProxy.
@@ -75,18 +76,34 @@ _NO_OVERLONG = _malformed(
 )
 #: Not the path of an application that is not up: none ever has it.
 _NO_PATH = _malformed("A path begins with a slash.", "unless { path_beg / }")
+#: Serve would answer with whatever it is called, and C1 with a name of its own beside it.
+_NAME_FIELD = REQUEST_ID_FIELD.decode()
+_NO_BAD_NAME = (
+    f"del-header {_NAME_FIELD} unless {{ req.fhdr_cnt({_NAME_FIELD}) eq 1 }} "
+    f"{{ req.fhdr({_NAME_FIELD}) -m reg ^{REQUEST_ID_PATTERN}$ }}"
+)
+#: C1 names its answers, and Serve does so again.
+_NAMED_ONCE = (
+    f"set-header {_NAME_FIELD} %[res.fhdr({_NAME_FIELD},1)] "
+    f"if {{ res.fhdr_cnt({_NAME_FIELD}) gt 1 }}"
+)
 #: What steers Serve is for nobody else to say.
 _STEERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
 _RULES = (
     _NO_OVERLONG,
     _NO_PATH,
     *(f"del-header {name}" for name in _STEERS),
+    _NO_BAD_NAME,
     _UNWATCHED,
     LAST_FIELD_RULE,
 )
 #: Of HTTP/2 there is nothing to be translated: what is no HTTP/1 is refused.
 _ADDED = "\\\n".join(
-    ("    option disable-h2-upgrade", *(f"    http-request {rule}" for rule in _RULES))
+    (
+        "    option disable-h2-upgrade",
+        *(f"    http-request {rule}" for rule in _RULES),
+        f"    http-response {_NAMED_ONCE}",
+    )
 )
 #: A page that Ray binds to every address of the machine, and where it belongs.
 _BOUND_TO_ALL = r"^\( *bind \)\*\{0,1\}:\([0-9]\{1,\}\) *$"

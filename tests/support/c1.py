@@ -123,8 +123,13 @@ class Composite:
         return services
 
     def client(self, key: str | None) -> httpx.AsyncClient:
-        """Return a client with another key, or with none."""
-        return _client(self.app, key)
+        """Return a client with another key, or with none.
+
+        Its requests have all one name, so that answers can be compared word for word.
+        """
+        http = _client(self.app, key)
+        http.headers["X-Request-ID"] = "of-the-tests"
+        return http
 
     async def submit(self, **task: Any) -> str:
         """Submit an echo task, or what ``task`` says; return its id."""

@@ -74,6 +74,7 @@ async def submit_batch(call: Call) -> Response:
     bodies = await _bodies(call)
     key = sender.idempotency_key
     batch_id = services.ids.batch_id() if key is None else batch_id_of(caller.owner, key)
+    call.about["batch_id"] = batch_id
     call.say_of_span({"messaging.batch.message_count": len(bodies), "hcna.batch.id": batch_id})
     checked = await _check(call, bodies, sender, batch_id)
     if not caller.sees_all:

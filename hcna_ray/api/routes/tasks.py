@@ -76,6 +76,7 @@ async def submit_task(call: Call) -> Response:
     key = call.key
     sender = Sender(key=key, idempotency_key=call.idempotency_key, traceparent=call.traceparent)
     (task_id,) = services.ids.task_ids(1)
+    call.about["task_id"] = task_id
     spec = services.submissions.task(body, sender, task_id=task_id, now=services.clock.now())
     if spec.depends_on and not key.sees_all:
         for refusal in (await foreign_parents(services, key, (spec,))).values():
@@ -86,6 +87,7 @@ async def submit_task(call: Call) -> Response:
         (result,) = await within_quota(services, key, (spec,))
     if isinstance(result, Refused):
         raise result.error
+    call.about["task_id"] = result.task_id  # Of a repetition, the one that is stored.
     call.say_of_span(
         {
             "messaging.message.id": result.task_id,

@@ -7,10 +7,13 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 
 from hcna_ray.config import Settings
@@ -95,9 +98,11 @@ def test_an_unknown_path_is_not_said_to_be_missing(tmp_path: Path) -> None:
         "    http-request del-header x-request-timeout-seconds",
         "    http-request del-header x-request-disconnect-disabled",
     ]
-    assert entrance[6].startswith("    http-request set-header x-request-disconnect-disabled ?1 if")
-    assert entrance[7] == "    http-request set-header x-hcna-last-field 1"
-    assert written.count("\n") == CONFIG.count("\n") + 7
+    assert entrance[6].startswith("    http-request del-header x-request-id unless ")
+    assert entrance[7].startswith("    http-request set-header x-request-disconnect-disabled ?1 if")
+    assert entrance[8] == "    http-request set-header x-hcna-last-field 1"
+    assert entrance[9].startswith("    http-response set-header x-request-id ")
+    assert written.count("\n") == CONFIG.count("\n") + 9
     assert 'string "ok"' in written
 
 
@@ -127,6 +132,63 @@ def test_what_is_no_request_for_a_path_is_refused(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(20)
+
+
+ECHO = """\
+    default_backend echo
+backend echo
+    server echo 127.0.0.1:{echo}
+"""
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers as Serve and C1 do together: named by each of them."""
+
+    def do_GET(self) -> None:
+        said = ", ".join(self.headers.get_all("x-request-id", ())) or "none"
+        self.send_response(200)
+        self.send_header("x-request-id", "of-c1")
+        self.send_header("X-Request-ID", "of-serve")
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_request_is_called_by_a_good_name_or_none_and_its_answer_has_one(
+    tmp_path: Path,
+) -> None:
+    proxy, config, output = tmp_path / "serve-haproxy", tmp_path / "haproxy.cfg", tmp_path / "out"
+    proxy.write_text(serve_proxy_script())
+    proxy.chmod(0o700)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    (port,) = free_ports(1)
+    frontend = CONFIG.format(port=port).partition("    default_backend")[0]
+    config.write_text(frontend + ECHO.format(echo=server.server_port))
+
+    def told(*names: str) -> tuple[str, list[str]]:
+        fields = [("x-request-id", name) for name in names]
+        reply = httpx.get(f"http://127.0.0.1:{port}", headers=fields, trust_env=False)
+        return reply.text, reply.headers.get_list("x-request-id")
+
+    with output.open("wb") as stream:
+        process = subprocess.Popen([proxy, "-db", "-f", config], stdout=stream, stderr=stream)
+    try:
+        wait_until_it_listens(port, process, output)
+        assert told("job-7/a@b:1") == ("job-7/a@b:1", ["of-c1"])
+        assert told("x" * 128)[0] == "x" * 128
+        for names in ((), ("x" * 129,), ("a b",), ("a", "a"), ("a,b",), ('"a"',)):
+            assert told(*names)[0] == "none", names
+    finally:
+        process.terminate()
+        process.wait(20)
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 #: What Ray writes for its own pages and its socket, as its template has it.
