@@ -15,7 +15,7 @@ FIND_UV := UV="$$(scripts/find_uv.sh)"; export UV;
 RUN_TESTS := $(FIND_UV) $(BIN)/python scripts/run_tests.py
 
 .PHONY: help sync demo up down test test-all test-unit test-contract test-property \
-	test-integration test-page test-rig fuzz audit faults soak bench bench-lock tls-cost seeded-bugs lint types format \
+	test-integration test-page test-rig observed fuzz audit faults soak bench bench-lock tls-cost seeded-bugs lint types format \
 	docs lock clean
 
 help: ## List these commands
@@ -65,6 +65,10 @@ test-page: sync ## The page at /ui in Chromium; screenshots to build/page
 test-rig: sync ## Joining, failing and coming back on separate hosts inside this machine, in full (root)
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) --all rig
+
+observed: sync ## Two hosts under Prometheus, Alertmanager and a collector of traces, for minutes (root)
+	@scripts/system_packages.sh
+	@$(BIN)/python -m pytest -q tests/rig/test_observed.py $(ARGS)
 
 fuzz: sync ## Schemathesis against the OpenAPI that C1 serves, 500 requests an operation and caller
 	@$(RUN_TESTS) --all fuzz

@@ -48,7 +48,8 @@ def build_replica_app(home: str | None, config: str | None) -> FastAPI:
         None if home is None else Path(home), None if config is None else Path(config)
     )
     logs.configure(
-        settings.logs_dir / "composite.log", fields={"node_id": settings.composite.node_id}
+        settings.logs_dir / "composite.log",
+        fields={"node": settings.composite.name, "node_id": settings.composite.node_id},
     )
     clock = SystemClock()
     return build_app(

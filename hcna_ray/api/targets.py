@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
-from hcna_ray.config import Settings
+from hcna_ray.config import LOOPBACK, Settings, is_loopback
 
 #: How long Ray is given to list its nodes; then the last known list counts.
 LOOK_S = 3.0
@@ -80,7 +80,8 @@ def targets(
         workers: Names of workers.
         nodes: Ray's living nodes.
     """
-    groups = [_group("hcna", _composite(settings, host), node="M1", exporter="c1")]
+    composite = _composite(settings, host)
+    groups = [_group("hcna", composite, node="M1", exporter="c1")]
     for node in nodes:
         is_head = HEAD in node.resources
         found = sorted(node.resources & set(workers))
@@ -89,13 +90,17 @@ def targets(
         groups.append(_group("ray", f"{at}:{node.metrics_port}", node=name, exporter="node"))
         if not is_head:
             continue
-        pages = {"autoscaler": "autoscaler_metrics", "edge": "haproxy_metrics"}
+        pages = {"autoscaler": "autoscaler_metrics"}
         if settings.ray.has_dashboard:
             pages["dashboard"] = "dashboard_metrics"
         groups += [
             _group("ray", f"{at}:{settings.port(port)}", node=name, exporter=exporter)
             for exporter, port in sorted(pages.items())
         ]
+        # This page is on loopback alone: there is nothing to scrape for whoever is elsewhere.
+        if is_loopback(composite.rpartition(":")[0].strip("[]")):
+            edge = f"{LOOPBACK}:{settings.port('haproxy_metrics')}"
+            groups.append(_group("ray", edge, node=name, exporter="edge"))
     return groups
 
 

@@ -7,8 +7,6 @@ of every host and none of them goes down with one.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
 import random
 import threading
 from collections.abc import Coroutine
@@ -21,8 +19,8 @@ import httpx
 
 from tests.checker.recorder import Caller, History, steady_now
 from tests.support.checked_tasks import TASK_TYPES
+from tests.support.rig.kernel import enter_network
 
-_CLONE_NEWNET = 0x40000000
 #: Names of clients, and so of their parts in the history.
 _CLIENTS = 4
 #: What a request may take: longer than C1 holds one for a moderator that is away.
@@ -346,15 +344,3 @@ class Clients:
                 if response.status_code == 200:
                     break
                 await asyncio.sleep(_AWAY_S)
-
-
-def enter_network(namespace: Path) -> None:
-    """Have this thread's new sockets be in a network namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(namespace))
-    finally:
-        os.close(descriptor)

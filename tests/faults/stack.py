@@ -168,7 +168,7 @@ class Stack:
             f"  tcp dport {_DOOR} dnat to 127.0.0.1:8080\n }}\n}}\nEND\n",
         )
         m1.sh("bash /etc/boot.d/door.sh")
-        self._as_service("m1")
+        self.computer.install_services("m1", ENVIRONMENT)
         self.computer.systemctl("m1", "enable --now hcna-m1")
         key = m1.file("/root/.hcna/keys/client.key")
         assert eventually(key.exists, 60), "M1's supervisor does not start"
@@ -202,20 +202,12 @@ class Stack:
         host.write(f"{info}/entry_points.txt", _ENTRY_POINTS)
         host.file(FAILPOINTS).mkdir()
 
-    def _as_service(self, name: str) -> None:
-        """Install the machine's unit, with the variables of a test."""
-        self.computer.install_services(name)
-        host = self.rig[name]
-        lines = "".join(f"Environment={key}={value}\n" for key, value in ENVIRONMENT.items())
-        for path in host.file("/etc/systemd/system").glob("hcna-*.service"):
-            path.write_text(path.read_text().replace("[Service]\n", f"[Service]\n{lines}"))
-
     def _join(self, name: str, code: str) -> None:
         host = self.rig[name]
         host.write("/root/.hcna/hcna.yaml", "ray: {profile: tiny}\n")
         wanted = self.workers[name]
         host.sh(f"{HCNA} join {code} --name {wanted} --wait 120", timeout_s=150, env=ENVIRONMENT)
-        self._as_service(name)
+        self.computer.install_services(name, ENVIRONMENT)
         self.computer.systemctl(name, f"enable hcna-{name}")
 
     # -- looking -----------------------------------------------------------------------------------

@@ -187,9 +187,10 @@ class Webhook(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def a_webhook() -> Iterator[tuple[str, Queue[dict[str, Any]]]]:
+def a_webhook(port: int = 0) -> Iterator[tuple[str, Queue[dict[str, Any]]]]:
+    """Listen on loopback for what Alertmanager tells; yield the address and what has come."""
     told: Queue[dict[str, Any]] = Queue()
-    server = HTTPServer(("127.0.0.1", 0), type("Hook", (Webhook,), {"told": told}))
+    server = HTTPServer(("127.0.0.1", port), type("Hook", (Webhook,), {"told": told}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

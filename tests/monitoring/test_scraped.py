@@ -7,7 +7,6 @@ the rest, on two hosts (`tests.rig.test_observed`).
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from hcna_ray.cli.main import main
 from hcna_ray.supervisor.observers import Observers
 from tests.monitoring.test_observers import free_url
 from tests.support.live import eventually
-from tests.support.promql import metrics_in, wanted
+from tests.support.promql import found, metrics_in, wanted
 
 #: What Ray and the edge show, and what a worker tells that has a machine of its own.
 NOT_HERE = ("ray_", "haproxy_", "hcna_worker_memory", "hcna_worker_disk")
@@ -72,17 +71,6 @@ def prometheus(
             yield http
     finally:
         Observers(tmp_path / "observe").down()
-
-
-def found(prometheus: httpx.Client, expr: str) -> list[float]:
-    """Return the values that are numbers."""
-    reply = prometheus.get("/api/v1/query", params={"query": expr}).json()
-    assert reply["status"] == "success", (expr, reply)
-    result = reply["data"]["result"]
-    if reply["data"]["resultType"] == "scalar":
-        return [float(result[1])]
-    values = [float(one["value"][1]) for one in result]
-    return [value for value in values if not math.isnan(value)]
 
 
 def test_every_query_of_ours_finds_data_while_tasks_are_done(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,8 +79,13 @@ class Computer:
         """Join a host."""
         return self.hcna(host, f"join {code or self.invite()} {options}")
 
-    def install_services(self, host: str) -> None:
-        """Install what `hcna units` writes, with a stand-in for the service manager."""
+    def install_services(self, host: str, environment: Mapping[str, str] | None = None) -> None:
+        """Install what `hcna units` writes, with a stand-in for the service manager.
+
+        Args:
+            host: Where.
+            environment: Variables that the services get besides.
+        """
         one = self.rig[host]
         for name in ("systemctl", "journalctl"):
             one.write(f"{_STAND_INS}/{name}", (_DATA / "systemctl").read_text(), mode=0o755)
@@ -91,6 +96,11 @@ class Computer:
             if _STAND_INS not in rc.read_text():
                 rc.write_text(f"export PATH={_STAND_INS}:$PATH\n{rc.read_text()}")
         one.sh(f"{HCNA} units --dir /etc/systemd/system")
+        lines = "".join(
+            f"Environment={key}={value}\n" for key, value in (environment or {}).items()
+        )
+        for path in one.file("/etc/systemd/system").glob("hcna-*.service"):
+            path.write_text(path.read_text().replace("[Service]\n", f"[Service]\n{lines}"))
         one.at_boot("units", f"{_STAND_INS}/systemctl boot\n")
 
     def systemctl(self, host: str, arguments: str) -> None:

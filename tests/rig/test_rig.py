@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.rig import CommandFailed, Host, Rig, RigError
+from tests.support.rig.door import Door, network_of
 from tests.support.rig.processes import KEEPER_MODULE, arguments, find_inits, namespace, numbers
 from tests.support.rig.rig import REPOSITORY
 from tests.support.rig.state import PREFIX
@@ -639,3 +642,40 @@ def test_who_cannot_have_a_rig_is_told_why(rig: Rig) -> None:
         check=False,
     )
     assert done.err.splitlines()[-1].endswith("RigUnavailable: no hosts on this machine: not root")
+
+
+def test_a_door_leads_to_a_hosts_own_loopback_and_stays_over_a_boot(rig: Rig) -> None:
+    w1 = rig["w1"]
+    serve = ("python3", "-m", "http.server", "--bind", "127.0.0.1", "--directory", "/root/shown")
+    here = namespace(os.getpid(), "net")
+
+    def get(url: str) -> str | None:
+        try:
+            return httpx.get(f"{url}/said", trust_env=False, timeout=5).text
+        except httpx.TransportError:
+            return None
+
+    with Door(w1, 8000) as door:
+        for said in ("before", "after"):
+            w1.write("/root/shown/said", said)
+            with w1.running(*serve):
+                eventually(lambda: get(door.url))
+                assert get(door.url) == said
+                assert connect(rig["m1"], w1.address, 8000) == REFUSED
+            assert get(door.url) is None
+            w1.reboot()
+    assert get(door.url) is None
+    assert namespace(os.getpid(), "net") == here
+
+
+def test_a_test_can_listen_on_a_host(rig: Rig) -> None:
+    with network_of(rig["client"]):
+        ear = socket.create_server(("0.0.0.0", 9000))
+    with ear:
+        assert connect(rig["m1"], rig["client"].address, 9000) == OPEN
+        assert connect(rig["client"], "127.0.0.1", 9000) == OPEN
+        assert connect(rig["m1"], "127.0.0.1", 9000) == REFUSED
+    assert connect(rig["m1"], rig["client"].address, 9000) == REFUSED
+    rig["w2"].unplug()
+    with pytest.raises(RigError, match="w2 is off"), network_of(rig["w2"]):
+        pass

@@ -7,6 +7,7 @@ would take half an hour. What they print as ``measured: rig: ...`` are the figur
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import yaml
 
 from hcna_ray.supervisor.processes import Marker, scan
+from tests.page.browser import MISSING, Browser, a_browser, found
 from tests.rig.computer import HCNA, HOME, PYTHON, Computer, eventually, measured
 from tests.rig.reach import asked_for_pages, found_by_a_stranger
 from tests.support.rig import Rig
+from tests.support.rig.door import Door
 from tests.support.rig.testing import rig_for_tests
 
 DATA = Path(__file__).parent / "data"
@@ -36,6 +39,20 @@ def rig(computer: Computer) -> Iterator[Rig]:
     computer.rig.heal()
     for host in computer.rig:
         host.resume()
+
+
+@pytest.fixture
+def page(computer: Computer, tmp_path: Path) -> Iterator[Browser]:
+    """A Chromium of this machine with the page open and signed in, for as long as a test takes."""
+    if not found():
+        pytest.skip(MISSING)
+    with Door(computer.m1, 8080) as door, a_browser(tmp_path / "profile") as browser:
+        browser.url = door.url
+        browser.sign_in(computer.key)
+        browser.driver.execute_script("window.opened = 'once'")
+        yield browser
+        assert browser.driver.execute_script("return window.opened") == "once"
+        assert browser.complaints() == []
 
 
 def test_up_join_and_first_result_take_three_commands(computer: Computer) -> None:
@@ -108,6 +125,23 @@ def test_nobody_else_finds_more_than_the_gate(computer: Computer) -> None:
     """Who shows what at the ports that members reach is in test_ports.py."""
     measured(found_by_a_stranger(computer, ("m1", "w1")))
     measured(asked_for_pages(computer, [("client", "m1"), ("w1", "m1")]))
+
+
+def test_prometheus_on_m1_is_sent_to_pages_that_answer(computer: Computer) -> None:
+    groups = computer.api("GET", "/metrics/targets")[1]
+
+    def status(target: str) -> str:
+        words = ("-qs", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}")
+        return computer.m1.run("curl", *words, f"http://{target}/metrics", check=False).out
+
+    answers = {
+        (one["labels"]["node"], one["labels"]["exporter"]): status(*one["targets"])
+        for one in groups
+    }
+    # The rules for ports let nobody elsewhere read Ray's own page of a worker.
+    assert answers.pop(("W1", "node")) == "000"
+    assert {("M1", exporter) for exporter in ("c1", "node", "edge", "autoscaler")} <= set(answers)
+    assert set(answers.values()) == {"200"}, answers
 
 
 def test_dispatch_latency_across_hosts(computer: Computer) -> None:
@@ -223,19 +257,36 @@ def test_rejoin_after_the_raylet_is_killed(computer: Computer) -> None:
     measured(f"(e) raylet killed: W1 works again after {time.monotonic() - begun:.1f} s")
 
 
-def test_rejoin_after_the_plug_and_after_a_reboot(computer: Computer) -> None:
+def test_rejoin_after_the_plug_and_after_a_reboot(computer: Computer, page: Browser) -> None:
     w1, w2 = computer.rig["w1"], computer.rig["w2"]
+    page.see("online", "[data-machine=W1]")
     w1.unplug()
     w2.reboot()
     begun = time.monotonic()
     eventually(lambda: computer.state_of("W1") in ("suspect", "asleep"), 40, "W1 missed")
+    page.see("unreachable", "[data-machine=W1]")
+    first_s = last_known_s(page)
     computer.works("W2", 120)
     measured(f"(e) reboot: W2 works again {time.monotonic() - begun:.1f} s after boot")
     eventually(lambda: computer.state_of("W1") == "asleep", 60, "W1 asleep")
+    page.see("asleep", "[data-machine=W1]")
+    page.see("online", "[data-machine=W2]")
+    assert 0 < first_s < last_known_s(page) < 180
+    page.picture("w1-without-power")
     w1.boot()
     begun = time.monotonic()
     computer.works("W1", 120)
     measured(f"(e) plug pulled: W1 works again {time.monotonic() - begun:.1f} s after boot")
+    page.see("online", "[data-machine=W1]")
+    page.see_no("unreachable", "[data-machine=W1]")
+
+
+def last_known_s(page: Browser) -> int:
+    """Return how long ago, as the page has it, W1 was heard of."""
+    words = page.text("[data-machine=W1]")
+    age = re.search(r"last known (?:(\d+) min )?(\d+)(?:\.\d)? s ago", words)
+    assert age is not None, words
+    return 60 * int(age[1] or 0) + int(age[2])
 
 
 @pytest.mark.drill

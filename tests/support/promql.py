@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+
+import httpx
 
 from hcna_ray.observability import alerts, monitoring
 
@@ -65,3 +68,14 @@ def wanted() -> dict[str, str]:
             name += "'"
         found[name] = filled(expr)
     return found
+
+
+def found(prometheus: httpx.Client, expr: str) -> list[float]:
+    """Return the values of a query that are numbers."""
+    reply = prometheus.get("/api/v1/query", params={"query": expr}).json()
+    assert reply["status"] == "success", (expr, reply)
+    result = reply["data"]["result"]
+    if reply["data"]["resultType"] == "scalar":
+        return [float(result[1])]
+    values = [float(one["value"][1]) for one in result]
+    return [value for value in values if not math.isnan(value)]

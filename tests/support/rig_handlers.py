@@ -148,6 +148,7 @@ def traced(_payload: BaseModel, ctx: TaskContext) -> dict[str, str | None]:
 
     with trace.get_tracer("rig").start_as_current_span("a step"):
         _note(ctx)
+        ctx.log.info("a step is done", extra={"action": "rig.step"})
     return {"traceparent": ctx.traceparent}
 
 

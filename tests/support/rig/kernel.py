@@ -18,6 +18,7 @@ _AT_RECURSIVE = 0x8000
 _MOUNT_ATTR_RDONLY = 1
 #: The same number on every architecture.
 _SYS_MOUNT_SETATTR = 442
+_CLONE_NEWNET = 0x40000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,6 +69,15 @@ def bind(source: Path, target: Path, *, read_only: bool = False) -> None:
 def tmpfs(target: Path, *, size: str, mode: int = 0o755) -> None:
     """Mount a file system in memory."""
     mount("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode={mode:o}")
+
+
+def enter_network(namespace: Path) -> None:
+    """Have this thread's new sockets be in a network namespace."""
+    descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(descriptor, _CLONE_NEWNET), f"enter {namespace}")
+    finally:
+        os.close(descriptor)
 
 
 def unmount(target: Path) -> None:

@@ -25,17 +25,28 @@ def listed(found: list[dict[str, object]]) -> set[tuple[str, str, str]]:
 
 def test_c1_and_every_page_of_ray_are_listed(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, ports=PortSettings(offset=100))
-    found = targets(settings, host="c1.lan:8080", workers=["W2"], nodes=[M1, W2])
+    found = targets(settings, host="localhost:8080", workers=["W2"], nodes=[M1, W2])
 
     assert listed(found) == {
-        ("hcna", "c1", "c1.lan:8080"),
+        ("hcna", "c1", "localhost:8080"),
         ("ray", "node", "192.0.2.1:10015"),
         ("ray", "autoscaler", "192.0.2.1:10116"),
         ("ray", "dashboard", "192.0.2.1:10117"),
-        ("ray", "edge", "192.0.2.1:10133"),
+        ("ray", "edge", "127.0.0.1:10133"),
         ("ray", "node", "192.0.2.2:10025"),
     }
     assert [group["labels"]["node"] for group in found] == ["M1"] * 5 + ["W2"]
+
+
+def test_what_is_on_loopback_is_listed_for_those_on_m1_alone(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+
+    def edges(host: str) -> set[str]:
+        found = targets(settings, host=host, workers=[], nodes=[M1])
+        return {target for _, exporter, target in listed(found) if exporter == "edge"}
+
+    assert edges("127.0.0.1:8443") == edges("[::1]:8080") == edges("") == {"127.0.0.1:10033"}
+    assert edges("c1.lan:8080") == edges("192.0.2.1:8080") == set()
 
 
 def test_a_tiny_m1_has_no_page_of_a_dashboard(tmp_path: Path) -> None:
