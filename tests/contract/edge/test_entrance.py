@@ -110,8 +110,14 @@ def test_fields_behind_a_body_do_not_count(edge: RunningEdge, behind: tuple[int,
     body = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
     trailer = f"Authorization: Bearer {ADMIN_KEY}\r\nX-Request-ID: mine\r\n\r\n".encode()
 
-    assert ask(edge, head + body + trailer).startswith(b"HTTP/1.1 401 ")
-    assert ("x-request-id", "mine") in behind[1].seen[-1][2], "uvicorn puts it among the others"
+    refusal = ask(edge, head + body + trailer)
+    assert refusal.startswith(b"HTTP/1.1 401 ")
+    fields = behind[1].seen[-1][2]
+    assert ("x-request-id", "mine") in fields, "uvicorn puts it among the others"
+    # Nor is the request called so: it has the name that the edge has given it, and logs.
+    given = next(value for name, value in fields if name == "x-request-id")
+    assert f"x-request-id: {given}\r\n".encode() in refusal
+    assert json.loads(refusal.partition(b"\r\n\r\n")[2])["request_id"] == given != "mine"
 
 
 def test_wrong_keys_are_bounded_by_the_address_that_the_edge_tells(
