@@ -66,9 +66,10 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
             install_handlers(host.file("/root/site"))
             host.file("/root/rig").mkdir()
         collector = {"endpoint": f"http://{rig['client'].address}:{COLLECTOR}"}
-        made.m1.write(f"{HOME}/hcna.yaml", json.dumps({"tracing": collector}))
-        said = made.m1.sh(f"{HCNA} up", env=ENVIRONMENT, timeout_s=150).out
-        w1.sh(f"{HCNA} join {made.code_in(said)}", env=ENVIRONMENT, timeout_s=150)
+        own = {"tracing": collector, "moderator": {"local_worker": "never"}}
+        made.m1.write(f"{HOME}/hcna.yaml", json.dumps(own))
+        made.m1.sh(f"{HCNA} up --wait 240", env=ENVIRONMENT, timeout_s=270)
+        w1.sh(f"{HCNA} join {made.invite()} --wait 120", env=ENVIRONMENT, timeout_s=150)
         made.install_services("w1", ENVIRONMENT)
         made.hcna("w1", "down")
         made.systemctl("w1", "enable --now hcna-w1")
