@@ -448,7 +448,7 @@ class TestCommands:
         source.rename(source.with_name("old.db"))
         assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 0
         told = capfd.readouterr()
-        assert "rows in 16 tables copied and compared" in told.out
+        assert "rows in 17 tables copied and compared" in told.out
         assert "take it out of store.url and DATABASE_URL" in " ".join(told.err.split())
         assert "never start on it again" in " ".join(told.err.split())
         monkeypatch.delenv("DATABASE_URL")

@@ -26,7 +26,7 @@ from hcna_ray.runtime.schedules import KeyAuthority, Refusal, task_id_of
 from hcna_ray.security.keys import ApiKey
 from hcna_ray.store.base import Counter
 from hcna_ray.store.memory import MemoryTaskStore
-from tests.support.builders import T0, a_schedule, a_spec
+from tests.support.builders import T0, a_schedule, a_spec, a_task
 from tests.support.paper_worker import Desk, PaperWorker
 
 #: The first full hour behind `T0`.
@@ -92,7 +92,7 @@ def test_when_its_time_comes_its_task_is_submitted_and_done(desk: Desk) -> None:
     assert (task.spec.queue, task.spec.principal) == ("night", "owner")
     assert task.spec.accepted_at == HOUR + 0.25
 
-    w1.granted(0, w1.ended(offer))
+    w1.exchange(0, w1.ended(offer))
     after = of(desk)
     assert (after.started, after.last_task_id, after.last_at) == (1, task.id, HOUR)
     assert after.wake_at == HOUR + 3600
