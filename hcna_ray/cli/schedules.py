@@ -93,7 +93,7 @@ def create(
         webhook=webhook,
         metadata=parse_pairs(metadata, me) if metadata else None,
     )
-    given = parse_payload(payload or (), me)
+    given = parse_payload(payload or [], me)
     with open_client() as client:
         made = client.create_schedule(
             name or task_type,

@@ -8,6 +8,7 @@ the clock shows: what it leaves out is left out, and what it shows twice is take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
@@ -77,7 +78,9 @@ class Cron:
         return list(islice(self._from(at), count))
 
     def _from(self, at: float) -> Iterator[float]:
-        return self._behind(CronSim(self._fields, datetime.fromtimestamp(at, self._zone)), at)
+        # Of whole seconds: rounded up, an instant just behind would be passed over.
+        start = datetime.fromtimestamp(math.floor(at), self._zone)
+        return self._behind(CronSim(self._fields, start), at)
 
     @staticmethod
     def _behind(found: Iterator[datetime], at: float) -> Iterator[float]:

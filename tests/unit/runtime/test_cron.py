@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 
 import pytest
@@ -22,7 +23,7 @@ def expect(line: str, start: str, *instants: str, timezone: str = "Europe/Berlin
     for one in instants:
         assert found is not None
         fresh = Cron(line, timezone)
-        assert fresh.after(found) == fresh.after(at(one) - 0.5) == at(one)
+        assert fresh.after(found) == fresh.after(math.nextafter(at(one), 0)) == at(one)
         found = cron.after(found)
         assert found == at(one)
 
