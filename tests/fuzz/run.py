@@ -90,7 +90,6 @@ def configured(stage: Stage, caller: str, examples: int, seed: int) -> Schemathe
         "body.cron": ("crons", 0.9),
         "body.timezone": ("zones", 0.9),
         "body.task.task_type": ("types", 0.9),
-        "body.name": ("workers", 0.3),
         "body.task_type": ("types", 0.9),
         "body.tasks[*].task_type": ("types", 0.9),
         "body.ids[*]": ("tasks", 0.9),
