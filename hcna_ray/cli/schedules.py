@@ -8,6 +8,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from hcna_ray.cli.tasks import (
+    Attempts,
+    Metadata,
+    Payload,
+    Priority,
+    Queue,
+    Requires,
+    RunTimeout,
+    TaskType,
+    Webhook,
+)
 from hcna_ray.cli.terminal import (
     AsJson,
     Json,
@@ -38,11 +49,8 @@ def register(app: typer.Typer) -> None:
 
 @schedules_app.command()
 def create(
-    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="Task type, e.g. echo.")],
-    payload: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[JSON|-|KEY=VALUE...]", help="The payload; - reads stdin."),
-    ] = None,
+    task_type: TaskType,
+    payload: Payload = None,
     *,
     cron: Annotated[
         str, typer.Option(help='When: "0 3 * * *" (minute, hour, day, month, weekday) or @daily.')
@@ -62,24 +70,13 @@ def create(
         typer.Option(min=0, help="Seconds after an instant in which it is made up for."),
     ] = None,
     paused: Annotated[bool, typer.Option("--paused", help="Begin paused.")] = False,
-    queue: Annotated[str | None, typer.Option(help="Named queue.")] = None,
-    priority: Annotated[
-        int | None, typer.Option(min=0, max=9, help="0 to 9, larger runs sooner.")
-    ] = None,
-    requires: Annotated[
-        list[str] | None,
-        typer.Option(help="worker=W1, cpu=1, mem_gb=2, gpu=1, resource.X=1, label.X=Y."),
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Longest run of one attempt, seconds.")
-    ] = None,
-    attempts: Annotated[
-        int | None, typer.Option(min=1, help="Most attempts; 1 means no retry.")
-    ] = None,
-    webhook: Annotated[
-        str | None, typer.Option(metavar="URL", help="Told how each task has ended.")
-    ] = None,
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE kept with it.")] = None,
+    queue: Queue = None,
+    priority: Priority = None,
+    requires: Requires = None,
+    timeout: RunTimeout = None,
+    attempts: Attempts = None,
+    webhook: Webhook = None,
+    metadata: Metadata = None,
     as_json: AsJson = False,
 ) -> None:
     """Have M1 submit a task of TYPE at every instant that --cron names."""
