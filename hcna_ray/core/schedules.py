@@ -278,7 +278,7 @@ def _skipped(
     if not instants:
         return schedule
     return schedule.evolve(
-        decided_until=max(schedule.decided_until, instants[-1]),
+        decided_until=instants[-1],
         skipped=schedule.skipped + len(instants),
         reason=Reason(code, message, now),
     )
