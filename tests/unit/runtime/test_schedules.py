@@ -315,6 +315,21 @@ def test_a_queue_that_stays_full_is_a_miss_and_is_on_record_once() -> None:
     ]
 
 
+def test_what_holds_it_up_again_after_a_task_is_on_record_again() -> None:
+    desk = Desk(queue_tasks_max=1)
+    create(desk, catch_up_s=30.0, overlap=Overlap.ALLOW)
+    for hour, name in enumerate(("first", None, "second")):
+        if name is not None:
+            desk.submit(a_spec(name))
+        until(desk, HOUR + hour * 3600 + 1)
+        until(desk, HOUR + hour * 3600 + 60)
+        for task in tasks(desk):
+            if not task.terminal:
+                desk.cancel(task.id)
+    assert (of(desk).started, of(desk).missed) == (1, 2)
+    assert [line[0] for line in audit(desk)].count("schedule.held_up") == 2
+
+
 def test_a_type_that_no_worker_has_any_more_is_waited_for(desk: Desk) -> None:
     PaperWorker(desk)
     create(desk, spec=a_spec("", task_type="gone", principal="owner"))
