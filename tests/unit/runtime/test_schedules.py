@@ -321,8 +321,8 @@ def test_what_holds_it_up_again_after_a_task_is_on_record_again() -> None:
     for hour, name in enumerate(("first", None, "second")):
         if name is not None:
             desk.submit(a_spec(name))
-        until(desk, HOUR + hour * 3600 + 1)
-        until(desk, HOUR + hour * 3600 + 60)
+        for seconds in (1, 12, 23, 34):
+            until(desk, HOUR + hour * 3600 + seconds)
         for task in tasks(desk):
             if not task.terminal:
                 desk.cancel(task.id)
