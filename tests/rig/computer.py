@@ -116,7 +116,9 @@ class Computer:
         command += ["-H", f"Authorization: Bearer {self.key}"]
         if body is not None:
             command += ["-d", json.dumps(body)]
-        done = self.m1.run(*command, f"http://127.0.0.1:{self.c1_port}{path}", timeout_s=80, check=False)
+        done = self.m1.run(
+            *command, f"http://127.0.0.1:{self.c1_port}{path}", timeout_s=80, check=False
+        )
         text, _, status = done.out.rpartition("\n")
         try:
             return int(status or 0), json.loads(text) if text else None
