@@ -53,6 +53,8 @@ class Computer:
         self.rig = rig
         self.m1 = rig["m1"]
         self.home = "/root/.hcna" if user == "root" else f"/home/{user}/.hcna"
+        #: Where C1 answers without TLS on M1's loopback.
+        self.c1_port = 8080
         self._key = ""
 
     # -- commands ----------------------------------------------------------------------------------
@@ -106,8 +108,6 @@ class Computer:
 
     def forget_key(self) -> None:
         """Read the key anew: M1's home has been removed."""
-        #: Where C1 answers without TLS on M1's loopback.
-        self.c1_port = 8080
         self._key = ""
 
     def api(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
