@@ -1084,6 +1084,11 @@ class Settings(_Section):
         return self.logs_dir / "audit.log"
 
     @property
+    def acts_dir(self) -> Path:
+        """Where what was done beside the moderator waits to be put on record."""
+        return self.home / "acts"
+
+    @property
     def logs_dir(self) -> Path:
         """Directory of the JSON-lines logs."""
         return self.home / "logs"

@@ -93,6 +93,7 @@ def issue(
     Machines that join get theirs by themselves. With --csr there is no key.pem.
     """
     from hcna_ray.durable import write_private
+    from hcna_ray.security.acts import leave
     from hcna_ray.security.authority import ensure_trust, sign_request
     from hcna_ray.security.certs import make_request, new_key
 
@@ -106,7 +107,8 @@ def issue(
         raise CommandFailed(
             f"{place} exists already", "hcna certs issue --to another directory", ExitCode.REFUSED
         )
-    directory = _m1_settings().cluster_dir
+    settings = _m1_settings()
+    directory = settings.cluster_dir
     with _trouble():
         key = new_key() if csr is None else ""
         request = make_request(key, name) if csr is None else _request_in(csr)
@@ -128,6 +130,7 @@ def issue(
         ):
             if text:
                 write_private(place / file, text)
+    leave(settings.acts_dir, "certificate.issued", name, detail=f"{chosen}, {days} days")
     if as_json:
         print_json({"name": name, "kind": chosen, "directory": str(place.absolute())})
         return
@@ -243,6 +246,7 @@ def revoke(
     machine knows opens nothing any more. It comes back only with a new join code.
     """
     from hcna_ray.security import authority
+    from hcna_ray.security.acts import leave
     from hcna_ray.supervisor.membership import read_members
     from hcna_ray.supervisor.rotation import Rotation, RotationFailed
 
@@ -251,7 +255,11 @@ def revoke(
     known = {one.name for one in read_members(directory)}
 
     def taken_back(what: str) -> tuple[Issued, ...]:
-        return authority.revoke(directory, what, now=_now(), reason=reason)
+        ended = authority.revoke(directory, what, now=_now(), reason=reason)
+        for one in ended:
+            why = f"{one.serial}, {one.kind}: {one.reason or 'no reason given'}"
+            leave(settings.acts_dir, "certificate.revoked", one.name, detail=why)
+        return ended
 
     with _trouble():
         try:

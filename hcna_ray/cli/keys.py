@@ -73,6 +73,7 @@ def create(
     viewer sees every task, of others no payloads and results. submitter works with its own tasks.
     operator sees and changes all tasks, queues and workers. admin may do everything.
     """
+    from hcna_ray.security.acts import leave
     from hcna_ray.security.keys import ROLES, create_key, load_keys, verify
 
     if role not in ROLES:
@@ -82,7 +83,8 @@ def create(
     chosen: Role = role
     now = time.time()
     expires_at = None if expires is None else _instant(expires, now)
-    directory = _m1_settings().keys_dir
+    settings = _m1_settings()
+    directory = settings.keys_dir
     with _trouble():
         clear = create_key(
             directory,
@@ -99,6 +101,7 @@ def create(
         )
         made = verify(load_keys(directory), clear)
         assert made is not None
+    leave(settings.acts_dir, "key.created", name, detail=f"{made.fingerprint}, {made.role}")
     if as_json:
         print_json({"key": clear, **_as_json(made)})
         return
@@ -152,15 +155,18 @@ def revoke(
     Tasks submitted with it stay. The owner's own key is replaced by another one at once.
     """
     from hcna_ray.core.models import OWNER
+    from hcna_ray.security.acts import leave
     from hcna_ray.security.keys import ensure_owner_key, read_client_key, revoke_key, verify
 
-    directory = _m1_settings().keys_dir
+    settings = _m1_settings()
+    directory = settings.keys_dir
     with _trouble():
         gone = revoke_key(directory, which, now=time.time())
         own = read_client_key(directory)
         replaced = gone.name == OWNER or (own is not None and verify([gone], own) is not None)
         if replaced:
             ensure_owner_key(directory, now=time.time())
+    leave(settings.acts_dir, "key.revoked", gone.name, detail=f"{gone.fingerprint}, {gone.role}")
     if as_json:
         print_json({**_as_json(gone), "replaced": replaced})
         return

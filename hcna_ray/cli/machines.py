@@ -583,13 +583,16 @@ def revoke_invite(
     as_json: AsJson = False,
 ) -> None:
     """End a code now. Machines that have joined with it stay."""
+    from hcna_ray.security.acts import leave
     from hcna_ray.supervisor import invites
 
-    found = invites.revoke_invite(_m1_settings().cluster_dir, invite_id)
+    settings = _m1_settings()
+    found = invites.revoke_invite(settings.cluster_dir, invite_id)
     if found is None:
         raise CommandFailed(
             f"there is no code with id {invite_id}", "hcna invite list", ExitCode.REFUSED
         )
+    leave(settings.acts_dir, "invite.revoked", invite_id)
     if as_json:
         print_json(_invite_json(replace(found, revoked=True)))
     else:

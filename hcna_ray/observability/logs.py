@@ -127,7 +127,12 @@ class JsonLines(logging.Formatter):
         }
         line |= self._fields
         line |= current_fields()
-        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        # What a library's record factory adds for itself, as Ray's does, begins with an underscore.
+        line |= {
+            name: value
+            for name, value in vars(record).items()
+            if name not in _STANDARD and not name.startswith("_")
+        }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)[-TRACEBACK_CHARS_MAX:]
         return json.dumps(redacted(line), default=_in_words, ensure_ascii=False)

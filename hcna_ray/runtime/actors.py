@@ -14,11 +14,10 @@ import os
 import random
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -37,7 +36,7 @@ from hcna_ray.handlers import load_registry
 from hcna_ray.handlers.context import remove_stale_scratch
 from hcna_ray.observability import logs
 from hcna_ray.observability.traces import TracesPlan, open_traces
-from hcna_ray.runtime import wire, worker_page
+from hcna_ray.runtime import acts, wire, worker_page
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import ArtifactServer, prune_cache
 from hcna_ray.runtime.attempts import (
@@ -101,6 +100,8 @@ from hcna_ray.store.base import TaskReader, TaskStore
 from hcna_ray.store.factory import open_reader, open_store
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Share of a node's own custom resource that pins something to it.
 PIN = 0.001
@@ -303,14 +304,18 @@ class ModeratorActor(_Face):
 
     async def do_retry_many(self, query: ReplayQuery, *, principal: str) -> Any:
         """Replay failed tasks by filter."""
-        if self._reader is None:
-            raise StoreUnavailable("M1 has not opened its task store yet", 5)
-        # On one thread: a reader is for one at a time, also if who asked goes away meanwhile.
-        look = partial(self._reader.page, query.where, before_seq=None, limit=query.limit + 1)
-        found = await self._loop.run_in_executor(self._reading, look)
+        found = await self._read(
+            lambda reader: reader.page(query.where, before_seq=None, limit=query.limit + 1)
+        )
         ids = tuple(task.id for task in found[: query.limit])
         more = len(found) > query.limit
         return await self._ask(RetryMany(query=query, ids=ids, more=more, principal=principal))
+
+    async def _read(self, look: Callable[[TaskReader], list[T]]) -> list[T]:
+        if self._reader is None:
+            raise StoreUnavailable("M1 has not opened its task store yet", 5)
+        # On one thread: a reader is for one at a time, also if who asked goes away meanwhile.
+        return await self._loop.run_in_executor(self._reading, look, self._reader)
 
     async def do_changes(self, after: int, wait_s: float) -> Changes:
         """Return what ended after a fact number."""
@@ -473,10 +478,24 @@ class ModeratorActor(_Face):
         return True
 
     async def _keep_record(self) -> None:
-        """Put on record what was held back, also when nothing more is refused."""
+        """Put on record what was held back, and what was done by commands and by the gate."""
         while True:
             await asyncio.sleep(RECORD_S)
             await self._record_due()
+            try:
+                await acts.take_up(self._settings.acts_dir, self._newest_lines, self._note)
+            except OSError:
+                log.exception(
+                    "acts cannot be read, will look again", extra={"action": "acts.failed"}
+                )
+
+    async def _newest_lines(self, limit: int) -> list[AuditEntry]:
+        return [
+            line.entry for line in await self._read(lambda r: r.audit(before=None, limit=limit))
+        ]
+
+    async def _note(self, entries: tuple[AuditEntry, ...]) -> None:
+        await self._ask(Note(entries=entries))
 
     async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""

@@ -9,7 +9,7 @@ leases. Memory here follows commits (`absorb`) and can be rebuilt at any moment.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,9 @@ class _Demand:
     fresh: list[Task]
     #: The workers that could run them by what they are.
     able: Set[str]
+    #: The best of those that are idle, no more than there are tasks.
+    workers: Sequence[str]
+    ready: int
     #: How many could be handed out at most.
     count: int
 
@@ -218,7 +221,7 @@ class Dispatcher:
             if workers:
                 places = _places(parking, workers, lane, ready)
                 takes = self._items_max(lane) * len(places)
-                demands[lane] = _Demand(rows, able, min(ready, takes))
+                demands[lane] = _Demand(rows, able, workers, ready, min(ready, takes))
         return demands
 
     def _openings(
@@ -233,8 +236,10 @@ class Dispatcher:
         count = sum(demand.count for demand in demands.values())
         places: set[Place] = set()
         for lane, demand in demands.items():
-            fits = _fits(lane, demand.able, roster)
-            workers = parking.best(fits, count, heavy=lane.needs.heavy)
+            workers = demand.workers
+            if count > demand.ready and len(workers) >= demand.ready:  # There may be more.
+                fits = _fits(lane, demand.able, roster)
+                workers = parking.best(fits, count, heavy=lane.needs.heavy)
             places.update(_places(parking, workers, lane, count))
         return [
             Opening(

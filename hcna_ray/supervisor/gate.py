@@ -26,6 +26,7 @@ from urllib.parse import quote
 from hcna_ray import failpoints
 from hcna_ray.config import LOOPBACK, Settings, shared_part
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.acts import leave
 from hcna_ray.security.authority import (
     CertificateRefused,
     RolloverRefused,
@@ -453,6 +454,13 @@ class Gate:
             self.forget(name)
         self.members_changed()
         self.origins_changed()
+        leave(
+            self.settings.acts_dir,
+            "member.joined",
+            name,
+            principal=name,
+            detail=f"{member.hostname}, {member.address}",
+        )
         self.log.info(
             "%s joined as %s",
             member.hostname,
@@ -500,6 +508,13 @@ class Gate:
         # It may have been removed since it asked, and then its certificates are revoked by now.
         self._refuse_removed(member)
         serial, until = serial_and_end(cert_pem)
+        leave(
+            self.settings.acts_dir,
+            "certificate.issued",
+            member.name,
+            principal=member.name,
+            detail=f"{serial}, node, until {until.isoformat()}",
+        )
         self.log.info(
             "%s has a new certificate",
             member.name,
@@ -570,6 +585,7 @@ class Gate:
                         self.renew(self._server.context)
         except (RoundRefused, RolloverRefused) as error:
             raise GateRefused(409, error.code, str(error), "hcna certs list") from None
+        leave(self.settings.acts_dir, "credentials.rotated", what, detail=f"round {made.number}")
         self.log.warning(
             "the cluster restarts Ray with new credentials (%s)",
             what,
@@ -709,6 +725,7 @@ class Gate:
             return {"name": member.name, **self.drain(member.name, max(0.0, drain_s))}
         remove_member(self.settings.cluster_dir, member.name)
         failpoints.hit("gate.leave.removed")
+        leave(self.settings.acts_dir, "member.removed", member.name)
         with self._changed:
             self._beats.pop(member.machine_id, None)
             for address in (member.address, *self._seen.pop(member.machine_id, ())):
@@ -738,6 +755,14 @@ class Gate:
             if len(self._refused) >= CONNECTIONS_MAX:
                 self._refused.clear()
             self._refused[peer, error.code] = now
+        leave(
+            self.settings.acts_dir,
+            "gate.refused",
+            path[:100],
+            principal=peer,
+            outcome="refused",
+            detail=error.code,
+        )
         self.log.warning(
             "refused: %s",
             error.message,

@@ -25,6 +25,7 @@ from cryptography import x509
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import write_private
+from hcna_ray.security.acts import leave
 from hcna_ray.security.certs import cert_text, ensure_ca, fingerprint, known_by
 from hcna_ray.security.keys import locked_dir
 from hcna_ray.supervisor.membership import MembersBroken, digest
@@ -249,6 +250,13 @@ def create_invite(
         if len(kept) >= INVITES_MAX:
             raise InviteRefused("invalid_request", f"{INVITES_MAX} join codes are open already")
         _save(directory, [*kept, invite])
+    until = datetime.fromtimestamp(invite.expires_at, UTC).isoformat(timespec="seconds")
+    leave(
+        settings.acts_dir,
+        "invite.created",
+        invite.id,
+        detail=f"{name or 'any name'}, until {until}",
+    )
     code = JoinCode(
         addresses=tuple(addresses)[:ADDRESSES_MAX],
         gate_port=settings.port("gate"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.security.acts import leave
 from hcna_ray.supervisor.checks import open_own_gate
 from hcna_ray.supervisor.gate import ask_c1
 from hcna_ray.supervisor.gate_protocol import PRESENT_S, GateRefused
@@ -171,6 +172,7 @@ class Rotation:
             self._ask("POST", "/v1/leave", {"name": name, "forget": True}, timeout_s=60.0)
         else:
             remove_member(self._directory, name)
+            leave(self._settings.acts_dir, "member.removed", name)
         self._say(f"{name} is no member any more")
 
     # -- shared -------------------------------------------------------------------------------
@@ -189,6 +191,7 @@ class Rotation:
                 "hcna up, then hcna certs rotate --finish",
             )
         begin(directory, keys_dir, what, now=self._now())
+        leave(self._settings.acts_dir, "credentials.rotated", what, detail="M1 was down")
         take_over(directory, keys_dir)
         ensure_m1_node(self._settings, now=self._utc(), anew=True)
 

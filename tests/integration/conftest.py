@@ -27,6 +27,7 @@ from tests.support import session_canaries
 from tests.support.canaries import Canaries
 from tests.support.figures import note
 from tests.support.plugin import install_example
+from tests.support.workshop import install_handlers
 
 #: Far from the default ports, so that a running `make demo` is not disturbed.
 PORTS_OFFSET = int(os.environ.get("HCNA_TEST_OFFSET", "17000"))
@@ -165,6 +166,15 @@ def http(cluster: Cluster) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {cluster.api_key}"}
     with httpx.Client(base_url=cluster.url, headers=headers, timeout=90, trust_env=False) as opened:
         yield opened
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home for executors that tests start without Ray, with the handlers of `rig_handlers`."""
+    with tempfile.TemporaryDirectory(prefix="hcna-rig-") as folder:
+        monkeypatch.setenv("HCNA_RIG", folder)
+        monkeypatch.setenv("PYTHONPATH", install_handlers(Path(folder) / "site"))
+        yield Path(folder)
 
 
 @contextmanager

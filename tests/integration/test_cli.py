@@ -220,6 +220,13 @@ def test_the_audit_log_is_whole_and_in_a_file_too(
     eventually(
         lambda: file.is_file() and "intent.send" in file.read_text(), 30.0, "the line in the file"
     )
+    # What is done beside the moderator gets there too.
+    assert hcna("keys", "create", "for-a-moment").code == 0
+    assert hcna("keys", "revoke", "for-a-moment").code == 0
+    eventually(lambda: '"key.revoked"' in file.read_text(), 30.0, "the key in the file")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    about = [one["action"] for one in lines if one.get("target") == "for-a-moment"]
+    assert about == ["key.created", "key.revoked"]
     told = hcna("audit", "verify", "--json").json
     assert set(told) == {cluster.settings.store_name, str(file)}
     assert all(one["whole"] and one["lines"] for one in told.values())

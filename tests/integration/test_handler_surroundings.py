@@ -7,8 +7,6 @@ set here to canaries, one for each slot of a secret.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 from hcna_ray.core.models import TaskState
 from tests.support.canaries import Canaries
 from tests.support.paper_worker import Desk
-from tests.support.workshop import Workshop, install_handlers
+from tests.support.workshop import Workshop
 
 SLOTS = (
     "RAY_AUTH_TOKEN",
@@ -41,14 +39,6 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Canaries:
     password = canaries.plant("password in DATABASE_URL")
     monkeypatch.setenv("DATABASE_URL", f"postgresql://hcna:{password}@db/hcna")
     return canaries
-
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="hcna-rig-") as folder:
-        monkeypatch.setenv("HCNA_RIG", folder)
-        monkeypatch.setenv("PYTHONPATH", install_handlers(Path(folder) / "site"))
-        yield Path(folder)
 
 
 async def looked(home: Path) -> tuple[dict[str, Any], list[bytes]]:

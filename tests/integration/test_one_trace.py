@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -21,15 +19,7 @@ from hcna_ray.observability.spool import Spool
 from hcna_ray.observability.traces import TracesPlan
 from tests.support.c1 import ADMIN_KEY, URL, a_composite
 from tests.support.otlp import Collector, spooled
-from tests.support.workshop import Workshop, install_handlers
-
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="hcna-rig-") as folder:
-        monkeypatch.setenv("HCNA_RIG", folder)
-        monkeypatch.setenv("PYTHONPATH", install_handlers(Path(folder) / "site"))
-        yield Path(folder)
+from tests.support.workshop import Workshop
 
 
 def traces_of(home: Path, service: str) -> Traces:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -26,17 +25,9 @@ from hcna_ray.runtime.messages import ReportKind
 from hcna_ray.runtime.output import output_file
 from tests.support.otlp import spooled
 from tests.support.paper_worker import Desk
-from tests.support.workshop import OUTPUT_BYTES, Workshop, install_handlers
+from tests.support.workshop import OUTPUT_BYTES, Workshop
 
 KILLS = 200
-
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="hcna-rig-") as folder:
-        monkeypatch.setenv("HCNA_RIG", folder)
-        monkeypatch.setenv("PYTHONPATH", install_handlers(Path(folder) / "site"))
-        yield Path(folder)
 
 
 @pytest_asyncio.fixture

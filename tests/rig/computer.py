@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.support.figures import note
 from tests.support.read_store import query
 from tests.support.rig import Done, Host, Rig
 
@@ -26,14 +27,11 @@ T = TypeVar("T")
 CODE = re.compile(r"HCNA-[0-9A-Z-]{40,}")
 
 
-#: What the tests measured, for the end of the session.
-FIGURES: list[str] = []
-
-
 def measured(text: str) -> None:
     """Print a figure, now and at the end; the test runner repeats those lines under its table."""
-    FIGURES.append(f"measured: {text}")
-    print(FIGURES[-1], flush=True)  # noqa: T201
+    figure = f"measured: {text}"
+    note(figure)
+    print(figure, flush=True)  # noqa: T201
 
 
 def eventually(

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.computer import FIGURES
 from tests.support.rig import Rig
 from tests.support.rig.testing import rig_for_tests
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show what the tests measured."""
-    for figure in FIGURES:
-        terminalreporter.write_line(figure)
 
 
 @pytest.fixture(scope="session")

@@ -180,6 +180,17 @@ def test_revoked_access_ends_within_a_minute(computer: Computer) -> None:
 
     assert took < 60
     eventually(lambda: not one.file(f"{HOME}/run/supervisor.pid").exists(), 30, "W1 stopped")
+    _, told = computer.api("GET", "/admin/audit?limit=1000")
+    acts = {(line["action"], line["target"]) for line in told["entries"]}
+    assert acts >= {
+        ("credentials.rotated", "token"),
+        ("credentials.rotated", "authority"),
+        ("credentials.rotated", "finish"),
+        ("certificate.revoked", "W1"),
+        ("member.joined", "W1"),
+        ("member.removed", "W1"),
+    }
+    assert computer.hcna("m1", "audit verify").code == 0
     measured(
         f"revoked access refused after {took:.1f} s, all is up again after "
         f"{time.monotonic() - begun:.1f} s"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.support.programs import script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "audit_packages.py"
 CLEAN, VULNERABLE, SILENT = 0, 1, 3
@@ -26,14 +26,8 @@ UNKNOWN: dict[str, Any] = {"name": "ours", "skip_reason": "not on the index: our
 
 @pytest.fixture(scope="module")
 def audit() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("audit_packages", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Its dataclass looks for it there.
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with script("audit_packages") as module:
+        yield module
 
 
 def told(*packages: dict[str, Any]) -> str:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.programs import script
+
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def llms() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "generate_llms", REPOSITORY / "scripts" / "generate_llms.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def llms() -> Iterator[ModuleType]:
+    with script("generate_llms") as module:
+        yield module
 
 
 def test_it_is_up_to_date(llms: ModuleType) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from hcna_ray.core import advice
+from tests.support.programs import script
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ("access", "cli", "configuration", "error-codes", "http-api", "metrics", "ports")
@@ -17,15 +18,9 @@ LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
 
 
 @pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "generate_reference", REPOSITORY / "scripts" / "generate_reference.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference() -> Iterator[ModuleType]:
+    with script("generate_reference") as module:
+        yield module
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -13,6 +13,7 @@ from cryptography import x509
 
 from hcna_ray.cli.main import main
 from hcna_ray.config import load_settings
+from hcna_ray.security.acts import waiting
 from hcna_ray.security.certs import load_cert, load_key, make_request, new_key
 from hcna_ray.security.keys import ensure_ray_token
 from hcna_ray.supervisor.invites import InviteRefused, create_invite, decode_code, redeem
@@ -321,6 +322,12 @@ def test_revoke_by_name_or_serial(hcna: Hcna, cluster: Path) -> None:
     assert "Next: hcna certs list" in again.err
     (known,) = hcna("certs", "list", "--json").json["certificates"]
     assert (known["state"], known["reason"]) == ("revoked", "lost laptop")
+    left = [one.entry for one in waiting(cluster.parent / "acts", 10)]
+    assert [(one.action, one.target) for one in left] == [
+        ("certificate.issued", "me"),
+        ("certificate.revoked", "me"),
+    ]
+    assert left[1].detail == f"{serial}, client: lost laptop"
 
 
 def test_a_broken_authority_is_said(hcna: Hcna, cluster: Path) -> None:

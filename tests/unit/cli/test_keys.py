@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hcna_ray.cli.main import main
+from hcna_ray.security.acts import waiting
 from hcna_ray.security.keys import ensure_owner_key, load_keys, read_client_key, verify
 from tests.unit.cli.conftest import Ran
 
@@ -114,6 +115,21 @@ def test_a_key_is_revoked_by_name_or_fingerprint(hcna: Hcna, keys_dir: Path) -> 
     assert [line.split()[3] for line in hcna("keys", "list").out.splitlines()[1:]] == [
         "revoked"
     ] * 2
+
+
+def test_what_is_done_to_keys_waits_to_be_put_on_record(hcna: Hcna, keys_dir: Path) -> None:
+    clear = hcna("keys", "create", "ci", "--role", "viewer").out.strip()
+    hcna("keys", "revoke", "ci")
+    hcna("keys", "revoke", "ci")
+
+    left = [one.entry for one in waiting(keys_dir.parent / "acts", 10)]
+
+    assert [(one.action, one.target) for one in left] == [
+        ("key.created", "ci"),
+        ("key.revoked", "ci"),
+    ]
+    assert left[0].detail == f"{load_keys(keys_dir)[0].fingerprint}, viewer"
+    assert clear not in str(left)
 
 
 def test_the_owners_key_is_replaced_when_it_is_revoked(hcna: Hcna, keys_dir: Path) -> None:

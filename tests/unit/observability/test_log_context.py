@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,17 +12,6 @@ from hcna_ray.observability import logs
 from hcna_ray.observability.log_context import current_fields, lines_about, names_of
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was() -> Iterator[None]:
-    log = logging.getLogger("hcna_ray")
-    before = (log.level, log.propagate)
-    yield
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-    log.level, log.propagate = before
 
 
 def test_every_line_inside_names_the_attempt_and_its_trace() -> None:

@@ -3,23 +3,12 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hcna_ray.observability import logs
-
-
-@pytest.fixture(autouse=True)
-def leave_logging_as_it_was() -> Iterator[None]:
-    log = logging.getLogger("hcna_ray")
-    before = (log.level, log.propagate)
-    yield
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-    log.level, log.propagate = before
 
 
 def test_a_line_is_one_object_with_its_fields(tmp_path: Path) -> None:
@@ -44,6 +33,27 @@ def test_a_line_is_one_object_with_its_fields(tmp_path: Path) -> None:
         "count": 2,
         "where": "/x",
     }
+
+
+def test_what_a_library_adds_to_every_record_for_itself_is_left_out() -> None:
+    usual = logging.getLogRecordFactory()
+
+    def with_more(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = usual(*args, **kwargs)
+        record.__dict__["_its_own"] = 1
+        return record
+
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    logging.setLogRecordFactory(with_more)
+    try:
+        logging.getLogger("hcna_ray.api.test").info("done", extra={"count": 2})
+    finally:
+        logging.setLogRecordFactory(usual)
+
+    line = json.loads(stream.getvalue())
+    assert line["count"] == 2
+    assert "_its_own" not in line
 
 
 def test_an_exception_goes_into_its_line() -> None:

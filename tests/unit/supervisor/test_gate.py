@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from hcna_ray.security.acts import waiting
 from hcna_ray.security.authority import install_node, list_issued, request_node
 from hcna_ray.security.certs import load_cert, make_request, new_key
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
@@ -69,6 +70,21 @@ def test_a_machine_joins_and_gets_all_it_needs(rig: GateRig) -> None:
     (kept,) = read_members(rig.settings.cluster_dir)
     assert (kept.name, kept.hostname, kept.address) == ("W1", "host-m-1", "127.0.0.1")
     assert answer["member_token"] not in (rig.settings.cluster_dir / "members.json").read_text()
+
+
+def test_who_came_and_who_was_refused_waits_to_be_put_on_record(rig: GateRig) -> None:
+    rig.join()
+    for _ in range(2):
+        rig.refusal("/v1/join", "Invite " + "0" * 32, **joining("m-2"))
+
+    left = [one.entry for one in waiting(rig.settings.acts_dir, 10)]
+
+    assert [(one.principal, one.action, one.outcome) for one in left] == [
+        ("owner", "invite.created", "done"),
+        ("W1", "member.joined", "done"),
+        ("W1", "certificate.issued", "done"),
+        ("127.0.0.1", "gate.refused", "refused"),
+    ]
 
 
 def names_in(pem: str) -> set[str]:
