@@ -34,6 +34,7 @@ def test_blocks_that_are_not_run_say_why() -> None:
     assert unexplained(PAGE) == []
 
 
+@pytest.mark.timeout(600)  # It starts everything twice.
 def test_every_step_of_the_walk(computer: Computer) -> None:
     reader = Reader(computer)
     told: list[tuple[str, Done]] = [
