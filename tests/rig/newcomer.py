@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -55,10 +56,10 @@ class Walk:
     computer: Computer
     code: str = ""
 
-    def types(self, host: str, line: str, *, check: bool = True) -> Done:
+    def types(self, host: str, line: str, *, check: bool = True, timeout_s: float = 180) -> Done:
         """Type a line in a shell on a host, in the checkout's environment."""
         settled = "export PATH=~/hcna-ray/.venv/bin:$PATH"
-        return self.computer.rig[host].sh(f"{settled}\n{line}", timeout_s=180, check=check)
+        return self.computer.rig[host].sh(f"{settled}\n{line}", timeout_s=timeout_s, check=check)
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,8 @@ def table(outcomes: list[Outcome]) -> Table:
 
 
 def main() -> int:
+    # `timeout make newcomer` must not leave hosts behind: end as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = Console(highlight=False, width=140, markup=False)
     with tempfile.TemporaryDirectory(prefix="newcomer-") as base:
         try:
@@ -316,7 +319,7 @@ def main() -> int:
             walk = Walk(Computer(rig))
             # The promise is of a warm start: what Ray reads from disk has been read before.
             out.print("one start and stop before the clock begins")
-            walk.types("m1", "hcna up && hcna down")
+            walk.types("m1", "hcna up --wait 300 && hcna down", timeout_s=400)
             story = Story(walk)
             for step in STEPS:
                 out.print(f"$ {step.typed}")
