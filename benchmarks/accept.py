@@ -18,7 +18,6 @@ from typing import Any, cast
 
 from hcna_ray.api.admission import BATCHES_MAX
 from hcna_ray.api.app import build_app
-from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.api.ids import UlidIds
 from hcna_ray.api.ports import ModeratorPort, Outputs
 from hcna_ray.config import Settings
@@ -29,6 +28,7 @@ from hcna_ray.runtime.messages import Accepted, SubmitBatch, SubmitResult, in_br
 from hcna_ray.runtime.moderator import Moderator
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Pending
+from hcna_ray.security.key_ring import FileKeyRing
 from hcna_ray.security.keys import ensure_owner_key
 from hcna_ray.store.artifacts import ArtifactStore
 from hcna_ray.store.sqlite import SqliteTaskStore

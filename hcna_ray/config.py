@@ -562,6 +562,15 @@ class LimitSettings(_Section):
     queue_bytes_max: int = Field(
         default=8 * GIB, ge=MIB, le=1024 * GIB, description="Payloads of tasks not ended yet."
     )
+    schedules_max: int = Field(
+        default=10_000, ge=0, le=1_000_000, description="Schedules in all; 0 allows none."
+    )
+    schedules_of_one_max: int = Field(
+        default=1000, ge=0, le=1_000_000, description="Schedules of one owner."
+    )
+    schedule_bytes: int = Field(
+        default=64 * KIB, ge=KIB, le=GIB, description="Payload and metadata of a schedule's task."
+    )
     gather_items: int = Field(
         default=20_000, ge=1, le=1_000_000, description="Writes a replica holds for the moderator."
     )

@@ -42,6 +42,7 @@ POINTS: Mapping[str, str] = {
     "moderator.rebuild.done": "m13: memory follows the store again, nothing was decided since",
     "moderator.prune.written": "old tasks are deleted, inside the transaction",
     "ledger.tasks.written": "m1: tasks and keys are written; attempts, counters, history are not",
+    "ledger.schedules.written": "m1: tasks and their schedules are written, not committed",
     "ledger.audit.written": "m1: audit lines are written, history is not",
     # The stores.
     "store.file.created": "m13: the database's file is there and empty",

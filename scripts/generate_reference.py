@@ -696,6 +696,15 @@ def http_api() -> list[str]:
         up with `?offset=`, the bytes that came. What looks like an API key of this house is
         overwritten with stars. Empty: nothing was printed, or it is no longer kept.
 
+        ## Schedules
+
+        `POST /schedules` has M1 submit a task at every instant that a cron line names. A name is
+        one among its owner's; `?owner=` names somebody else's. Creating the same again is harmless,
+        409 `schedule_exists` is another one of that name. 409 `schedule_busy`: it is run by hand,
+        and its last task has to end first. 422 `invalid_schedule`: cron line or time zone mean
+        nothing.
+        [Run a task by the clock](../how-to/schedules.md).
+
         ## Webhooks
 
         A task's `webhook` is a URL that is told how it has ended: one `POST` as Standard Webhooks

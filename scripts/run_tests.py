@@ -1,5 +1,7 @@
-"""Run the parts of the suite one after the other, each within its time budget, and add them up.
+"""Run the parts of the suite, each within its time budget, and add them up.
 
+Parts that start neither Ray nor hosts run side by side, one for each core of a small machine; what
+such a part prints comes when it has ended. The others follow, each with the machine for itself.
 Every pytest part is a process (and process group) of its own. A part that exceeds its budget is
 interrupted, so that its fixtures can clean up, then killed, and counts as failed. The last line is
 ``N passed, N failed, N skipped`` over all parts; a static check counts as one test.
@@ -18,6 +20,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 REPORTS = ROOT / "build" / "test-reports"
 
+#: Parts that run at once, of those that may.
+LANES = 2
 #: An interrupted part may still take its cluster down.
 INTERRUPT_S = 60.0
 TERMINATE_S = 10.0
@@ -36,6 +41,12 @@ REPEATED = ("state machine:", "measured:", "FAIL Required test coverage")
 DROPPED = ("HCNA_", "RAY_", "PYTEST_", "PG", "DATABASE_URL")
 #: Those that do nevertheless.
 KEPT = ("HCNA_REQUIRE_ALL", "HCNA_MODEL_STEPS", "HCNA_KEEP_LOGS", "HCNA_TEST_", "HCNA_FUZZ_")
+
+
+#: Children of this program.
+RUNNING: list[subprocess.Popen[bytes]] = []
+#: Children that begin now are to end at once.
+STOPPING = threading.Event()
 
 
 class Interrupted(Exception):
@@ -52,6 +63,8 @@ class Part:
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pytest: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    #: May run beside other parts.
+    shares: bool = False
 
 
 @dataclass(kw_only=True)
@@ -66,6 +79,8 @@ class Tally:
     #: What to say about it besides the numbers.
     notes: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    #: What it has printed, if that was kept from the terminal.
+    output: str = ""
 
     @property
     def ran(self) -> int:
@@ -85,19 +100,29 @@ def parts(everything: bool) -> list[Part]:
     if uv := os.environ.get("UV"):
         static["uv.lock is up to date"] = [uv, "lock", "--check", "--quiet"]
     found = [
-        Part(name="lint, types, contracts", kind="static", budget_s=180, commands=static),
+        Part(
+            name="lint, types, contracts", kind="static", budget_s=180, commands=static, shares=True
+        ),
         Part(
             name="unit",
             kind="unit",
-            budget_s=480,
+            budget_s=600,
             pytest=["tests/unit", "--ignore=tests/unit/core"],
+            shares=True,
         ),
-        Part(name="contract", kind="contract", budget_s=600, pytest=["tests/contract"]),
+        Part(
+            name="contract",
+            kind="contract",
+            budget_s=900,
+            pytest=["tests/contract"],
+            shares=True,
+        ),
         Part(
             name="checker",
             kind="checker",
             budget_s=180,
             pytest=["tests/checker", "tests/seeded_bugs"],
+            shares=True,
         ),
         Part(
             name="property",
@@ -105,6 +130,7 @@ def parts(everything: bool) -> list[Part]:
             budget_s=1800 if everything else 300,
             pytest=["tests/property"],
             env={"HCNA_MODEL_STEPS": "500000"} if everything else {},
+            shares=True,
         ),
         Part(
             name="core, branch coverage 100 %",
@@ -117,6 +143,7 @@ def parts(everything: bool) -> list[Part]:
                 "--cov-report=term-missing:skip-covered",
             ],
             env={"COVERAGE_FILE": str(REPORTS / "core.coverage")},
+            shares=True,
         ),
         Part(
             name="the served OpenAPI, fuzzed",
@@ -124,6 +151,7 @@ def parts(everything: bool) -> list[Part]:
             budget_s=5400 if everything else 420,
             pytest=["tests/fuzz"],
             env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
+            shares=True,
         ),
         Part(
             name="Prometheus, rules, Grafana",
@@ -192,6 +220,9 @@ def run_process(
             bufsize=0,
             start_new_session=True,
         )
+        RUNNING.append(child)
+        if STOPPING.is_set():
+            end_group(child)
 
         def copy() -> None:
             assert child.stdout is not None
@@ -213,6 +244,8 @@ def run_process(
         except BaseException:
             end_group(child)
             raise
+        finally:
+            RUNNING.remove(child)
         # Something that the command left behind may hold the pipe open; do not wait for that.
         copying.join(timeout=5.0)
         return code, output.decode("utf-8", "replace")
@@ -237,9 +270,45 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
             return
 
 
+def run_part(part: Part, *, beside: bool = False) -> Tally:
+    """Run a part.
+
+    Args:
+        part: Which.
+        beside: Others run at the same time, so it prints when it has ended.
+    """
+    say(f"== {part.name}")
+    started = time.monotonic()
+    tally = run_static(part) if part.commands else run_pytest(part, quiet=beside)
+    tally.took_s = time.monotonic() - started
+    if beside:
+        say(f"== {part.name}: ended")
+    if tally.output:
+        say(tally.output.rstrip())
+    return tally
+
+
+def run_beside(chosen: Sequence[Part]) -> list[Tally]:
+    """Run parts side by side. Who is interrupted ends them all."""
+    pool = ThreadPoolExecutor(LANES)
+    jobs = [pool.submit(run_part, part, beside=True) for part in chosen]
+    try:
+        return [job.result() for job in jobs]
+    except BaseException:
+        STOPPING.set()
+        for job in jobs:
+            job.cancel()
+        for child in RUNNING:
+            end_group(child)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def run_static(part: Part) -> Tally:
     """Run each check; show the output of those that fail."""
     tally = Tally(part=part)
+    lines = []
     end = time.monotonic() + part.budget_s
     for number, (name, command) in enumerate(part.commands.items()):
         code, output = run_process(
@@ -251,17 +320,17 @@ def run_static(part: Part) -> Tally:
         )
         if code == 0:
             tally.passed += 1
-            say(f"  {name}: ok")
+            lines.append(f"  {name}: ok")
             continue
         tally.failed += 1
         why = "exceeded the budget" if code is None else f"exit code {code}"
         tally.notes.append(f"{name}: {why}")
-        say(f"  {name}: FAILED ({why})")
-        say(output.rstrip())
+        lines += [f"  {name}: FAILED ({why})", output.rstrip()]
+    tally.output = "\n".join(lines)
     return tally
 
 
-def run_pytest(part: Part) -> Tally:
+def run_pytest(part: Part, *, quiet: bool) -> Tally:
     """Run pytest once and read what it reports."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in part.name)
     junit = REPORTS / f"{slug}.xml"
@@ -271,9 +340,9 @@ def run_pytest(part: Part) -> Tally:
         env=environment(part),
         log=REPORTS / f"{slug}.log",
         budget_s=part.budget_s,
-        quiet=False,
+        quiet=quiet,
     )
-    tally = Tally(part=part)
+    tally = Tally(part=part, output=output if quiet else "")
     tally.repeated = [line for line in output.splitlines() if line.startswith(REPEATED)]
     found = list(cases(junit))
     if code is None and found and found[-1][1] == "passed":
@@ -340,9 +409,10 @@ def table(tallies: Sequence[Tally]) -> Iterator[str]:
     yield f"{'all':<{width}}  {'':29}  {took_s:7.1f}  {budget_s:6.0f}"
 
 
-def closing(tallies: Sequence[Tally]) -> Iterator[str]:
+def closing(tallies: Sequence[Tally], took_s: float) -> Iterator[str]:
     """Yield everything that is said at the end; the last line is the sum."""
     yield from table(tallies)
+    yield f"{took_s / 60:.1f} minutes in all"
     for one in tallies:
         yield from one.repeated
         yield from (f"{one.part.name}: {note}" for note in one.notes)
@@ -381,18 +451,21 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
     tallies: list[Tally] = []
+    started = time.monotonic()
+    sharing = [part for part in chosen if part.shares]
+    if len(sharing) == 1:
+        sharing = []  # There is nobody to wait for.
     try:
+        tallies += run_beside(sharing)
         for part in chosen:
-            say(f"== {part.name}")
-            started = time.monotonic()
-            tally = run_static(part) if part.commands else run_pytest(part)
-            tally.took_s = time.monotonic() - started
-            tallies.append(tally)
+            if part not in sharing:
+                tallies.append(run_part(part))
     except Interrupted as stop:
         say(f"\nstopped by {stop}; nothing more is run")
-        tallies.append(Tally(part=part, failed=1, notes=["was interrupted"]))
+        left = [part for part in chosen if part not in [one.part for one in tallies]]
+        tallies.append(Tally(part=left[0], failed=1, notes=["was interrupted"]))
     say("")
-    for line in closing(tallies):
+    for line in closing(tallies, time.monotonic() - started):
         say(line)
     return 1 if any(tally.failed for tally in tallies) else 0
 

@@ -64,9 +64,10 @@ def stored_figures(
     figures: dict[str, Any] = {name: dict(tally) for name, tally in found.items()}
     for name, counted in by_type.items():
         figures[name] = {(task_type,): stored_histogram(one) for task_type, one in counted.items()}
-    figures["webhook"] = {
-        (counter.label,): value for counter, value in counters.items() if counter.name == "webhook"
-    }
+    for name in ("webhook", "schedule"):
+        figures[name] = {
+            (counter.label,): value for counter, value in counters.items() if counter.name == name
+        }
     figures["depth"] = {(queue, state.value): count for (queue, state), count in depth.items()}
     return figures
 

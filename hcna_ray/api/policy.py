@@ -26,6 +26,10 @@ class Check(StrEnum):
     TASKS = "tasks"
     #: What the handler of the task in the path has printed.
     OUTPUT = "output"
+    #: The schedule in the path, and what it submits.
+    SCHEDULE = "schedule"
+    #: Each schedule of a listing.
+    SCHEDULES = "schedules"
     ARTIFACT = "artifact"
     #: The queue in the path.
     QUEUE = "queue"
@@ -43,6 +47,9 @@ MEANING: dict[Check, str] = {
     Check.TASK: "the task is the caller's to see, else 404",
     Check.TASKS: "other tasks than the caller's to see are left out; named, they do not exist",
     Check.OUTPUT: "the caller sees the task in full, else 404",
+    Check.SCHEDULE: "the schedule is the caller's to see, as its tasks are, else 404; type and "
+    "queue of what it is to submit lie in the key's scopes, else 403 `out_of_scope`",
+    Check.SCHEDULES: "schedules whose tasks are not the caller's to see are left out",
     Check.ARTIFACT: "the artifact is the caller's, or was made by a task that it sees in full, "
     "else 404",
     Check.QUEUE: "the queue lies in the key's scopes, and they name no task types (a queue holds "

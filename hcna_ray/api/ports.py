@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from hcna_ray.core.models import AuditEntry, TaskState, Token, WorkerView
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.messages import (
+    Accepted,
     Changes,
     ModeratorStatus,
     ReplayQuery,
@@ -15,6 +17,7 @@ from hcna_ray.runtime.messages import (
     SubmitResult,
     WorkerInfo,
 )
+from hcna_ray.runtime.requests import MarkSchedule, PutSchedule, RunSchedule
 from hcna_ray.security.keys import ApiKey
 
 
@@ -86,6 +89,19 @@ class ModeratorPort(Protocol):
 
     async def pause_queue(self, name: str, paused: bool, *, principal: str) -> None:
         """Pause a queue, or resume it."""
+        ...
+
+    async def change_schedule(self, order: PutSchedule | MarkSchedule) -> Schedule:
+        """Create, change, pause, resume or delete a schedule; return it as it is, or was.
+
+        Raises:
+            NotFound: there is none of that name.
+            Conflict: there is one already, or there are too many.
+        """
+        ...
+
+    async def run_schedule(self, order: RunSchedule) -> Accepted:
+        """Submit a schedule's task now. Harmless twice. Raises `NotFound`, `ScheduleBusy`."""
         ...
 
     async def status(self) -> ModeratorStatus:

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from hcna_ray.core.errors import ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.messages import (
+    Accepted,
     Changes,
     ModeratorStatus,
     ReplayQuery,
@@ -17,6 +19,7 @@ from hcna_ray.runtime.messages import (
     WorkerInfo,
     in_full,
 )
+from hcna_ray.runtime.requests import MarkSchedule, PutSchedule, RunSchedule
 
 #: Longest wait for an answer; a commit may stand behind a slow fsync.
 ANSWER_S = 10.0
@@ -140,6 +143,16 @@ class RayModerator:
     async def pause_queue(self, name: str, paused: bool, *, principal: str) -> None:
         """Pause a queue, or resume it."""
         await self._link.acall("pause_queue", name, paused, timeout_s=ANSWER_S, principal=principal)
+
+    async def change_schedule(self, order: PutSchedule | MarkSchedule) -> Schedule:
+        """Create, change, pause, resume or delete a schedule."""
+        schedule: Schedule = await self._link.acall("change_schedule", order, timeout_s=ANSWER_S)
+        return schedule
+
+    async def run_schedule(self, order: RunSchedule) -> Accepted:
+        """Submit a schedule's task now."""
+        result: Accepted = await self._link.acall("run_schedule", order, timeout_s=ANSWER_S)
+        return result
 
     async def status(self) -> ModeratorStatus:
         """Return the moderator's own condition."""

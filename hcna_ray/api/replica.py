@@ -12,7 +12,6 @@ import ray
 from fastapi import FastAPI
 
 from hcna_ray.api.app import build_app
-from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.api.ids import UlidIds
 from hcna_ray.api.ray_moderator import RayModerator
 from hcna_ray.api.services import Services
@@ -28,6 +27,7 @@ from hcna_ray.runtime.output import outputs_of
 from hcna_ray.runtime.output_link import OutputLink
 from hcna_ray.runtime.ray_link import MODERATOR, ActorLink, agent_name
 from hcna_ray.security.edge_mark import read_edge_mark
+from hcna_ray.security.key_ring import FileKeyRing
 from hcna_ray.security.own_certs import names_in
 from hcna_ray.store.factory import open_reader
 

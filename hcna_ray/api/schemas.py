@@ -104,34 +104,39 @@ class RequiresIn(Strict):
     ) = None
 
 
-class TaskIn(Strict):
-    """A task to run."""
+class ScheduledTaskIn(Strict):
+    """A task that a schedule submits: all but what concerns one submission alone."""
 
     task_type: TaskTypeName = Field(description="Name of the handler, e.g. echo.")
     payload: JsonObject = Field(default_factory=dict, description="What the handler receives.")
     queue: Name = "default"
     priority: int = Field(default=5, ge=0, le=9, description="Larger runs sooner.")
-    run_at: Instant | None = Field(default=None, description="Not before this instant.")
-    expires_at: Instant | None = Field(default=None, description="Not started after this instant.")
     timeout_s: Seconds | None = Field(default=None, description="Longest run of one attempt.")
     queue_timeout_s: Seconds | None = Field(default=None, description="Longest wait in the queue.")
     retry: RetryIn | None = None
     requires: RequiresIn | None = None
-    depends_on: Annotated[list[DependencyName], Field(max_length=100_000)] = Field(
-        default_factory=list, description="Tasks that must complete first."
-    )
     ordering_key: Key | None = Field(default=None, description="Same key: one after another.")
     concurrency_key: Key | None = Field(default=None, description="Same key: so many at a time.")
     on_disconnect: Literal["replace", "wait"] = Field(
         default="replace", description="When the worker falls silent: run elsewhere, or wait."
     )
-    idempotency_key: IdempotencyKey | None = Field(
-        default=None, description="Sending it again returns the task stored before."
-    )
     webhook: Annotated[str, StringConstraints(max_length=2048)] | None = Field(
         default=None, description="URL that is told, by a signed POST, how the task has ended."
     )
     metadata: JsonObject | None = Field(default=None, description="Kept with the task.")
+
+
+class TaskIn(ScheduledTaskIn):
+    """A task to run."""
+
+    run_at: Instant | None = Field(default=None, description="Not before this instant.")
+    expires_at: Instant | None = Field(default=None, description="Not started after this instant.")
+    depends_on: Annotated[list[DependencyName], Field(max_length=100_000)] = Field(
+        default_factory=list, description="Tasks that must complete first."
+    )
+    idempotency_key: IdempotencyKey | None = Field(
+        default=None, description="Sending it again returns the task stored before."
+    )
 
     @model_validator(mode="after")
     def _times_fit(self) -> Self:
@@ -168,6 +173,46 @@ class WaitIn(Strict):
         if (self.ids is None) == (self.batch_id is None):
             raise ValueError("give either ids or batch_id")
         return self
+
+
+OverlapName = Literal["skip", "queue_one", "allow", "cancel_previous"]
+
+
+class ScheduleChangeIn(Strict):
+    """When which task is submitted."""
+
+    cron: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+        description="Five fields (minute, hour, day of month, month, day of week), or @hourly, "
+        "@daily, @weekly, @monthly, @yearly."
+    )
+    timezone: Annotated[str, StringConstraints(min_length=1, max_length=64)] = Field(
+        default="UTC", description="Name in the IANA database, e.g. Europe/Berlin."
+    )
+    task: ScheduledTaskIn
+    overlap: OverlapName = Field(
+        default="skip",
+        description="At an instant at which the last task has not ended: submit none, one when it "
+        "has ended, one beside it, or one in its place.",
+    )
+    catch_up_s: float = Field(
+        default=3600.0,
+        ge=10,
+        le=7 * 86400,
+        description="How long after an instant its task is still submitted, when M1 was off or "
+        "asleep, or the task was refused for a while.",
+    )
+    paused: bool = Field(default=False, description="Submit nothing until it is resumed.")
+
+
+class ScheduleIn(ScheduleChangeIn):
+    """A new schedule."""
+
+    name: Name = Field(description="Names it among those of its owner.")
+    starts_at: Instant | None = Field(
+        default=None,
+        description="No instant before this one counts. It may lie in the past: what has gone by "
+        "since is made up for as far as catch_up_s reaches. Default: now.",
+    )
 
 
 class CancelIn(Strict):
@@ -247,6 +292,30 @@ class ListQuery(Query):
     batch_id: TaskId | None = None
     since: Instant | None = None
     cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}\z")] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+#: Whose something is: the owner of a key.
+OwnerName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,64}\z")]
+#: Owner and name of the last schedule of a page.
+ScheduleCursor = Annotated[
+    str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,64}/[A-Za-z0-9._:\-]{1,64}\z")
+]
+
+
+class ScheduleQuery(Query):
+    """Whose schedule is meant."""
+
+    owner: OwnerName | None = Field(default=None, description="Whose it is; default: one's own.")
+
+
+class SchedulesQuery(Query):
+    """Which schedules to list."""
+
+    owner: OwnerName | None = Field(
+        default=None, description="Whose; default: all that the caller may see."
+    )
+    cursor: ScheduleCursor | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -426,6 +495,13 @@ class AttemptOut(Answer):
     error: AttemptErrorOut | None
 
 
+class TaskScheduleOut(Answer):
+    """The schedule that a task comes from."""
+
+    name: str
+    instant: Time = Field(description="The instant that it is for.")
+
+
 class TaskOut(Answer):
     """A task as it stands. In listings and waits ``attempts`` and ``why`` are left out."""
 
@@ -454,6 +530,7 @@ class TaskOut(Answer):
     batch_id: str | None
     metadata: JsonObject | None
     traceparent: str | None
+    schedule: TaskScheduleOut | None = None
     outline: bool = Field(
         default=False,
         description="A viewer sees no more than this of the tasks of others: neither what was "
@@ -610,6 +687,49 @@ class KeysOut(Answer):
     """All keys."""
 
     keys: list[KeyOut]
+
+
+class ScheduleReasonOut(Answer):
+    """Why the last instant that was not started was not."""
+
+    code: str
+    message: str
+    at: Time
+
+
+class ScheduleOut(Answer):
+    """A schedule and how far it has come."""
+
+    name: str
+    owner: str
+    cron: str
+    timezone: str
+    task: JsonObject
+    overlap: OverlapName
+    catch_up_s: float
+    paused: bool
+    created_at: Time
+    changed_at: Time
+    next_at: list[Time] = Field(description="The next few instants.")
+    last_at: Time | None = Field(description="The instant that the last task is for.")
+    last_task_id: str | None
+    waiting_at: Time | None = Field(
+        description="The instant whose task is submitted when the last one has ended."
+    )
+    started: int
+    skipped: int
+    missed: int
+    last_reason: ScheduleReasonOut | None
+    outline: bool = Field(
+        default=False, description="A viewer sees no more than this of the schedules of others."
+    )
+
+
+class SchedulesOut(Answer):
+    """A page of schedules, by owner and name."""
+
+    schedules: list[ScheduleOut]
+    next_cursor: str | None
 
 
 class WebhookSecretOut(Answer):

@@ -11,7 +11,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from hcna_ray.api.problems import OutOfScope, invalid, refuse_field
-from hcna_ray.api.schemas import BatchTaskIn, RequiresIn, RetryIn, TaskIn
+from hcna_ray.api.schemas import BatchTaskIn, RequiresIn, RetryIn, ScheduledTaskIn, TaskIn
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError, Invalid
 from hcna_ray.core.models import Needs, OnDisconnect, RetryPolicy, TaskSpec
@@ -61,6 +61,7 @@ class Submissions:
         self._disk_path = str(settings.data_dir)
         self._payload_max = limits.body_bytes
         self._metadata_max = limits.metadata_bytes
+        self._schedule_max = limits.schedule_bytes
         self._depends_on_max = limits.depends_on_max
         self._timeout_s = scheduling.task_timeout_seconds
         self._max_losses = scheduling.max_losses
@@ -85,6 +86,23 @@ class Submissions:
             if name.startswith(REF):
                 raise refuse_field("depends_on", f"{name!r} has a meaning in a batch only")
         return self._spec(model, sender, sender.idempotency_key, task_id, None, now)
+
+    def scheduled(self, body: object, sender: Sender, *, now: float) -> tuple[TaskSpec, bytes]:
+        """Check the task of a schedule; return its spec, and what was sent as canonical JSON.
+
+        Raises:
+            Invalid: it does not fit; fields are named.
+        """
+        _validate(ScheduledTaskIn, body)
+        spec = self._spec(_validate(TaskIn, body), sender, None, "", None, now)
+        size = len(spec.payload) + len(spec.metadata or b"")
+        if size > self._schedule_max:
+            raise refuse_field(
+                "task",
+                f"payload and metadata have {size} bytes, at most {self._schedule_max} are allowed "
+                "in a schedule; upload the data with PUT /artifacts and send its sha256",
+            )
+        return spec, msgspec.json.encode(body, order="deterministic")
 
     def batch_item(
         self, body: object, sender: Sender, *, index: int, task_id: str, batch_id: str, now: float

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from hcna_ray.core.advice import TASK
+from hcna_ray.core.errors import Invalid
 from hcna_ray.core.models import (
     ACCEPTING,
     TERMINAL,
@@ -26,11 +27,17 @@ from hcna_ray.core.models import (
     WorkerView,
 )
 from hcna_ray.core.placement import PendingReason, explain, state_in_words
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.core.why import why
+from hcna_ray.runtime.cron import parsed
 from hcna_ray.runtime.messages import WorkerInfo
+from hcna_ray.security.keys import View
 from hcna_ray.store.base import Belongs, StoredFact
 
 Json = dict[str, Any]
+
+#: Instants of a schedule that are shown.
+NEXT_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,9 @@ def task_view(
         "batch_id": spec.batch_id,
         "metadata": None if spec.metadata is None else msgspec.Raw(spec.metadata),
         "traceparent": spec.traceparent,
+        "schedule": None
+        if spec.schedule is None
+        else {"name": spec.schedule, "instant": iso(spec.schedule_at)},
     }
     if with_attempts:
         view["attempts"] = [_attempt(attempt) for attempt in attempts]
@@ -257,7 +267,13 @@ def _scheduled(task: Task, now: float) -> PendingReason:
 
 
 #: What the submitter or the handler wrote, and what an outline has in its place.
-_WITHHELD: Json = {"result": None, "metadata": None, "traceparent": None, "depends_on": []}
+_WITHHELD: Json = {
+    "result": None,
+    "metadata": None,
+    "traceparent": None,
+    "schedule": None,
+    "depends_on": [],
+}
 #: Reasons whose words quote the submitter.
 _QUOTING = frozenset({"ordering_key", "concurrency_key"})
 
@@ -286,6 +302,54 @@ def outline(view: Json) -> Json:
 
 
 _NO_ERROR: Json = {"kind": "", "message": "", "type": None, "traceback": None}
+
+
+def schedule_view(schedule: Schedule, view: View, *, now: float) -> Json:
+    """Return a schedule as far as its caller may see it.
+
+    Args:
+        schedule: The schedule.
+        view: How much of it; something.
+        now: The instant.
+    """
+    spec, reason, full = schedule.spec, schedule.reason, view is View.FULL
+    brief: Json = {"task_type": spec.task_type, "queue": spec.queue}
+    return {
+        "name": schedule.name,
+        "owner": schedule.principal,
+        "cron": schedule.cron,
+        "timezone": schedule.timezone,
+        "task": msgspec.Raw(schedule.task) if full else brief,
+        "overlap": schedule.overlap.value,
+        "catch_up_s": schedule.catch_up_s,
+        "paused": schedule.paused,
+        "created_at": iso(schedule.created_at),
+        "changed_at": iso(schedule.changed_at),
+        "next_at": [iso(at) for at in _next_instants(schedule, now)],
+        "last_at": iso(schedule.last_at),
+        "last_task_id": schedule.last_task_id,
+        "waiting_at": iso(schedule.waiting_at),
+        "started": schedule.started,
+        "skipped": schedule.skipped,
+        "missed": schedule.missed,
+        "last_reason": None
+        if reason is None
+        else {
+            "code": reason.code,
+            "message": reason.message if full else "",
+            "at": iso(reason.at),
+        },
+    } | ({} if full else {"outline": True})
+
+
+def _next_instants(schedule: Schedule, now: float) -> list[float]:
+    if schedule.paused:
+        return []
+    try:
+        cron = parsed(schedule.cron, schedule.timezone)
+    except Invalid:  # Of a time zone that is no more; `last_reason` says so.
+        return []
+    return cron.next(max(schedule.decided_until, now), NEXT_SHOWN)
 
 
 def event_view(stored: StoredFact, belongs: Belongs | None) -> Json:

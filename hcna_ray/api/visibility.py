@@ -12,6 +12,7 @@ artifacts a task may read is decided where it reads them (`hcna_ray.runtime.arti
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from hcna_ray.api.views import (
 )
 from hcna_ray.core.errors import CannotAccept, HcnaError, Invalid, NotFound
 from hcna_ray.core.models import Task, TaskFilter, TaskSpec
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.messages import WorkerInfo
 from hcna_ray.security.keys import OF_OTHERS, ApiKey, View
 from hcna_ray.store.artifacts import ArtifactStore
@@ -36,13 +38,18 @@ if TYPE_CHECKING:
 
 #: Pages of a listing that are looked through for tasks inside a key's scopes.
 SCANS_MAX = 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,63}\Z")
 #: Batches that are remembered.
 REMEMBERED_MAX = 10_000
 
 
 def view_of(caller: ApiKey, task: Task) -> View:
     """Return how much a caller sees of a task."""
-    spec = task.spec
+    return view_of_spec(caller, task.spec)
+
+
+def view_of_spec(caller: ApiKey, spec: TaskSpec) -> View:
+    """Return how much a caller sees of tasks that were submitted so."""
     return caller.view(spec.principal, spec.task_type, spec.queue)
 
 
@@ -126,6 +133,52 @@ def visible_page(
         if len(found) == limit or not caller.scoped:
             break
     return found, before_seq
+
+
+def schedule_seen(caller: ApiKey, schedule: Schedule) -> View:
+    """Return how much a caller sees of a schedule: what it would see of its tasks."""
+    return view_of_spec(caller, schedule.spec)
+
+
+async def find_schedule(services: Services, caller: ApiKey, owner: str, name: str) -> Schedule:
+    """Return a schedule. Raises `NotFound` unless there is one that the caller sees."""
+    found: Schedule | None = None
+    if _NAME.match(name):
+        found = await services.reads.run(lambda reader: reader.get_schedule((owner, name)))
+    if found is None or schedule_seen(caller, found) is View.NONE:
+        raise NotFound("schedule", name[:100])
+    return found
+
+
+def visible_schedules(
+    reader: TaskReader,
+    caller: ApiKey,
+    *,
+    owner: str | None,
+    after: tuple[str, str],
+    limit: int,
+) -> tuple[list[Schedule], tuple[str, str] | None]:
+    """Return a page of schedules and behind which the next one begins, if there is one.
+
+    Scopes are held against each, so a page may be shorter than ``limit`` although another follows.
+    """
+    mine = whose(caller)
+    if mine is not None and owner not in (None, mine):
+        return [], None
+    found: list[Schedule] = []
+    for _ in range(SCANS_MAX):
+        page = reader.schedules(principal=owner or mine, after=after, limit=limit + 1)
+        for schedule in page[:limit]:
+            if len(found) == limit:
+                return found, after
+            after = schedule.key
+            if schedule_seen(caller, schedule) is not View.NONE:
+                found.append(schedule)
+        if len(page) <= limit:
+            return found, None
+        if len(found) == limit:
+            break
+    return found, after
 
 
 def seen_as(caller: ApiKey, task: Task, view: Json) -> Json:

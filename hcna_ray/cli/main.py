@@ -22,6 +22,7 @@ from hcna_ray.cli import (
     machines,
     measure,
     observe,
+    schedules,
     service,
     store,
     tasks,
@@ -52,6 +53,7 @@ cluster.register(app)
 machines.register(app)
 tasks.register(app)
 watch.register(app)
+schedules.register(app)
 webhooks.register(app)
 workers.register(app)
 top.register(app)

@@ -39,6 +39,24 @@ Wait = Annotated[bool, typer.Option("--wait", "-w", help="Wait for the end.")]
 Timeout = Annotated[
     float | None, typer.Option(min=0, help="With --wait: stop waiting after so many seconds.")
 ]
+#: What a task may be given, wherever one is described.
+TaskType = Annotated[str, typer.Argument(metavar="TYPE", help="Task type, e.g. echo.")]
+Payload = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[JSON|-|KEY=VALUE...]", help="The payload; - reads stdin."),
+]
+Priority = Annotated[int | None, typer.Option(min=0, max=9, help="0 to 9, larger runs sooner.")]
+Queue = Annotated[str | None, typer.Option(help="Named queue.")]
+Requires = Annotated[
+    list[str] | None,
+    typer.Option(help="worker=W1, cpu=1, mem_gb=2, gpu=1, resource.X=1, label.X=Y."),
+]
+RunTimeout = Annotated[
+    float | None, typer.Option(min=0, help="Longest run of one attempt, seconds.")
+]
+Attempts = Annotated[int | None, typer.Option(min=1, help="Most attempts; 1 means no retry.")]
+Webhook = Annotated[str | None, typer.Option(metavar="URL", help="Told how it has ended.")]
+Metadata = Annotated[list[str] | None, typer.Option(help="KEY=VALUE kept with it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,30 +68,18 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="Task type, e.g. echo.")],
-    payload: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[JSON|-|KEY=VALUE...]", help="The payload; - reads stdin."),
-    ] = None,
+    task_type: TaskType,
+    payload: Payload = None,
     wait: Wait = False,
     wait_timeout: Timeout = None,
-    priority: Annotated[
-        int | None, typer.Option(min=0, max=9, help="0 to 9, larger runs sooner.")
-    ] = None,
-    queue: Annotated[str | None, typer.Option(help="Named queue.")] = None,
-    requires: Annotated[
-        list[str] | None,
-        typer.Option(help="worker=W1, cpu=1, mem_gb=2, gpu=1, resource.X=1, label.X=Y."),
-    ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Longest run of one attempt, seconds.")
-    ] = None,
+    priority: Priority = None,
+    queue: Queue = None,
+    requires: Requires = None,
+    timeout: RunTimeout = None,
     queue_timeout: Annotated[
         float | None, typer.Option(min=0, help="Longest wait in the queue, seconds.")
     ] = None,
-    attempts: Annotated[
-        int | None, typer.Option(min=1, help="Most attempts; 1 means no retry.")
-    ] = None,
+    attempts: Attempts = None,
     run_at: Annotated[str | None, typer.Option(help="Not before, ISO 8601.")] = None,
     expires_at: Annotated[str | None, typer.Option(help="Not started after, ISO 8601.")] = None,
     depends_on: Annotated[
@@ -87,10 +93,8 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option(help="The same key twice gives the same task.")
     ] = None,
-    webhook: Annotated[
-        str | None, typer.Option(metavar="URL", help="Told how it has ended.")
-    ] = None,
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE kept with it.")] = None,
+    webhook: Webhook = None,
+    metadata: Metadata = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a task of TYPE and print its id, or its result with --wait."""
@@ -193,7 +197,7 @@ def retry(
 
 
 def map_(
-    task_type: Annotated[str, typer.Argument(metavar="TYPE", help="Task type, e.g. echo.")],
+    task_type: TaskType,
     file: Annotated[
         Path, typer.Argument(metavar="FILE|-", help="NDJSON, one payload a line; - reads stdin.")
     ],

@@ -14,6 +14,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AsyncExitStack
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ from hcna_ray.client.models import (
     TaskRequest,
     TaskView,
     Worker,
+    format_instant,
 )
 from hcna_ray.client.plans import (
     Answer,
@@ -57,6 +59,7 @@ from hcna_ray.client.plans import (
     Take,
     Work,
     advance,
+    schedule_body,
 )
 from hcna_ray.client.sync import GLANCE_TIMEOUT_S, ProgressCallback, UploadSource
 from hcna_ray.client.tracing import client_span
@@ -303,6 +306,82 @@ class AsyncClient:
     async def why(self, task_id: str) -> Explanation:
         """As `Client.why`."""
         return await self._run(self._plans.why(task_id))
+
+    # -- schedules -------------------------------------------------------------------------------
+
+    async def create_schedule(
+        self,
+        name: str,
+        cron: str,
+        task_type: str,
+        payload: JsonObject | None = None,
+        *,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up_s: float | None = None,
+        paused: bool | None = None,
+        starts_at: datetime | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Json:
+        """As `Client.create_schedule`."""
+        task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
+        start = None if starts_at is None else format_instant(starts_at)
+        body = schedule_body(
+            cron,
+            task,
+            name=name,
+            timezone=timezone,
+            overlap=overlap,
+            catch_up_s=catch_up_s,
+            paused=paused,
+            starts_at=start,
+        )
+        return await self._run(self._plans.create_schedule(body))
+
+    async def change_schedule(
+        self,
+        name: str,
+        cron: str,
+        task_type: str,
+        payload: JsonObject | None = None,
+        *,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up_s: float | None = None,
+        paused: bool | None = None,
+        owner: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Json:
+        """As `Client.change_schedule`."""
+        task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
+        body = schedule_body(
+            cron, task, timezone=timezone, overlap=overlap, catch_up_s=catch_up_s, paused=paused
+        )
+        return await self._run(self._plans.change_schedule(name, body, owner))
+
+    async def schedules(self, owner: str | None = None) -> list[Json]:
+        """As `Client.schedules`."""
+        return await self._run(self._plans.schedules(owner))
+
+    async def schedule(self, name: str, owner: str | None = None) -> Json:
+        """As `Client.schedule`."""
+        return await self._run(self._plans.schedule(name, owner))
+
+    async def pause_schedule(self, name: str, owner: str | None = None) -> Json:
+        """As `Client.pause_schedule`."""
+        return await self._run(self._plans.mark_schedule(name, "pause", owner))
+
+    async def resume_schedule(self, name: str, owner: str | None = None) -> Json:
+        """As `Client.resume_schedule`."""
+        return await self._run(self._plans.mark_schedule(name, "resume", owner))
+
+    async def run_schedule(self, name: str, owner: str | None = None) -> AsyncTaskHandle:
+        """As `Client.run_schedule`."""
+        return AsyncTaskHandle(self, await self._run(self._plans.run_schedule(name, owner)))
+
+    async def delete_schedule(self, name: str, owner: str | None = None) -> Json:
+        """As `Client.delete_schedule`."""
+        return await self._run(self._plans.delete_schedule(name, owner))
 
     # -- webhooks --------------------------------------------------------------------------------
 

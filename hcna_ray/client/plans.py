@@ -457,8 +457,8 @@ class Planner:
         self,
         method: str,
         path: str,
-        *,
         params: Mapping[str, str] | None = None,
+        *,
         body: object = None,
         key: str | None = None,
         wait_s: float = 0.0,
@@ -826,6 +826,43 @@ class Planner:
         raw = yield from self._ask("GET", "/admin/webhooks")
         return self._parse(lambda got: list(got["waiting"]), raw)
 
+    def create_schedule(self, body: JsonObject) -> Plan[Json]:
+        """``POST /schedules``."""
+        return (yield from self._ask("POST", "/schedules", body=body))
+
+    def change_schedule(self, name: str, body: JsonObject, owner: str | None) -> Plan[Json]:
+        """``PUT /schedules/{name}``."""
+        return (yield from self._ask("PUT", *_schedule(name, owner), body=body))
+
+    def schedules(self, owner: str | None) -> Plan[list[Json]]:
+        """``GET /schedules``, every page."""
+        found: list[Json] = []
+        params = {} if owner is None else {"owner": owner}
+        while True:
+            raw = yield from self._ask("GET", "/schedules", params=dict(params))
+            found += self._parse(lambda got: list(got["schedules"]), raw)
+            cursor = raw.get("next_cursor")
+            if not cursor:
+                return found
+            params["cursor"] = str(cursor)
+
+    def schedule(self, name: str, owner: str | None) -> Plan[Json]:
+        """``GET /schedules/{name}``."""
+        return (yield from self._ask("GET", *_schedule(name, owner)))
+
+    def mark_schedule(self, name: str, verb: str, owner: str | None) -> Plan[Json]:
+        """``POST /schedules/{name}/{verb}``: pause or resume."""
+        return (yield from self._ask("POST", *_schedule(name, owner, f"/{verb}")))
+
+    def run_schedule(self, name: str, owner: str | None) -> Plan[TaskView]:
+        """``POST /schedules/{name}/run``."""
+        raw = yield from self._ask("POST", *_schedule(name, owner, "/run"))
+        return self._parse(TaskView.from_json, raw)
+
+    def delete_schedule(self, name: str, owner: str | None) -> Plan[Json]:
+        """``DELETE /schedules/{name}``."""
+        return (yield from self._ask("DELETE", *_schedule(name, owner)))
+
     def worker(self, name: str) -> Plan[Worker]:
         """``GET /workers/{name}``."""
         raw = yield from self._ask("GET", f"/workers/{quote(name, safe='')}")
@@ -1036,6 +1073,18 @@ def _is_health(answer: Answer) -> bool:
 
 def _missing(index: int) -> HcnaClientError:
     return HcnaClientError(f"C1 gave no outcome for item {index}")
+
+
+def _schedule(name: str, owner: str | None, verb: str = "") -> tuple[str, dict[str, str]]:
+    """Path and query of a schedule."""
+    params = {} if owner is None else {"owner": owner}
+    return f"/schedules/{quote(name, safe='')}{verb}", params
+
+
+def schedule_body(cron: str, task: TaskRequest, **more: object) -> Json:
+    """What is asked of a schedule as C1 reads it: only what was given."""
+    given = {name: value for name, value in more.items() if value is not None}
+    return {"cron": cron, "task": task.to_json(), **given}
 
 
 def _param(value: object) -> str:

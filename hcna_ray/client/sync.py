@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from hcna_ray.client.models import (
     TaskRequest,
     TaskView,
     Worker,
+    format_instant,
 )
 from hcna_ray.client.plans import (
     Answer,
@@ -49,6 +51,7 @@ from hcna_ray.client.plans import (
     Take,
     Work,
     advance,
+    schedule_body,
 )
 from hcna_ray.client.tracing import client_span
 from hcna_ray.client.transport import (
@@ -361,6 +364,110 @@ class Client:
     def why(self, task_id: str) -> Explanation:
         """Where the task stands and why, in words, and what would help."""
         return self._run(self._plans.why(task_id))
+
+    # -- schedules -------------------------------------------------------------------------------
+
+    def create_schedule(
+        self,
+        name: str,
+        cron: str,
+        task_type: str,
+        payload: JsonObject | None = None,
+        *,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up_s: float | None = None,
+        paused: bool | None = None,
+        starts_at: datetime | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Json:
+        """Have M1 submit a task at every instant that a cron line names; return the schedule.
+
+        Sending the same again is harmless; another schedule of that name raises `Conflict`.
+
+        Args:
+            name: Names it among your own.
+            cron: Five fields, or ``@daily`` and the like.
+            task_type: Of the task.
+            payload: Of the task.
+            timezone: In which the cron line is read; UTC if not given.
+            overlap: ``skip`` (if not given), ``queue_one``, ``allow`` or ``cancel_previous``.
+            catch_up_s: How long after an instant its task is still submitted.
+            paused: Submit nothing until it is resumed.
+            starts_at: No instant before this one counts; it may lie in the past.
+            options: Fields of `TaskRequest`, but for those that concern one submission alone.
+        """
+        task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
+        start = None if starts_at is None else format_instant(starts_at)
+        body = schedule_body(
+            cron,
+            task,
+            name=name,
+            timezone=timezone,
+            overlap=overlap,
+            catch_up_s=catch_up_s,
+            paused=paused,
+            starts_at=start,
+        )
+        return self._run(self._plans.create_schedule(body))
+
+    def change_schedule(
+        self,
+        name: str,
+        cron: str,
+        task_type: str,
+        payload: JsonObject | None = None,
+        *,
+        timezone: str | None = None,
+        overlap: str | None = None,
+        catch_up_s: float | None = None,
+        paused: bool | None = None,
+        owner: str | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Json:
+        """Give a schedule another definition; what is left out takes its default again.
+
+        Args:
+            name: Of the schedule.
+            cron: As for `create_schedule`, and so are the others.
+            task_type: Of the task.
+            payload: Of the task.
+            timezone: In which the cron line is read.
+            overlap: What becomes of an instant while the last task has not ended.
+            catch_up_s: How long after an instant its task is still submitted.
+            paused: Submit nothing until it is resumed.
+            owner: Whose it is; by default your own.
+            options: Fields of `TaskRequest`.
+        """
+        task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
+        body = schedule_body(
+            cron, task, timezone=timezone, overlap=overlap, catch_up_s=catch_up_s, paused=paused
+        )
+        return self._run(self._plans.change_schedule(name, body, owner))
+
+    def schedules(self, owner: str | None = None) -> list[Json]:
+        """Every schedule that you may see, or those of one owner."""
+        return self._run(self._plans.schedules(owner))
+
+    def schedule(self, name: str, owner: str | None = None) -> Json:
+        """One schedule: its task, its next instants, what became of the last ones."""
+        return self._run(self._plans.schedule(name, owner))
+
+    def pause_schedule(self, name: str, owner: str | None = None) -> Json:
+        """Submit nothing more; what goes by meanwhile is not made up for."""
+        return self._run(self._plans.mark_schedule(name, "pause", owner))
+
+    def resume_schedule(self, name: str, owner: str | None = None) -> Json:
+        """Go on from now; your own go on with the authority of the key you use."""
+        return self._run(self._plans.mark_schedule(name, "resume", owner))
+
+    def run_schedule(self, name: str, owner: str | None = None) -> TaskHandle:
+        """Submit its task now. Raises `Conflict` if the last one has to end first."""
+        return TaskHandle(self, self._run(self._plans.run_schedule(name, owner)))
+
+    def delete_schedule(self, name: str, owner: str | None = None) -> Json:
+        """Delete a schedule; its tasks stay. Returns what it was."""
+        return self._run(self._plans.delete_schedule(name, owner))
 
     # -- webhooks --------------------------------------------------------------------------------
 

@@ -211,6 +211,10 @@ REFUSAL: Mapping[str, Advice] = {
         "The task has no such attempt, or none yet.",
         "hcna why ID says what it waits for; hcna logs ID -f waits with it",
     ),
+    "schedule_not_found": Advice(
+        "There is no such schedule, or it is not yours to see.",
+        "hcna schedules list (GET /schedules) shows them; ?owner= names somebody else's",
+    ),
     "worker_not_found": Advice("There is no such worker.", "hcna workers (GET /workers)"),
     "file_not_found": Advice("The page at `/ui` has no such file.", "open /ui in the browser"),
     "intent_not_found": Advice(
@@ -229,6 +233,22 @@ REFUSAL: Mapping[str, Advice] = {
     "worker_online": Advice(
         "The worker is in contact, so it cannot be forgotten (`force` would).",
         "hcna leave there, or hcna workers forget NAME --force",
+    ),
+    "invalid_schedule": Advice(
+        "The cron line or the time zone means nothing.",
+        'five fields, such as "0 3 * * *", or @daily; a time zone such as Europe/Berlin',
+    ),
+    "schedule_exists": Advice(
+        "There is another schedule of that name.",
+        "choose another name; PUT /schedules/NAME changes the one that is there",
+    ),
+    "schedule_busy": Advice(
+        "The schedule's last task has not ended, and its `overlap` wants no second one.",
+        "wait for that task, or cancel it; the detail names it",
+    ),
+    "too_many_schedules": Advice(
+        "There are as many schedules as there may be, of one owner or in all.",
+        "delete one (hcna schedules delete NAME), or raise the setting that the detail names",
     ),
     "idempotency_conflict": Advice(
         "The idempotency key was used before for another request.",

@@ -8,6 +8,9 @@
     │   ├── IdempotencyConflict
     │   ├── WorkerOnline      only a worker that is away can be forgotten
     │   ├── WorkerNameTaken   another machine is the worker of that name
+    │   ├── ScheduleExists    there is another one of that name
+    │   ├── ScheduleBusy      its last task has not ended
+    │   ├── TooManySchedules
     │   └── VersionConflict   a step did not start from the newest stored task
     ├── Invalid               unknown_task_type, invalid_request, dependency_not_found, ...
     ├── CannotAccept          retry later: ``retry_after_s``
@@ -135,6 +138,48 @@ class WorkerNameTaken(Conflict):
             f"the machine at {self.holder} is {self.worker} already; "
             "let this one join under another name, or stop that one first"
         )
+
+
+class ScheduleExists(Conflict):
+    """There is a schedule of that name already, and it is not the same."""
+
+    code = "schedule_exists"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"there is another schedule {self.name!r} already; PUT changes it"
+
+
+class ScheduleBusy(Conflict):
+    """The schedule's last task has not ended, and its overlap policy wants no second one."""
+
+    code = "schedule_busy"
+
+    def __init__(self, name: str, task_id: str, overlap: str) -> None:
+        super().__init__(name, task_id, overlap)
+        self.name, self.task_id, self.overlap = name, task_id, overlap
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task_id} of schedule {self.name!r} has not ended, and overlap is "
+            f"{self.overlap}"
+        )
+
+
+class TooManySchedules(Conflict):
+    """There are as many schedules as there may be, of one owner or in all."""
+
+    code = "too_many_schedules"
+
+    def __init__(self, count: int, setting: str) -> None:
+        super().__init__(count, setting)
+        self.count, self.setting = count, setting
+
+    def __str__(self) -> str:
+        return f"there are {self.count} schedules, as many as {self.setting} allows"
 
 
 class VersionConflict(Conflict):

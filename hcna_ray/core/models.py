@@ -189,6 +189,10 @@ class TaskSpec:
     #: Whether its attempts read its principal's artifacts alone: the key that it was submitted with
     #: does not see everything. Not so of what was accepted before there were such keys.
     confined: bool = False
+    #: The schedule of its principal that it comes from, and the instant that it is for; a task that
+    #: somebody has asked a schedule for has the instant at which it was.
+    schedule: str | None = None
+    schedule_at: float | None = None
 
     @property
     def bytes_stored(self) -> int:

@@ -71,6 +71,8 @@ class Sample:
     attempts: Mapping[Labels, int] = field(default_factory=dict)
     #: (outcome,)
     webhook: Mapping[Labels, int] = field(default_factory=dict)
+    #: (outcome,)
+    schedule: Mapping[Labels, int] = field(default_factory=dict)
     #: (queue, state)
     depth: Mapping[Labels, int] = field(default_factory=dict)
     #: (task_type,): seconds in the queue before an attempt, and seconds of an attempt.
@@ -188,6 +190,13 @@ def _of_store(sample: Sample) -> Iterator[Metric]:
         "Reports to webhooks, by what came of each try.",
         ("outcome",),
         tries | dict(sample.webhook),
+    )
+    instants: dict[Labels, int] = {("started",): 0, ("skipped",): 0, ("missed",): 0}
+    yield _counter(
+        "hcna_schedule_instants",
+        "Instants of schedules, by what became of each.",
+        ("outcome",),
+        instants | dict(sample.schedule),
     )
     yield _gauge(
         "hcna_queue_depth", "Tasks in a queue, by state.", ("queue", "state"), sample.depth

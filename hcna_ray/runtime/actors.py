@@ -80,20 +80,25 @@ from hcna_ray.runtime.requests import (
     Cancel,
     Delivered,
     ForgetWorker,
+    MarkSchedule,
     MarkWorker,
     NodeSeen,
     NodesSeen,
     Note,
     PauseQueue,
+    PutSchedule,
     Query,
     Reports,
     Request,
     Retry,
     RetryMany,
+    RunSchedule,
     SendIntent,
 )
+from hcna_ray.runtime.schedules import KeyAuthority
 from hcna_ray.runtime.webhooks import Courier, Deliverer, Verdict, WebhookThread, own_addresses
 from hcna_ray.runtime.writer import WriterThread
+from hcna_ray.security.key_ring import FileKeyRing
 from hcna_ray.security.orders import OrderSigner
 from hcna_ray.security.outbound import ensure_master
 from hcna_ray.store.base import TaskReader, TaskStore
@@ -217,6 +222,10 @@ class ModeratorActor(_Face):
             free_bytes=lambda: shutil.disk_usage(disk).free,
             pid=os.getpid(),
             store_name=self._settings.store_name,
+            authority=KeyAuthority(
+                FileKeyRing(self._settings.keys_dir, self._clock).all,
+                lambda: open_reader(self._settings),
+            ),
         )
 
     def _build_deliverer(self) -> Deliverer:
@@ -385,6 +394,14 @@ class ModeratorActor(_Face):
     async def do_pause_queue(self, name: str, paused: bool, *, principal: str) -> Any:
         """Pause or resume a queue."""
         return await self._ask(PauseQueue(queue=name, paused=paused, principal=principal))
+
+    async def do_change_schedule(self, order: PutSchedule | MarkSchedule) -> Any:
+        """Create, change, pause, resume or delete a schedule."""
+        return await self._ask(order)
+
+    async def do_run_schedule(self, order: RunSchedule) -> Any:
+        """Submit a schedule's task now."""
+        return await self._ask(order)
 
     async def do_audit(self, *entries: AuditEntry) -> Any:
         """Add audit lines."""

@@ -16,6 +16,7 @@ from hcna_ray import failpoints
 from hcna_ray.core.events import Command, Event
 from hcna_ray.core.machine import Step, advance
 from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Outcome, Task, Token
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.observability.figures import RAN, WAITED, stored_deltas
 from hcna_ray.runtime.reported import delivery_of
 from hcna_ray.store.base import Counter, Delivery, KeyClaim, TaskStore
@@ -84,6 +85,10 @@ class Ledger:
         self.dropped_settlements: list[int] = []
         #: What is to be told to webhooks.
         self.deliveries: list[Delivery] = []
+        #: Schedules as this batch has them, by principal and name; ``None``: there is none.
+        self._schedules: dict[tuple[str, str], Schedule | None] = {}
+        #: Of these, the ones that it has changed.
+        self.changed_schedules: set[tuple[str, str]] = set()
         self.commands: list[Command] = []
         #: Leases gained minus leases ended in this batch, by concurrency key.
         self.lease_delta: Tally[str] = Tally()
@@ -114,6 +119,21 @@ class Ledger:
             self.load((task_id,))
             task = self._tasks.get(task_id)
         return task
+
+    def schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)`` as this batch has it."""
+        if key not in self._schedules:
+            self._schedules[key] = self._store.get_schedule(key)
+        return self._schedules[key]
+
+    def adopt_schedule(self, read: Schedule) -> Schedule | None:
+        """Take in a schedule that was just read from the store; return it as this batch has it."""
+        return self._schedules.setdefault(read.key, read)
+
+    def set_schedule(self, key: tuple[str, str], schedule: Schedule | None) -> None:
+        """Change a schedule, or delete it."""
+        self._schedules[key] = schedule
+        self.changed_schedules.add(key)
 
     def adopt(self, tasks: Iterable[Task]) -> None:
         """Take in tasks that were just read from the store by another query."""
@@ -227,6 +247,7 @@ class Ledger:
             or self.dropped_dependents
             or self.pushed_settlements
             or self.dropped_settlements
+            or self.changed_schedules
             or self.counts
         )
 
@@ -268,6 +289,8 @@ class Ledger:
             store.save_attempts(self.attempts)
         if self.deliveries:
             store.save_deliveries(self.deliveries)
+        if self.changed_schedules:
+            self._flush_schedules()
         for (task_type, queue), count in self.accepted.items():
             self.counts[Counter("accepted", task_type, queue)] += count
         for (figure, task_type), seconds in self.seconds.items():
@@ -279,3 +302,9 @@ class Ledger:
             store.append_audit(self.audit)
             failpoints.hit("ledger.audit.written")
         return store.append_facts(self.facts)
+
+    def _flush_schedules(self) -> None:
+        changed = {key: self._schedules[key] for key in sorted(self.changed_schedules)}
+        self._store.save_schedules([one for one in changed.values() if one is not None])
+        self._store.drop_schedules([key for key, one in changed.items() if one is None])
+        failpoints.hit("ledger.schedules.written")

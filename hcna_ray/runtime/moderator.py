@@ -44,18 +44,22 @@ from hcna_ray.runtime.requests import (
     Cancel,
     Delivered,
     ForgetWorker,
+    MarkSchedule,
     MarkWorker,
     NodesSeen,
     Note,
     PauseQueue,
     Pending,
+    PutSchedule,
     Query,
     Reports,
     Request,
     Retry,
     RetryMany,
+    RunSchedule,
     SendIntent,
 )
+from hcna_ray.runtime.schedules import Anybody, Authority, ScheduleDesk
 from hcna_ray.runtime.starts import StartWatch
 from hcna_ray.runtime.trace_notes import TraceNote, trace_notes
 from hcna_ray.runtime.turn import LATER, Turn
@@ -101,6 +105,7 @@ class Moderator:
         free_bytes: Callable[[], int],
         pid: int = 0,
         store_name: str = "",
+        authority: Authority | None = None,
     ) -> None:
         """Rebuild from the store.
 
@@ -112,6 +117,7 @@ class Moderator:
             free_bytes: Free space on the store's disk.
             pid: Process id, for `status`.
             store_name: What the store is, for `status`.
+            authority: Whether schedules may still submit their tasks; by default they may.
         """
         self._store, self._policy, self._clock = store, policy, clock
         self._free_bytes = free_bytes
@@ -134,6 +140,9 @@ class Moderator:
         )
         self._aftermath = Aftermath(store, self._dispatcher, self._workforce.stop)
         self._intake = Intake(store, policy, self._aftermath)
+        self._schedules = ScheduleDesk(
+            store, policy, self._intake, authority or Anybody(), self._workforce.views, clock
+        )
         self._housekept = self._pruned = clock.elapsed()
         self._clocks = ClockWatch(clock.now(), clock.elapsed(), store.clock_hold())
         #: Whether memory has to be read from the store before anything is decided.
@@ -215,6 +224,7 @@ class Moderator:
         self._run_timers(turn)
         self._workforce.watch_sessions(turn)
         self._keep_house(turn)
+        self._schedules.run_due(turn)
         self._aftermath.take_orders(turn)
         self._aftermath.follow_up(turn)
         granted = self._workforce.grant(turn, self._paused)
@@ -229,7 +239,7 @@ class Moderator:
         if self._aftermath.unfinished or self._dispatcher.unfinished:
             return 0.0
         try:
-            wake_at = self._store.next_wake()
+            wakes = [self._store.next_wake(), self._schedules.wake_at()]
         except StoreUnavailable:
             # The next batch says so to whoever waits. What was read before may be of yesterday:
             # only the store that comes back can tell.
@@ -238,9 +248,8 @@ class Moderator:
         # A lease ends to the moment: its task should not wait for the next look around.
         silence_s = self._workforce.sessions.quiet_s(self._clock.elapsed())
         pause = min(HOUSEKEEPING_S, silence_s + 0.001)
-        if wake_at is not None:
-            pause = min(pause, max(0.0, wake_at - self._clock.now()))
-        return pause
+        now = self._clock.now()
+        return min([pause, *(max(0.0, wake_at - now) for wake_at in wakes if wake_at is not None)])
 
     # -- commit and rebuild ----------------------------------------------------------------------
 
@@ -287,6 +296,7 @@ class Moderator:
         self._dispatcher.reset()
         self._workforce.reset(leased, self._clock.now(), self._clock.elapsed())
         self._intake.reset()
+        self._schedules.reset()
         self._aftermath.reset()
         self._stale = False
         failpoints.hit("moderator.rebuild.done")
@@ -353,6 +363,12 @@ class Moderator:
             case Delivered():
                 self._delivered(turn, request)
                 return None
+            case PutSchedule():
+                return self._schedules.put(turn, request)
+            case MarkSchedule():
+                return self._schedules.mark(turn, request)
+            case RunSchedule():
+                return self._schedules.run(turn, request)
             case Query():
                 return self._answer(request.name, turn.elapsed)
 

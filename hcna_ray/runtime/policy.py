@@ -32,6 +32,8 @@ class Policy:
     idempotency_s: float = 7 * 86400.0
     audit_retention_s: float = 90 * 86400.0
     disk_free_bytes_min: int = 1 << 30
+    schedules_max: int = 10_000
+    schedules_of_one_max: int = 1000
     #: Whether spans are made of what tasks wait for, and of attempts that nobody else can tell of.
     traced: bool = False
 
@@ -61,6 +63,8 @@ class Policy:
             idempotency_s=limits.idempotency_s,
             audit_retention_s=limits.audit_retention_s,
             disk_free_bytes_min=limits.disk_free_bytes_min,
+            schedules_max=limits.schedules_max,
+            schedules_of_one_max=limits.schedules_of_one_max,
             traced=settings.tracing.endpoint is not None,
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hcna_ray.core.models import AuditEntry
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.messages import (
     Exchange,
     Goodbye,
@@ -126,6 +127,41 @@ class Delivered:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PutSchedule:
+    """Create a schedule, or give an existing one another definition."""
+
+    schedule: Schedule
+    #: False: there must be one of that name.
+    new: bool
+    #: Name of the key that asks.
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MarkSchedule:
+    """Pause, resume or delete a schedule."""
+
+    principal: str
+    name: str
+    #: ``pause``, ``resume`` or ``delete``.
+    action: str
+    by: str
+    #: On a resume by its owner: digest of the key on whose authority it goes on.
+    key_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSchedule:
+    """Submit a schedule's task now. Harmless twice with the same task id, or the same key."""
+
+    principal: str
+    name: str
+    task_id: str
+    idempotency_key: str | None
+    by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
     """Read the moderator's own memory on its own thread."""
 
@@ -150,6 +186,9 @@ Request = (
     | PauseQueue
     | Note
     | Delivered
+    | PutSchedule
+    | MarkSchedule
+    | RunSchedule
     | Query
 )
 

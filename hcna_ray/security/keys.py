@@ -11,7 +11,7 @@ keep C1 busy. For the same reason no salt is needed: no two keys are alike, and 
 They are a file and not a table of the store because the same file is read by C1 and the gate, both
 on M1, while M1 itself or its database is away; because ``hcna keys`` works before anything runs;
 and because it is in ``hcna backup --with-keys`` and in no other backup. It is replaced in one step,
-so that C1 sees a change by its stamp (`hcna_ray.api.auth.FileKeyRing`).
+so that C1 sees a change by its stamp (`hcna_ray.security.key_ring`).
 
 A key is one of an *owner*, by default its own name. Tasks belong to the owner, not to the key: so a
 key can be replaced, and a second one can be handed to another program of the same person.

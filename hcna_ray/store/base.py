@@ -23,6 +23,7 @@ from hcna_ray.core.models import (
     TaskState,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Schedule
 
 
 class KeyClaim(NamedTuple):
@@ -289,6 +290,32 @@ class TaskStore(Protocol):
         """Forget deliveries that are done with."""
         ...
 
+    # -- schedules --------------------------------------------------------------------------------
+
+    def save_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Insert or replace schedules by principal and name; none may be there twice."""
+        ...
+
+    def drop_schedules(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Forget schedules by ``(principal, name)``."""
+        ...
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        ...
+
+    def due_schedules(self, now: float, limit: int) -> list[Schedule]:
+        """Return schedules whose ``wake_at`` is at or before ``now``, earliest first."""
+        ...
+
+    def next_schedule_wake(self) -> float | None:
+        """Return the earliest ``wake_at`` of all schedules, or ``None``."""
+        ...
+
+    def count_schedules(self, principal: str | None = None) -> int:
+        """Return how many schedules there are, of a principal or in all."""
+        ...
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -413,6 +440,22 @@ class TaskReader(Protocol):
             due_before: The instant.
             limit: How many at most.
             not_to: Targets that are left out.
+        """
+        ...
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        ...
+
+    def schedules(
+        self, *, principal: str | None = None, after: tuple[str, str] = ("", ""), limit: int
+    ) -> list[Schedule]:
+        """Return schedules by ``(principal, name)``, those behind ``after`` (a keyset page).
+
+        Args:
+            principal: Whose; ``None``: everybody's.
+            after: The last one of the page before.
+            limit: How many at most.
         """
         ...
 

@@ -23,14 +23,18 @@ from hcna_ray.core.models import (
     TaskSpec,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Overlap, Schedule
 
 _T = TypeVar("_T")
 
-#: First byte of everything written now, but for specs that are confined.
+#: First byte of everything written now, but for specs that are confined or scheduled.
 FORM = b"\x01"
 #: First byte of the spec of a task that is confined; all the rest of it is as in form 1. A version
 #: that knows nothing of that must not run it.
 CONFINED = b"\x02"
+#: First byte of the spec of a task from a schedule: beside form 1 whether it is confined, and which
+#: schedule and instant it comes from.
+SCHEDULED = b"\x03"
 
 #: What ``nil`` stands for in form 1, spelled out so that new defaults cannot reach old blobs.
 _RETRY_1 = RetryPolicy(
@@ -71,8 +75,29 @@ _Spec1 = tuple[
     bytes | None,  # metadata
 ]
 
+_Spec3 = tuple[
+    _Spec1,
+    bool,  # confined
+    str,  # schedule
+    float,  # schedule_at
+]
+_Schedule1 = tuple[
+    str,  # cron
+    str,  # timezone
+    bytes,  # spec, as `pack_spec` writes it
+    bytes,  # task
+    str,  # overlap
+    float,  # catch_up_s
+    bool,  # paused
+    str,  # key_sha256
+    float,  # created_at
+    float,  # changed_at
+]
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_spec = msgspec.msgpack.Decoder(_Spec1).decode
+_decode_scheduled = msgspec.msgpack.Decoder(_Spec3).decode
+_decode_schedule = msgspec.msgpack.Decoder(_Schedule1).decode
 _decode_error = msgspec.msgpack.Decoder(TaskError).decode
 _decode_progress = msgspec.msgpack.Decoder(Progress).decode
 _decode_worker = msgspec.msgpack.Decoder(WorkerRecord).decode
@@ -82,35 +107,36 @@ _decode_needs = msgspec.json.Decoder(Needs).decode
 
 def pack_spec(spec: TaskSpec) -> bytes:
     """Return a spec as bytes, payload included."""
-    return (CONFINED if spec.confined else FORM) + _encode(
-        (
-            spec.id,
-            spec.task_type,
-            spec.payload,
-            spec.queue,
-            spec.priority,
-            spec.accepted_at,
-            spec.run_at,
-            spec.expires_at,
-            spec.timeout_s,
-            spec.queue_timeout_s,
-            None if spec.retry == _RETRY_1 else spec.retry,
-            spec.max_losses,
-            None if spec.needs == _NEEDS_1 else spec.needs,
-            spec.depends_on,
-            spec.ordering_key,
-            spec.concurrency_key,
-            spec.on_disconnect,
-            spec.wait_max_s,
-            spec.principal,
-            spec.idempotency_key,
-            spec.fingerprint,
-            spec.batch_id,
-            spec.traceparent,
-            spec.webhook,
-            spec.metadata,
-        )
+    fields = (
+        spec.id,
+        spec.task_type,
+        spec.payload,
+        spec.queue,
+        spec.priority,
+        spec.accepted_at,
+        spec.run_at,
+        spec.expires_at,
+        spec.timeout_s,
+        spec.queue_timeout_s,
+        None if spec.retry == _RETRY_1 else spec.retry,
+        spec.max_losses,
+        None if spec.needs == _NEEDS_1 else spec.needs,
+        spec.depends_on,
+        spec.ordering_key,
+        spec.concurrency_key,
+        spec.on_disconnect,
+        spec.wait_max_s,
+        spec.principal,
+        spec.idempotency_key,
+        spec.fingerprint,
+        spec.batch_id,
+        spec.traceparent,
+        spec.webhook,
+        spec.metadata,
     )
+    if spec.schedule is not None:
+        return SCHEDULED + _encode((fields, spec.confined, spec.schedule, spec.schedule_at))
+    return (CONFINED if spec.confined else FORM) + _encode(fields)
 
 
 def unpack_spec(blob: bytes) -> TaskSpec:
@@ -120,6 +146,12 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         SchemaTooNew: a newer hcna-ray wrote it.
         StoreDamaged: nobody wrote it so.
     """
+    body = _body(blob, FORM, CONFINED, SCHEDULED)
+    confined, schedule, schedule_at = blob[:1] == CONFINED, None, None
+    if blob[:1] == SCHEDULED:
+        fields, confined, schedule, schedule_at = _decoded(_decode_scheduled, body)
+    else:
+        fields = _decoded(_decode_spec, body)
     (
         id_,
         task_type,
@@ -146,7 +178,7 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         traceparent,
         webhook,
         metadata,
-    ) = _decoded(_decode_spec, _body(blob, FORM, CONFINED))
+    ) = fields
     return TaskSpec(
         id=id_,
         task_type=task_type,
@@ -173,7 +205,57 @@ def unpack_spec(blob: bytes) -> TaskSpec:
         traceparent=traceparent,
         webhook=webhook,
         metadata=metadata,
-        confined=blob[:1] == CONFINED,
+        confined=confined,
+        schedule=schedule,
+        schedule_at=schedule_at,
+    )
+
+
+def pack_schedule(schedule: Schedule) -> bytes:
+    """Return what somebody has asked for with a schedule; how far it has come is in columns."""
+    return FORM + _encode(
+        (
+            schedule.cron,
+            schedule.timezone,
+            pack_spec(schedule.spec),
+            schedule.task,
+            schedule.overlap,
+            schedule.catch_up_s,
+            schedule.paused,
+            schedule.key_sha256,
+            schedule.created_at,
+            schedule.changed_at,
+        )
+    )
+
+
+def unpack_schedule(principal: str, name: str, blob: bytes) -> Schedule:
+    """Return the schedule that `pack_schedule` wrote, as if it had not come anywhere."""
+    (
+        cron,
+        timezone,
+        spec,
+        task,
+        overlap,
+        catch_up_s,
+        paused,
+        key_sha256,
+        created_at,
+        changed_at,
+    ) = _decoded(_decode_schedule, _body(blob))
+    return Schedule(
+        principal=principal,
+        name=name,
+        cron=cron,
+        timezone=timezone,
+        spec=unpack_spec(spec),
+        task=task,
+        overlap=Overlap(overlap),
+        catch_up_s=catch_up_s,
+        paused=paused,
+        key_sha256=key_sha256,
+        created_at=created_at,
+        changed_at=changed_at,
     )
 
 

@@ -25,6 +25,7 @@ from hcna_ray.core.models import (
     Token,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.store.base import (
     AuditState,
     Belongs,
@@ -125,6 +126,7 @@ class MemoryTaskStore:
         self._children: _Table[tuple[str, int], str] = _Table(lock)
         self._settlements: _Table[int, Settlement] = _Table(lock)
         self._deliveries: _Table[str, Delivery] = _Table(lock)
+        self._schedules: _Table[tuple[str, str], Schedule] = _Table(lock)
         self._workers: _Table[str, WorkerRecord] = _Table(lock)
         self._paused: _Table[str, bool] = _Table(lock)
         self._counters: _Table[Counter, int] = _Table(lock)
@@ -464,6 +466,41 @@ class MemoryTaskStore:
         for id_ in ids:
             self._deliveries.drop(id_)
 
+    # -- schedules --------------------------------------------------------------------------------
+
+    def save_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Insert or replace schedules by principal and name; none may be there twice."""
+        self._must_write()
+        for schedule in schedules:
+            self._schedules.put(schedule.key, schedule)
+
+    def drop_schedules(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Forget schedules by ``(principal, name)``."""
+        self._must_write()
+        for key in keys:
+            self._schedules.drop(key)
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        return self._schedules.now.get(key)
+
+    def due_schedules(self, now: float, limit: int) -> list[Schedule]:
+        """Return schedules whose ``wake_at`` is at or before ``now``, earliest first."""
+        due = sorted(entry for entry in self._waking_schedules() if entry[0] <= now)
+        return [self._schedules.now[key] for _wake_at, key in due[:limit]]
+
+    def next_schedule_wake(self) -> float | None:
+        """Return the earliest ``wake_at`` of all schedules, or ``None``."""
+        return min((wake_at for wake_at, _key in self._waking_schedules()), default=None)
+
+    def _waking_schedules(self) -> list[tuple[float, tuple[str, str]]]:
+        every = self._schedules.now.values()
+        return [(one.wake_at, one.key) for one in every if one.wake_at is not None]
+
+    def count_schedules(self, principal: str | None = None) -> int:
+        """Return how many schedules there are, of a principal or in all."""
+        return sum(principal in (None, owner) for owner, _name in self._schedules.now)
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -677,6 +714,20 @@ class MemoryTaskReader:
             every = self._store._deliveries.all_committed().values()
             found = [one for one in every if one.due_at <= due_before and one.target not in not_to]
         return sorted(found, key=lambda one: (one.due_at, one.id))[:limit]
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        with self._lock:
+            return self._store._schedules.committed(key)
+
+    def schedules(
+        self, *, principal: str | None = None, after: tuple[str, str] = ("", ""), limit: int
+    ) -> list[Schedule]:
+        """Return schedules by ``(principal, name)``, those behind ``after`` (a keyset page)."""
+        with self._lock:
+            every = self._store._schedules.all_committed().values()
+            found = [one for one in every if principal in (None, one.principal) and one.key > after]
+        return sorted(found, key=lambda one: one.key)[:limit]
 
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""

@@ -36,6 +36,7 @@ from hcna_ray.core.models import (
     TaskState,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.store import codec, origin, rows
 from hcna_ray.store.base import (
     AuditState,
@@ -773,6 +774,39 @@ class PostgresTaskStore(Bookkeeper):
         self._must_write()
         self._queue("DELETE FROM delivery WHERE id = ANY(%s)", (texts(ids),))
 
+    # -- schedules --------------------------------------------------------------------------------
+
+    def save_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Insert or replace schedules by principal and name; none may be there twice."""
+        self._must_write()
+        self._queue_rows(
+            _SAVE_SCHEDULES, _SCHEDULE_KINDS, list(map(rows.schedule_values, schedules))
+        )
+
+    def drop_schedules(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Forget schedules by ``(principal, name)``."""
+        self._must_write()
+        for key in keys:
+            self._queue("DELETE FROM schedule WHERE principal = %s AND name = %s", key)
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        return _schedule(self._run(_SCHEDULE_BY_KEY, key))
+
+    def due_schedules(self, now: float, limit: int) -> list[Schedule]:
+        """Return schedules whose ``wake_at`` is at or before ``now``, earliest first."""
+        return list(map(rows.schedule_from_row, self._run(_DUE_SCHEDULES, (now, limit))))
+
+    def next_schedule_wake(self) -> float | None:
+        """Return the earliest ``wake_at`` of all schedules, or ``None``."""
+        found = self._run(_NEXT_SCHEDULE_WAKE)
+        return found[0][0] if found else None
+
+    def count_schedules(self, principal: str | None = None) -> int:
+        """Return how many schedules there are, of a principal or in all."""
+        of, values = ("", ()) if principal is None else (" WHERE principal = %s", (principal,))
+        return int(self._run(f"SELECT count(*) FROM schedule{of}", values)[0][0])
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -1018,6 +1052,20 @@ class PostgresTaskReader:
         values = float(due_before), texts(not_to), limit
         return [Delivery(*row) for row in self._run(_DELIVERIES, values)]
 
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        return _schedule(self._run(_SCHEDULE_BY_KEY, key))
+
+    def schedules(
+        self, *, principal: str | None = None, after: tuple[str, str] = ("", ""), limit: int
+    ) -> list[Schedule]:
+        """Return schedules by ``(principal, name)``, those behind ``after`` (a keyset page)."""
+        if principal is None:
+            found = self._run(_SCHEDULES, (*after, limit))
+        else:
+            found = self._run(_SCHEDULES_OF, (principal, *after, limit))
+        return list(map(rows.schedule_from_row, found))
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         found = self._run("SELECT name, task_type, label, value FROM counter")
@@ -1159,6 +1207,10 @@ _ATTEMPT_KINDS: list[_Column] = [
 _DELIVERY_KINDS: list[_Column] = [
     *(texts, texts, texts, texts, texts, blobs, floats, floats, integers, texts),
 ]
+_SCHEDULE_KINDS: list[_Column] = [
+    *(texts, texts, blobs, floats, floats, floats, texts, floats, integers, integers, integers),
+    *(texts, texts, floats),
+]
 _AUDIT_KINDS: list[_Column] = [integers, floats, texts, texts, texts, texts, texts, texts]
 
 
@@ -1236,6 +1288,20 @@ _DELIVERIES = (
     f"SELECT {', '.join(rows.DELIVERY)} FROM delivery WHERE due_at <= %s AND target <> ALL(%s) "
     "ORDER BY due_at, id LIMIT %s"
 )
+_SAVE_SCHEDULES = (
+    f"INSERT INTO schedule SELECT * FROM {_unnest(len(_SCHEDULE_KINDS))} "
+    "ON CONFLICT (principal, name) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in rows.SCHEDULE[2:])
+)
+_SCHEDULE = f"SELECT {', '.join(rows.SCHEDULE)} FROM schedule"
+_SCHEDULE_BY_KEY = f"{_SCHEDULE} WHERE principal = %s AND name = %s"
+_DUE_SCHEDULES = f"{_SCHEDULE} WHERE wake_at <= %s ORDER BY wake_at, principal, name LIMIT %s"
+_NEXT_SCHEDULE_WAKE = (
+    "SELECT wake_at FROM schedule WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
+)
+_BEHIND = "(principal, name) > (%s, %s) ORDER BY principal, name LIMIT %s"
+_SCHEDULES = f"{_SCHEDULE} WHERE {_BEHIND}"
+_SCHEDULES_OF = f"{_SCHEDULE} WHERE principal = %s AND {_BEHIND}"
 _FROM = "task AS t ON t.seq = p.seq JOIN task_spec AS s ON s.seq = p.seq"
 _BY_SEQ = f"SELECT {rows.COLUMNS} FROM unnest(%s) AS p (seq) JOIN {_FROM}"
 _BY_ID = (
@@ -1423,6 +1489,10 @@ def page_query(where: TaskFilter, *, before_seq: int | None, limit: int) -> tupl
         picked = f"({' UNION ALL '.join(picks)} ORDER BY seq DESC LIMIT %s)"
         values.append(limit)
     return f"SELECT {rows.COLUMNS} FROM {picked} AS p JOIN {_FROM}", values
+
+
+def _schedule(found: Sequence[Row]) -> Schedule | None:
+    return rows.schedule_from_row(found[0]) if found else None
 
 
 def _workers(found: Sequence[Row]) -> list[WorkerRecord]:

@@ -21,6 +21,7 @@ from hcna_ray.core.models import (
     TaskState,
     Token,
 )
+from hcna_ray.core.schedules import Reason, Schedule
 from hcna_ray.store import codec
 from hcna_ray.store.base import StoredAudit, StoredFact
 
@@ -89,6 +90,11 @@ INSERT_TASK = (
 DELIVERY = (
     *("id", "task_id", "principal", "target", "url", "body", "created_at", "due_at", "tries"),
     "note",
+)
+#: Of a `Schedule`.
+SCHEDULE = (
+    *("principal", "name", "body", "wake_at", "decided_until", "waiting_at", "last_task_id"),
+    *("last_at", "started", "skipped", "missed", "reason_code", "reason", "reason_at"),
 )
 ATTEMPT = (
     "task_id",
@@ -286,6 +292,53 @@ def task_from_row(row: Row) -> Task:
         result=result,
         error=codec.unpack_error(error),
         version=version,
+    )
+
+
+def schedule_values(schedule: Schedule) -> Row:
+    """Return the values of `SCHEDULE`."""
+    return (
+        schedule.principal,
+        schedule.name,
+        codec.pack_schedule(schedule),
+        schedule.wake_at,
+        schedule.decided_until,
+        schedule.waiting_at,
+        schedule.last_task_id,
+        schedule.last_at,
+        schedule.started,
+        schedule.skipped,
+        schedule.missed,
+        *(schedule.reason or (None, None, None)),
+    )
+
+
+def schedule_from_row(row: Row) -> Schedule:
+    """Return the schedule of a row of `SCHEDULE`."""
+    (
+        principal,
+        name,
+        body,
+        wake_at,
+        decided_until,
+        waiting_at,
+        last_task_id,
+        last_at,
+        started,
+        skipped,
+        missed,
+        *reason,
+    ) = row
+    return codec.unpack_schedule(principal, name, body).evolve(
+        wake_at=wake_at,
+        decided_until=decided_until,
+        waiting_at=waiting_at,
+        last_task_id=last_task_id,
+        last_at=last_at,
+        started=started,
+        skipped=skipped,
+        missed=missed,
+        reason=None if reason[0] is None else Reason(*reason),
     )
 
 

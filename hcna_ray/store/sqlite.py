@@ -42,6 +42,7 @@ from hcna_ray.core.models import (
     TaskState,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.store import codec, rows
 from hcna_ray.store.base import (
     AuditState,
@@ -134,6 +135,11 @@ class _Connection:
     def paused(self) -> frozenset[str]:
         """Return the names of paused queues."""
         return frozenset(queue for (queue,) in self._run("SELECT queue FROM paused_queue"))
+
+    def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
+        """Return the schedule of ``(principal, name)``, if there is one."""
+        found = self._run(_SCHEDULE_BY_KEY, key)
+        return rows.schedule_from_row(found[0]) if found else None
 
     def _run(self, sql: str, values: Sequence[Any] = ()) -> list[Row]:
         try:
@@ -600,6 +606,34 @@ class SqliteTaskStore(_Connection, Bookkeeper):
         self._must_write()
         self._many("DELETE FROM delivery WHERE id = ?", [(id_,) for id_ in ids])
 
+    # -- schedules --------------------------------------------------------------------------------
+
+    def save_schedules(self, schedules: Sequence[Schedule]) -> None:
+        """Insert or replace schedules by principal and name; none may be there twice."""
+        self._must_write()
+        marks = ", ".join("?" * len(rows.SCHEDULE))
+        values = map(rows.schedule_values, schedules)
+        self._many(f"INSERT OR REPLACE INTO schedule VALUES ({marks})", values)
+
+    def drop_schedules(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Forget schedules by ``(principal, name)``."""
+        self._must_write()
+        self._many("DELETE FROM schedule WHERE principal = ? AND name = ?", keys)
+
+    def due_schedules(self, now: float, limit: int) -> list[Schedule]:
+        """Return schedules whose ``wake_at`` is at or before ``now``, earliest first."""
+        return list(map(rows.schedule_from_row, self._run(_DUE_SCHEDULES, (now, limit))))
+
+    def next_schedule_wake(self) -> float | None:
+        """Return the earliest ``wake_at`` of all schedules, or ``None``."""
+        found = self._run(_NEXT_SCHEDULE_WAKE)
+        return found[0][0] if found else None
+
+    def count_schedules(self, principal: str | None = None) -> int:
+        """Return how many schedules there are, of a principal or in all."""
+        of, values = ("", ()) if principal is None else (" WHERE principal = ?", (principal,))
+        return int(self._run(f"SELECT count(*) FROM schedule{of}", values)[0][0])
+
     # -- small tables -----------------------------------------------------------------------------
 
     def save_worker(self, record: WorkerRecord) -> None:
@@ -809,6 +843,16 @@ class SqliteTaskReader(_Connection):
         values = due_before, codec.to_json(not_to), limit
         return [Delivery(*row) for row in self._run(_DELIVERIES, values)]
 
+    def schedules(
+        self, *, principal: str | None = None, after: tuple[str, str] = ("", ""), limit: int
+    ) -> list[Schedule]:
+        """Return schedules by ``(principal, name)``, those behind ``after`` (a keyset page)."""
+        if principal is None:
+            found = self._run(_SCHEDULES, (*after, limit))
+        else:
+            found = self._run(_SCHEDULES_OF, (principal, *after, limit))
+        return list(map(rows.schedule_from_row, found))
+
     def counters(self) -> dict[Counter, int]:
         """Return every counter."""
         found = self._run("SELECT name, task_type, label, value FROM counter")
@@ -923,6 +967,15 @@ _DELIVERIES = (
     f"SELECT {', '.join(rows.DELIVERY)} FROM delivery WHERE due_at <= ? "
     "AND target NOT IN (SELECT value FROM json_each(?)) ORDER BY due_at, id LIMIT ?"
 )
+_SCHEDULE = f"SELECT {', '.join(rows.SCHEDULE)} FROM schedule"
+_SCHEDULE_BY_KEY = f"{_SCHEDULE} WHERE principal = ? AND name = ?"
+_DUE_SCHEDULES = f"{_SCHEDULE} WHERE wake_at <= ? ORDER BY wake_at, principal, name LIMIT ?"
+_NEXT_SCHEDULE_WAKE = (
+    "SELECT wake_at FROM schedule WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
+)
+_BEHIND = "(principal, name) > (?, ?) ORDER BY principal, name LIMIT ?"
+_SCHEDULES = f"{_SCHEDULE} WHERE {_BEHIND}"
+_SCHEDULES_OF = f"{_SCHEDULE} WHERE principal = ? AND {_BEHIND}"
 _AUDIT = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number < ? ORDER BY number DESC LIMIT ?"
 _AUDIT_AFTER = f"SELECT {', '.join(rows.AUDIT)} FROM audit WHERE number > ? ORDER BY number LIMIT ?"
 _AUDIT_TAIL = "SELECT hash FROM audit ORDER BY number DESC LIMIT 1"

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from hcna_ray.config import ConfigError, Settings, load_settings, with_shared
@@ -346,12 +347,17 @@ def _working(settings: Settings) -> bool:
 def _settings_in_force(settings: Settings) -> Settings:
     """Return the settings the running instance was started with; else those given."""
     path = settings.run_dir / "settings.yaml"
-    if not path.exists():
-        return settings
     try:
-        return load_settings(home=settings.home, path=path, env={})
-    except ConfigError:
-        return settings  # Written by another version; what was given is the better guess.
+        found = path.stat()
+        return _read_settings(settings.home, path, (found.st_ino, found.st_mtime_ns))
+    except (FileNotFoundError, ConfigError):
+        return settings  # None yet, or of another version: what was given is the better guess.
+
+
+@lru_cache(maxsize=1)
+def _read_settings(home: Path, path: Path, version: tuple[int, int]) -> Settings:
+    """Read a file of settings, once for each version: whoever waits asks five times a second."""
+    return load_settings(home=home, path=path, env={})
 
 
 def _start_daemon(settings: Settings) -> int:

@@ -1,6 +1,6 @@
 """The adapter for hcna-ray's SQLite store: its tables become a dump (`inputs.Dump`).
 
-Knows the schema of ``0001_tasks.sql`` and ``0002_audit_chain.sql`` and forms 1 and 2 of the blobs
+Knows the schema of ``0001_tasks.sql`` and ``0002_audit_chain.sql`` and forms 1 to 3 of the blobs
 from their files, not from the code that writes them. Another store needs another such module and
 nothing else.
 """
@@ -242,7 +242,12 @@ def _json(raw: bytes | None) -> Any:
 
 
 def _unpack_spec(blob: bytes) -> Any:
-    """Form 2 is form 1 of a task that is confined to its principal's artifacts."""
+    """Form 2 is form 1 of a task that is confined to its principal's artifacts.
+
+    Form 3 is of one that a schedule has submitted: form 1, and what more there is to say.
+    """
+    if blob[:1] == b"\x03":
+        return msgpack.decode(bytes(blob[1:]))[0]
     return _unpack(b"\x01" + bytes(blob[1:]) if blob[:1] == b"\x02" else blob)
 
 

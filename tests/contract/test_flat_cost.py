@@ -16,7 +16,7 @@ from hcna_ray.core.models import OWNER, TaskFilter, TaskState
 from hcna_ray.runtime.dispatcher import SWEEP_KEYS_MAX
 from hcna_ray.store.base import KeyClaim
 from hcna_ray.store.sqlite import SqliteTaskReader, SqliteTaskStore
-from tests.support.builders import T0, a_spec, a_task
+from tests.support.builders import T0, a_schedule, a_spec, a_task
 from tests.support.paper_worker import Desk, PaperWorker
 from tests.support.steps import counted_steps
 
@@ -33,6 +33,9 @@ class House:
         # What waits for keys and parents must not be what a step is about: it lies far behind.
         for first in range(0, tasks, 100):
             self.desk.submit(*(self._spec(n) for n in range(first, first + 100)))
+        with self.store.transaction():
+            self.store.save_schedules([self._schedule(n) for n in range(tasks)])
+        self.desk.restart()
         self.worker = PaperWorker(self.desk)
         self.reader = self.store.reader()
         self.number = tasks
@@ -58,6 +61,11 @@ class House:
             **more,
         )
 
+    def _schedule(self, number: int) -> Any:
+        return a_schedule(
+            f"s{number:06}", principal=f"user-{number % 4}", wake_at=T0 + 1e6 + number % 60
+        )
+
     def submit(self, count: int = 1, **more: Any) -> None:
         numbers = range(self.number, self.number + count)
         self.number += count
@@ -74,6 +82,19 @@ class House:
     def tick(self) -> None:
         self.desk.tick(1.5)
         self.worker.heartbeat()
+
+    def wake(self) -> None:
+        """Let the time of one schedule come, of so many."""
+        now = self.desk.clock.now()
+        due = a_schedule("due", wake_at=now, decided_until=now - 3600.0)
+        with self.store.transaction():
+            self.store.save_schedules([due])
+        self.desk.restart()
+        self.tick()
+        after = self.store.get_schedule(due.key)
+        assert after is not None
+        assert after.wake_at is not None
+        assert after.wake_at > now
 
     def close(self) -> None:
         self.reader.close()
@@ -103,6 +124,12 @@ WORK: dict[str, Callable[[House], object]] = {
     "a cancel": lambda house: house.desk.cancel("t000290"),
     "a restart": House.restart,
     "depth and counters": lambda house: (house.reader.depth(), house.reader.counters()),
+    "an idle second in which a schedule wakes": House.wake,
+    "a schedule": lambda house: house.reader.get_schedule(("user-1", "s000001")),
+    "pages of schedules": lambda house: house.reader.schedules(limit=20),
+    "pages of a principal's schedules": lambda house: house.reader.schedules(
+        principal="user-1", after=("user-1", "s000100"), limit=20
+    ),
     "how long the first in each queue waits": lambda house: house.reader.queued_since(),
     "one task": lambda house: house.reader.get(["t000001"]),
     "its history": lambda house: house.reader.facts(after=0, limit=50, task_id="t000001"),

@@ -162,9 +162,19 @@ class TestMigrations:
         with pytest.raises(SchemaTooNew):  # Nothing else has such a form.
             codec.unpack_error(b"\x02")
 
+    @pytest.mark.parametrize("confined", [False, True])
+    def test_the_spec_of_a_schedules_task_says_which_and_for_when(self, confined: bool) -> None:
+        spec = a_spec(confined=confined, schedule="nightly", schedule_at=T0)
+        raw = codec.pack_spec(spec)
+        assert raw[:1] == b"\x03"
+        assert codec.unpack_spec(raw) == spec
+        fields, *more = msgspec.msgpack.decode(raw[1:])
+        assert more == [confined, "nightly", T0]
+        assert b"\x01" + msgspec.msgpack.encode(fields) == codec.pack_spec(a_spec())
+
     def test_a_spec_of_a_newer_form_is_refused(self) -> None:
         with pytest.raises(SchemaTooNew):
-            codec.unpack_spec(b"\x03" + codec.pack_spec(a_spec())[1:])
+            codec.unpack_spec(b"\x04" + codec.pack_spec(a_spec())[1:])
 
     def test_a_worker_that_another_version_wrote_is_read(self) -> None:
         """Fields that are new have a value of their own, and those of a newer one are passed by."""

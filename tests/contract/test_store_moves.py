@@ -30,6 +30,7 @@ from tests.support.builders import (
     a_delivery,
     a_fact,
     a_lease,
+    a_schedule,
     a_task,
     a_worker_record,
     an_attempt,
@@ -41,7 +42,7 @@ from tests.support.postgres import PostgresServer
 TABLES = {
     *("attempt", "audit", "audit_anchor", "counter", "delivery", "dependency", "depth", "fact"),
     *("idempotency_key", "lane"),
-    *("number", "paused_queue", "settlement", "task", "task_spec", "worker"),
+    *("number", "paused_queue", "schedule", "settlement", "task", "task_spec", "worker"),
 }
 
 
@@ -69,6 +70,7 @@ def source(tmp_path: Path) -> Path:
         store.add_dependencies("t4", ["t3", "p"])
         store.push_settlements([("t0", True), ("t5", False)])
         store.save_deliveries([a_delivery("d1"), a_delivery("d2", body=b"\x00\xff", tries=2)])
+        store.save_schedules([a_schedule("s1", wake_at=T0 + 1), a_schedule("s2", principal="me")])
         store.save_worker(a_worker_record())
         store.set_paused("night", True)
         store.bump({Counter("attempts", "echo", "completed"): 7})
@@ -359,7 +361,7 @@ class TestCommands:
         monkeypatch.setenv("DATABASE_URL", postgres_url)
         assert main(["store", "migrate"]) == 0
         told = capfd.readouterr()
-        assert "rows in 16 tables copied and compared" in told.out
+        assert "rows in 17 tables copied and compared" in told.out
         assert "never start on it again" in " ".join(told.err.split())
 
         assert main(["store", "info", "--json"]) == 0
@@ -446,7 +448,7 @@ class TestCommands:
         source.rename(source.with_name("old.db"))
         assert main(["store", "migrate", "--to", f"sqlite://{source}"]) == 0
         told = capfd.readouterr()
-        assert "rows in 16 tables copied and compared" in told.out
+        assert "rows in 17 tables copied and compared" in told.out
         assert "take it out of store.url and DATABASE_URL" in " ".join(told.err.split())
         assert "never start on it again" in " ".join(told.err.split())
         monkeypatch.delenv("DATABASE_URL")

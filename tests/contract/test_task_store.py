@@ -26,6 +26,7 @@ from hcna_ray.core.models import (
     TaskState,
     Token,
 )
+from hcna_ray.core.schedules import Overlap, Reason
 from hcna_ray.store.base import (
     Belongs,
     Counter,
@@ -40,6 +41,7 @@ from tests.support.builders import (
     a_delivery,
     a_fact,
     a_lease,
+    a_schedule,
     a_spec,
     a_task,
     a_worker_record,
@@ -124,6 +126,8 @@ def full_task() -> Task:
         webhook="https://example.org/hook",
         metadata=b'{"m": 1}',
         confined=True,
+        schedule="nightly",
+        schedule_at=T0 + 3600,
     )
     return a_task(
         seq=3,
@@ -203,6 +207,7 @@ class TestTransaction:
             store.add_dependencies("t1", ["p"])
             store.push_settlements([("t3", True)])
             store.save_deliveries([a_delivery("d1"), a_delivery("d2")])
+            store.save_schedules([a_schedule("s1", wake_at=T0), a_schedule("s2")])
             store.claim_keys([KeyClaim("me", "k", "t1", "f", T0)])
             store.append_facts([a_fact()])
             store.save_attempts([an_attempt("t2")])
@@ -287,6 +292,8 @@ def change_everything(store: TaskStore) -> None:
     store.drop_settlement(1)
     store.save_deliveries([a_delivery("d1", tries=1), a_delivery("d3")])
     store.drop_deliveries(["d2"])
+    store.save_schedules([a_schedule("s1", wake_at=T0 + 9, started=1), a_schedule("s3")])
+    store.drop_schedules([("owner", "s2")])
     store.claim_keys([KeyClaim("me", "k2", "t5", "f", T0)])
     store.append_facts([a_fact("t5")])
     store.save_attempts([an_attempt("t2", ended_at=T0, outcome=Outcome.LOST)])
@@ -316,6 +323,9 @@ def everything(store: TaskStore, reader: TaskReader) -> list[object]:
         store.held_by_concurrency("c", 9),
         store.dependents("p", 9),
         store.settlements(9),
+        store.due_schedules(T0 + 999, 9),
+        store.next_schedule_wake(),
+        store.count_schedules(),
         store.workers(),
         store.paused(),
         reader.get(names),
@@ -326,6 +336,7 @@ def everything(store: TaskStore, reader: TaskReader) -> list[object]:
         reader.open_count(batch_id="b"),
         reader.facts(after=0, limit=9),
         reader.deliveries(due_before=T0 + 999, limit=9),
+        reader.schedules(limit=9),
         reader.counters(),
         reader.depth(),
         reader.audit(before=None, limit=9),
@@ -883,6 +894,73 @@ class TestDeliveries:
         with store.transaction():
             assert store.prune(T0 + 99, T0 + 99, 9) == 1
         assert reader.deliveries(due_before=T0 + 99, limit=9) == [a_delivery()]
+
+
+class TestSchedules:
+    def test_one_is_found_by_whose_it_is_and_its_name_as_it_was_saved(self, home: Home) -> None:
+        mine = a_schedule(
+            timezone="Europe/Berlin",
+            spec=a_spec("", payload=b'{"a": 1}', metadata=b"{}", confined=True, priority=9),
+            task=b'{"task_type": "echo"}',
+            overlap=Overlap.QUEUE_ONE,
+            catch_up_s=90.5,
+            paused=True,
+            key_sha256="ab" * 32,
+            waiting_at=T0 + 1,
+            wake_at=T0 + 2.5,
+            last_task_id="t1",
+            last_at=T0 + 3,
+            started=4,
+            skipped=5,
+            missed=6,
+            reason=Reason("queue_full", "Nö", T0 + 7),
+        )
+        other = a_schedule(principal="alice")
+        with home.store.transaction():
+            home.store.save_schedules([mine, other])
+            home.store.save_schedules([])
+            assert home.store.get_schedule(mine.key) == mine
+
+        store, reader = home.reopen(), home.reader()
+        for found in (store, reader):
+            assert found.get_schedule(("owner", "nightly")) == mine
+            assert found.get_schedule(("alice", "nightly")) == other
+            assert found.get_schedule(("bob", "nightly")) is None
+        with store.transaction():
+            store.save_schedules([mine.evolve(started=5, reason=None)])
+            store.drop_schedules([other.key, ("bob", "no")])
+            store.drop_schedules([])
+        assert reader.schedules(limit=9) == [mine.evolve(started=5, reason=None)]
+        reader.close()
+
+    def test_those_that_wake_come_by_when_and_the_others_never(self, store: TaskStore) -> None:
+        late, soon = a_schedule("late", wake_at=T0 + 9), a_schedule("soon", wake_at=T0 + 5)
+        assert store.next_schedule_wake() is None
+        with store.transaction():
+            store.save_schedules([late, soon, a_schedule("paused", paused=True)])
+        assert store.next_schedule_wake() == T0 + 5
+        assert store.due_schedules(T0 + 4, 9) == []
+        assert store.due_schedules(T0 + 5, 9) == [soon]
+        assert store.due_schedules(T0 + 9, 9) == [soon, late]
+        assert store.due_schedules(T0 + 9, 1) == [soon]
+        with store.transaction():
+            store.save_schedules([soon.evolve(wake_at=None)])
+            assert store.next_schedule_wake() == T0 + 9
+            store.drop_schedules([late.key])
+            assert store.next_schedule_wake() is None
+
+    def test_pages_follow_one_another_and_are_counted(
+        self, store: TaskStore, reader: TaskReader
+    ) -> None:
+        every = [a_schedule(f"s{n}", principal=who) for who in ("a", "b") for n in range(3)]
+        with store.transaction():
+            store.save_schedules(every[::-1])
+        first = reader.schedules(limit=4)
+        assert first + reader.schedules(after=first[-1].key, limit=4) == every
+        assert reader.schedules(principal="b", limit=9) == every[3:]
+        assert reader.schedules(principal="b", after=("b", "s0"), limit=1) == [every[4]]
+        assert reader.schedules(principal="c", limit=9) == []
+        assert [store.count_schedules(who) for who in (None, "b", "c")] == [6, 3, 0]
 
 
 class TestSmallTables:

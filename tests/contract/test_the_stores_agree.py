@@ -30,6 +30,7 @@ from tests.support.builders import (
     a_delivery,
     a_fact,
     a_lease,
+    a_schedule,
     a_task,
     a_worker_record,
     an_attempt,
@@ -105,6 +106,7 @@ operations = st.one_of(
     st.tuples(st.just("note"), names),
     st.tuples(st.just("settle"), names),
     st.tuples(st.just("hook"), names),
+    st.tuples(st.just("plan"), st.tuples(st.integers(0, 3), st.none() | instants)),
     st.tuples(st.just("small"), st.tuples(queues, st.booleans())),
     st.tuples(st.just("generation"), st.none()),
 )
@@ -216,6 +218,11 @@ class Twins(RuleBasedStateMachine):
             case "hook":
                 store.save_deliveries([a_delivery(argument), a_delivery("t1", due_at=T0 + 5)])
                 return store.drop_deliveries([argument])
+            case "plan":
+                number, wake_at = argument
+                planned = a_schedule(f"s{number}", wake_at=wake_at, started=number)
+                store.save_schedules([planned, planned.evolve(name="every")])
+                return store.drop_schedules([("owner", f"s{number - 1}")])
             case "small":
                 queue, on = argument
                 store.set_paused(queue, on)

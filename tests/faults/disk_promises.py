@@ -40,6 +40,7 @@ TABLES = (
     "idempotency_key",
     "settlement",
     "delivery",
+    "schedule",
     "worker",
     "paused_queue",
     "audit",

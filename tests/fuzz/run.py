@@ -25,7 +25,7 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.core.failures import FailureGroup
 from schemathesis.engine import Status, events, from_schema
 
-from tests.fuzz.stage import WORKER, Stage
+from tests.fuzz.stage import DELETABLE, WORKER, Stage
 
 SEED = 6
 #: Chains of requests; each is some steps long.
@@ -69,6 +69,10 @@ def configured(stage: Stage, caller: str, examples: int, seed: int) -> Schemathe
         "parts": ["bytes */30", "bytes 0-3/30", "bytes 0-0/1"],
         "places": ["0", "1-0", "1-3", "1-999999", "2-1"],
         "cursors": ["0", "1", "9", "100"],
+        "crons": ["0 3 * * *", "*/5 * * * *", "@daily", "0 0 29 2 *", "61 * * * *", "@reboot"],
+        "zones": ["UTC", "Europe/Berlin", "America/Nuuk", "Mars/Olympus"],
+        "owners": list(stage.keys),
+        "deletable": [*DELETABLE],
     }
     used = {
         "path.task_id": ("tasks", 0.6),
@@ -82,6 +86,10 @@ def configured(stage: Stage, caller: str, examples: int, seed: int) -> Schemathe
         "header.Content-Range": ("parts", 0.6),
         "header.Last-Event-ID": ("places", 0.6),
         "query.after": ("places", 0.6),
+        "query.owner": ("owners", 0.7),
+        "body.cron": ("crons", 0.9),
+        "body.timezone": ("zones", 0.9),
+        "body.task.task_type": ("types", 0.9),
         "body.task_type": ("types", 0.9),
         "body.tasks[*].task_type": ("types", 0.9),
         "body.ids[*]": ("tasks", 0.9),
@@ -110,6 +118,16 @@ def configured(stage: Stage, caller: str, examples: int, seed: int) -> Schemathe
             {
                 "include-name": "POST /tasks/batch",
                 "checks": {"negative_data_rejection": {"enabled": False}},
+            },
+            # There are others to be looked at, changed and run.
+            {
+                "include-name": "DELETE /schedules/{name}",
+                "parameters": {"path.name": {"dictionary": "deletable", "probability": 0.8}},
+            },
+            # Each owner has one of that name.
+            {
+                "include-name": "GET /schedules/{name}",
+                "checks": {"use_after_free": {"enabled": False}},
             },
             # The one worker here is in contact: forgotten by force, it is back when it next beats.
             {

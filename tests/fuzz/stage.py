@@ -22,6 +22,7 @@ from hcna_ray.config import Settings, load_settings
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import FailureKind, Progress, Task, TaskError, TaskState, Token
+from hcna_ray.core.schedules import Overlap, Reason, Schedule
 from hcna_ray.runtime import actors
 from hcna_ray.runtime.agent import AgentSettings, WorkerAgent
 from hcna_ray.runtime.artifacts import open_store
@@ -33,7 +34,7 @@ from hcna_ray.runtime.ray_link import AgentModeratorLink, SlotModeratorLink
 from hcna_ray.security.certs import ensure_ca
 from hcna_ray.security.keys import ROLES, create_key, ensure_owner_key
 from hcna_ray.store.sqlite import SqliteTaskStore
-from tests.support.builders import a_task, an_attempt
+from tests.support.builders import a_schedule, a_spec, a_task, an_attempt
 
 #: Everybody who asks: nobody, and one of each role. The admin is not the owner of what is there.
 CALLERS = ("anonymous", *ROLES)
@@ -47,6 +48,8 @@ SEEDED = (
 )
 FILE = b"bytes that somebody has stored"
 WORKER = "W1"
+#: Schedules of each owner that may be deleted, beside one that is called as the worker.
+DELETABLE = ("old-1", "old-2", "old-3", "old-4")
 #: Nobody waits here: a request that waits is answered at once, as after its time.
 WAIT_S = 0.01
 #: How long a slot without work parks.
@@ -241,6 +244,9 @@ def _fill(settings: Settings, now: float) -> dict[str, list[str]]:
     with store.transaction():
         seq = 0
         for owner in ROLES:
+            store.save_schedules(
+                [_a_schedule(name, owner, now) for name in (WORKER, "W2", *DELETABLE)]
+            )
             for state in SEEDED:
                 seq += 1
                 task = _a_task(f"task-{owner}-{seq}", seq, owner, state, now)
@@ -250,6 +256,19 @@ def _fill(settings: Settings, now: float) -> dict[str, list[str]]:
                     store.save_attempts([an_attempt(task.id, token=Token(1, 1), started_at=now)])
     store.close()
     return ids
+
+
+def _a_schedule(name: str, owner: str, now: float) -> Schedule:
+    return a_schedule(
+        name,
+        principal=owner,
+        cron="0 3 1 1 *",
+        spec=a_spec("", principal=owner, queue="lab"),
+        task=b'{"task_type":"echo","queue":"lab"}',
+        overlap=Overlap.ALLOW,
+        decided_until=now,
+        reason=Reason("too_late", "M1 was off", now),
+    )
 
 
 def _a_task(name: str, seq: int, owner: str, state: TaskState, now: float) -> Task:

@@ -38,7 +38,7 @@ _EMPTY = """
     DELETE FROM task; DELETE FROM task_spec; DELETE FROM lane; DELETE FROM attempt;
     DELETE FROM fact; DELETE FROM idempotency_key; DELETE FROM dependency; DELETE FROM settlement;
     DELETE FROM worker; DELETE FROM paused_queue; DELETE FROM depth; DELETE FROM counter;
-    DELETE FROM audit; DELETE FROM audit_anchor; DELETE FROM delivery;
+    DELETE FROM audit; DELETE FROM audit_anchor; DELETE FROM delivery; DELETE FROM schedule;
 """
 
 

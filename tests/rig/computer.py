@@ -70,6 +70,8 @@ class Computer:
         self.rig = rig
         self.m1 = rig["m1"]
         self.home = "/root/.hcna" if user == "root" else f"/home/{user}/.hcna"
+        #: Where C1 answers without TLS on M1's loopback.
+        self.c1_port = 8080
         self._key = ""
 
     # -- commands ----------------------------------------------------------------------------------
@@ -131,7 +133,9 @@ class Computer:
         command += ["-H", f"Authorization: Bearer {self.key}"]
         if body is not None:
             command += ["-d", json.dumps(body)]
-        done = self.m1.run(*command, f"http://127.0.0.1:8080{path}", timeout_s=80, check=False)
+        done = self.m1.run(
+            *command, f"http://127.0.0.1:{self.c1_port}{path}", timeout_s=80, check=False
+        )
         text, _, status = done.out.rpartition("\n")
         try:
             return int(status or 0), json.loads(text) if text else None

@@ -65,6 +65,12 @@ def echo(**fields: Any) -> dict[str, Any]:
     return {"task_type": "echo", "payload": {"message": "x"}, **fields}
 
 
+def plan(**fields: Any) -> dict[str, Any]:
+    """Return the body of a good schedule, with ``fields``; ``None`` leaves one out."""
+    good = {"name": "nightly", "cron": "0 3 * * *", "task": echo(), **fields}
+    return {name: value for name, value in good.items() if value is not None}
+
+
 def nested(depth: int) -> bytes:
     """Return a task whose payload is nested so deeply."""
     return b'{"task_type":"echo","payload":{"a":' + b"[" * depth + b"]" * depth + b"}}"
@@ -190,6 +196,68 @@ ROWS: tuple[Row, ...] = (
     bad(
         "a webhook that leads inside",
         *("POST", "/tasks", None, echo(webhook="https://10.0.0.1/x"), 422, "invalid_request"),
+    ),
+    bad(
+        "a schedule without cron",
+        *("POST", "/schedules", None, plan(cron=None), 422, "invalid_request"),
+    ),
+    bad(
+        "a schedule with seconds",
+        *("POST", "/schedules", None, plan(cron="0 0 3 * * *"), 422, "invalid_schedule"),
+    ),
+    bad(
+        "a schedule of a 30th of February",
+        *("POST", "/schedules", None, plan(cron="0 0 30 2 *"), 422, "invalid_schedule"),
+    ),
+    bad(
+        "a schedule that never comes",
+        *("POST", "/schedules", None, plan(cron="0 0 */20 * 1L"), 422, "invalid_schedule"),
+    ),
+    bad(
+        "a schedule on Mars",
+        *("POST", "/schedules", None, plan(timezone="Mars/X"), 422, "invalid_schedule"),
+    ),
+    bad(
+        "a schedule of a task with run_at",
+        *("POST", "/schedules", None, plan(task=echo(run_at=FAR_FUTURE)), 422, "invalid_request"),
+    ),
+    bad(
+        "a schedule of a task with a key",
+        "POST",
+        "/schedules",
+        None,
+        plan(task=echo(idempotency_key="k")),
+        422,
+        "invalid_request",
+    ),
+    bad(
+        "a schedule of an unknown type",
+        *("POST", "/schedules", None, plan(task={"task_type": "nonsense"})),
+        422,
+        "unknown_task_type",
+    ),
+    bad(
+        "a schedule of a large task",
+        *("POST", "/schedules", None, plan(task=echo(payload={"a": "x" * 70_000}))),
+        422,
+        "invalid_request",
+    ),
+    bad(
+        "overlap: race",
+        *("POST", "/schedules", None, plan(overlap="race"), 422, "invalid_request"),
+    ),
+    bad(
+        "a window of a year",
+        *("POST", "/schedules", None, plan(catch_up_s=31_536_000), 422, "invalid_request"),
+    ),
+    bad(
+        "a name with a slash",
+        *("POST", "/schedules", None, plan(name="a/b"), 422, "invalid_request"),
+    ),
+    bad("no such schedule", "GET", "/schedules/nobody", None, None, 404, "schedule_not_found"),
+    bad(
+        "no such schedule to run",
+        *("POST", "/schedules/nobody/run", None, None, 404, "schedule_not_found"),
     ),
     bad(
         "metadata of 20 KiB",

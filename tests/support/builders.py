@@ -19,6 +19,7 @@ from hcna_ray.core.models import (
     Token,
     WorkerRecord,
 )
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.store.base import Delivery
 
 #: The instant at which tests begin, 2026-01-01T00:00:00Z.
@@ -132,6 +133,19 @@ def a_delivery(id_: str = "t1.1.1", **changes: Any) -> Delivery:
         "due_at": T0,
     }
     return Delivery(id_, **{**defaults, **changes})
+
+
+def a_schedule(name: str = "nightly", **changes: Any) -> Schedule:
+    """Return a schedule for every hour that was created at `T0`."""
+    defaults: dict[str, Any] = {
+        "principal": "owner",
+        "cron": "0 * * * *",
+        "spec": a_spec("", principal=str(changes.get("principal", "owner"))),
+        "created_at": T0,
+        "changed_at": T0,
+        "decided_until": T0,
+    }
+    return Schedule(name=name, **{**defaults, **changes})
 
 
 def an_audit_entry(action: str = "queue.pause", **changes: Any) -> AuditEntry:

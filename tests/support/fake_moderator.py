@@ -8,8 +8,10 @@ from typing import Any
 
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
+    Accepted,
     Changes,
     ModeratorStatus,
     ReplayQuery,
@@ -23,14 +25,17 @@ from hcna_ray.runtime.moderator import Outbound
 from hcna_ray.runtime.requests import (
     Cancel,
     ForgetWorker,
+    MarkSchedule,
     MarkWorker,
     Note,
     PauseQueue,
     Pending,
+    PutSchedule,
     Query,
     Request,
     Retry,
     RetryMany,
+    RunSchedule,
 )
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
@@ -180,6 +185,14 @@ class FakeModerator:
 
     async def pause_queue(self, name: str, paused: bool, *, principal: str) -> None:
         self._ask(PauseQueue(queue=name, paused=paused, principal=principal))
+
+    async def change_schedule(self, order: PutSchedule | MarkSchedule) -> Schedule:
+        schedule: Schedule = self._ask(order)
+        return schedule
+
+    async def run_schedule(self, order: RunSchedule) -> Accepted:
+        result: Accepted = self._ask(order)
+        return result
 
     async def status(self) -> ModeratorStatus:
         status: ModeratorStatus = self._ask(Query(name="status"))

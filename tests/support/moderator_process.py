@@ -22,8 +22,10 @@ from typing import Any
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError, ModeratorUnavailable, NoAnswer
 from hcna_ray.core.models import AuditEntry, TaskState, WorkerView
+from hcna_ray.core.schedules import Schedule
 from hcna_ray.runtime.feed import ChangeFeed
 from hcna_ray.runtime.messages import (
+    Accepted,
     Changes,
     ModeratorStatus,
     ReplayQuery,
@@ -36,13 +38,16 @@ from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import (
     Cancel,
+    MarkSchedule,
     MarkWorker,
     Note,
     PauseQueue,
+    PutSchedule,
     Query,
     Request,
     Retry,
     RetryMany,
+    RunSchedule,
 )
 from hcna_ray.runtime.writer import WriterThread
 from hcna_ray.store.base import TaskReader, TaskStore
@@ -253,6 +258,14 @@ class SocketModerator:
         request = RetryMany(query=query, ids=ids, more=False, principal=principal)
         reply: ReplayReply = await self._link.ask(request)
         return reply
+
+    async def change_schedule(self, order: PutSchedule | MarkSchedule) -> Schedule:
+        schedule: Schedule = await self._link.ask(order)
+        return schedule
+
+    async def run_schedule(self, order: RunSchedule) -> Accepted:
+        result: Accepted = await self._link.ask(order)
+        return result
 
     async def changes(self, after: int, wait_s: float) -> Changes:
         changes: Changes = await self._link.ask((after, min(wait_s, CALL_TIMEOUT_S / 2)))

@@ -39,6 +39,9 @@ def inside(
         [store.dependents(name, 3) for name in names],
         store.task_states(names),
         store.settlements(5),
+        store.due_schedules(at, 4),
+        store.next_schedule_wake(),
+        store.count_schedules("owner"),
         store.workers(),
         store.paused(),
     ]
@@ -65,6 +68,7 @@ def view(
         reader.last_fact(),
         reader.audit(before=None, limit=limit),
         reader.deliveries(due_before=math.inf, limit=limit),
+        reader.schedules(limit=limit),
         reader.counters(),
         reader.depth(),
         reader.queued_since(),

@@ -21,6 +21,7 @@ from hcna_ray.runtime.messages import (
 from hcna_ray.runtime.moderator import Moderator, Outbound
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.requests import Cancel, Pending, Query, Reports, Request
+from hcna_ray.runtime.schedules import Authority
 from hcna_ray.runtime.trace_notes import TraceNote
 from hcna_ray.store.base import TaskStore
 from hcna_ray.store.memory import MemoryTaskStore
@@ -59,6 +60,8 @@ class Desk:
         self.clock = clock or PaperClock()
         self.free_bytes = 1 << 40
         self.policy = Policy(**policy)
+        #: Whether schedules may submit their tasks; by default they may.
+        self.authority: Authority | None = None
         #: Whether to run on while the moderator says that it has work left over.
         self.runs_on = True
         self.ended: list[str] = []
@@ -74,6 +77,7 @@ class Desk:
             clock=self.clock,
             jitter=lambda: 0.0,
             free_bytes=lambda: self.free_bytes,
+            authority=self.authority,
         )
 
     def restart(self) -> None:

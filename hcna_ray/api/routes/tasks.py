@@ -328,7 +328,7 @@ async def retry_tasks(call: Call) -> Response:
         kind=None if body.filter.kind is None else FailureKind(body.filter.kind),
         since=body.filter.since,
     )
-    async with _room_for(call, body.limit) as held:
+    async with room_for(call, body.limit) as held:
         query = ReplayQuery(where=where, limit=held.places)
         reply = await call.services.moderator.retry_many(query, principal=call.principal)
         held.accepted = len(reply.retried)
@@ -351,7 +351,7 @@ def _in_scope(key: ApiKey, field: str, asked: str | None, scope: Sequence[str]) 
 
 
 @asynccontextmanager
-async def _room_for(call: Call, tasks: int) -> AsyncIterator[Hold]:
+async def room_for(call: Call, tasks: int) -> AsyncIterator[Hold]:
     """Hold as many places in the caller's quota as there are, at least one.
 
     Raises:
@@ -380,7 +380,7 @@ async def retry_task(call: Call) -> Response:
     """Run a failed task again; 409 if it has not failed."""
     await call.model(Nothing, optional=True)
     task_id = call.path("task_id")
-    async with _room_for(call, 1) as held:
+    async with room_for(call, 1) as held:
         state = await call.services.moderator.retry(task_id, principal=call.principal)
         held.accepted = 1
     return answer(submitted(Accepted(task_id, state)), 202)

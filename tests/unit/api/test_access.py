@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from hcna_ray.api.auth import FileKeyRing
 from hcna_ray.client import AsyncClient, Forbidden, NotFound
 from hcna_ray.core.errors import DiskFull
 from hcna_ray.core.models import TaskState
+from hcna_ray.security.key_ring import FileKeyRing
 from hcna_ray.security.keys import Role, create_key, revoke_key
 from hcna_ray.store.artifacts import Maker
 from tests.support.builders import a_task

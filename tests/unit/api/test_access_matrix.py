@@ -30,9 +30,10 @@ from hcna_ray.core.models import (
     TaskFilter,
     TaskState,
 )
+from hcna_ray.core.schedules import Reason
 from hcna_ray.runtime.messages import Heartbeat
 from hcna_ray.store.artifacts import Maker
-from tests.support.builders import T0, a_task
+from tests.support.builders import T0, a_schedule, a_spec, a_task
 from tests.support.c1 import ADMIN_KEY, Composite, a_composite
 
 CANARY = "alice-wrote-this"
@@ -159,6 +160,8 @@ class World:
             result=f'{{"said":"{CANARY}"}}'.encode() if state is TaskState.COMPLETED else None,
             error=error if state is TaskState.FAILED else None,
             progress=Progress(percent=50.0, message=CANARY, at=T0),
+            schedule=CANARY,
+            schedule_at=T0,
             finished_at=T0 if ended else None,
         )
         store = self.c1.moderator.desk.memory
@@ -168,13 +171,29 @@ class World:
         self.ids.add(task.id)
         return task.id
 
+    def schedule(self) -> str:
+        """Put a schedule of Alice into the store; return its name."""
+        schedule = a_schedule(
+            f"of-alice-{next(self.numbers)}",
+            principal="alice",
+            spec=a_spec("", principal="alice", queue="lab"),
+            task=f'{{"task_type":"echo","queue":"lab","payload":{{"n":"{CANARY}"}}}}'.encode(),
+            reason=Reason("too_late", CANARY, T0),
+        )
+        store = self.c1.moderator.desk.memory
+        with store.transaction():
+            store.save_schedules([schedule])
+        self.ids.add(schedule.name)
+        return schedule.name
+
     def snapshot(self) -> object:
         """Everything that a refused request must leave as it is."""
         reader = self.c1.moderator.desk.memory.reader()
         tasks: list[Task] = reader.page(TaskFilter(), before_seq=None, limit=10_000)
         workers = [(w.name, w.state) for w in self.c1.moderator.desk.workers().values()]
         files = sorted(self.c1.services.settings.artifacts_dir.rglob("*"))
-        return tasks, reader.paused(), workers, files, list(self.c1.moderator.intents)
+        schedules = reader.schedules(limit=10_000)
+        return tasks, schedules, reader.paused(), workers, files, list(self.c1.moderator.intents)
 
 
 _STATES = itertools.cycle((TaskState.COMPLETED, TaskState.FAILED, TaskState.QUEUED))
@@ -205,6 +224,15 @@ def _events(world: World) -> Ask:
 def _retry_many(world: World) -> Ask:
     world.task(TaskState.FAILED)
     return "", {"json": {"filter": ECHO}}, 202
+
+
+def _plan(world: World) -> Ask:
+    name = f"of-nobody-yet-{next(world.numbers)}"
+    return "", {"json": {"name": name, "cron": "@daily", "task": ECHO}}, 201
+
+
+def _schedule(status: int = 200, **more: Any) -> Callable[[World], Ask]:
+    return lambda world: (world.schedule(), {"params": {"owner": "alice"}, **more}, status)
 
 
 def _plain(target: str = "", *, status: int = 200, **more: Any) -> Callable[[World], Ask]:
@@ -246,6 +274,14 @@ ASKS: dict[tuple[str, str], Callable[[World], Ask]] = {
     ("POST", "/admin/queues/{name}/resume"): _plain("lab"),
     ("GET", "/admin/audit"): _plain(),
     ("GET", "/admin/keys"): _plain(),
+    ("POST", "/schedules"): _plan,
+    ("GET", "/schedules"): lambda world: (world.schedule() and "", {}, 200),
+    ("GET", "/schedules/{name}"): _schedule(),
+    ("PUT", "/schedules/{name}"): _schedule(json={"cron": "@daily", "task": ECHO}),
+    ("POST", "/schedules/{name}/pause"): _schedule(),
+    ("POST", "/schedules/{name}/resume"): _schedule(),
+    ("POST", "/schedules/{name}/run"): _schedule(202),
+    ("DELETE", "/schedules/{name}"): _schedule(),
     ("GET", "/webhooks/secret"): _plain(),
     ("GET", "/admin/webhooks"): _plain(),
     ("GET", "/health"): _plain(),
@@ -274,6 +310,10 @@ def expected(route: Route, caller: Caller, status: int) -> tuple[int, str | None
     match policy.check:
         case Check.SUBMISSION if not caller.fits and route.path == "/tasks":
             return 403, "out_of_scope"
+        case Check.SCHEDULE if not caller.fits and route.path == "/schedules":
+            return 403, "out_of_scope"
+        case Check.SCHEDULE if caller.sees == "nothing" and route.path != "/schedules":
+            return 404, "schedule_not_found"
         case Check.TASKS if not caller.fits and route.path == "/tasks/retry":
             return 403, "out_of_scope"
         case Check.TASKS if caller.sees == "nothing" and route.path == "/tasks/wait":
@@ -408,7 +448,7 @@ async def _differs_from_nothing(
     """What is somebody else's is answered as what nobody has, word for word."""
     nothing = "f" * 64 if len(asked) == 64 else "task-of-nobody"
     path = route.path.partition("{")[0] + nothing + route.path.partition("}")[2]
-    if "json" in request:
+    if "json" in request and "params" not in request:
         request, path = {"json": {"ids": [nothing]}}, route.path
     async with c1.client(None) as http:
         other = await http.request(route.method, path, headers=list(caller.headers), **request)
@@ -444,6 +484,7 @@ WITHHELD: dict[str, Any] = {
     "result": None,
     "metadata": None,
     "traceparent": None,
+    "schedule": None,
     "depends_on": [],
     "outline": True,
 }

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import Headers
 
-from hcna_ray.api.auth import RELOAD_S, FileKeyRing, authenticate
+from hcna_ray.api.auth import authenticate
 from hcna_ray.api.clients import Guesses
 from hcna_ray.api.problems import Unauthorized
+from hcna_ray.security.key_ring import RELOAD_S, FileKeyRing
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from tests.support.paper_worker import PaperClock
 

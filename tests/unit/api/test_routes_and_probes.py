@@ -66,7 +66,12 @@ def test_a_route_without_a_policy_cannot_be_declared() -> None:
 
 def test_what_a_path_names_is_checked() -> None:
     """Whoever adds a route on a task, a queue or an artifact declares that it is held."""
-    named = {"{task_id}": Check.TASK, "{sha256}": Check.ARTIFACT, "/queues/{name}": Check.QUEUE}
+    named = {
+        "{task_id}": Check.TASK,
+        "{sha256}": Check.ARTIFACT,
+        "/queues/{name}": Check.QUEUE,
+        "/schedules/{name}": Check.SCHEDULE,
+    }
     for route in declared_routes():
         for part, check in named.items():
             held = (check, Check.OUTPUT) if check is Check.TASK else (check,)

@@ -34,6 +34,9 @@ ARGUMENTS: dict[str, object] = {
     "seen": 7,
     "mark": "outbox/W1/generation",
     "token": "1.2",
+    "overlap": "skip",
+    "count": 3,
+    "setting": "limits.schedules_max",
 }
 
 
