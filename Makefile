@@ -110,6 +110,11 @@ bench-lock: ## Resolve the peers anew into benchmarks/peers/requirements.txt
 	@$(FIND_UV) "$$UV" pip compile --quiet --upgrade --python-version 3.11 --no-header \
 		-o benchmarks/peers/requirements.txt benchmarks/peers/requirements.in
 
+.PHONY: newcomer
+newcomer: sync ## A newcomer's first minutes on two hosts, each line with its clock (root, some minutes)
+	@scripts/system_packages.sh
+	@$(BIN)/python -m tests.rig.newcomer
+
 seeded-bugs: sync ## Break the product on purpose, twenty ways, and see which tests notice
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.seeded_bugs $(ARGS)

@@ -109,17 +109,16 @@ def _launched(
 def card(
     url: str, dashboard_url: str, home: Path, code: str, public_url: str | None = None
 ) -> list[str]:
-    """What a newcomer needs after ``up``, in at most 13 lines."""
+    """What a newcomer needs after ``up``, in at most 12 lines."""
     return [
         f"C1         {url}",
         *(
             [f"           {public_url} for others (HCNA_URL, HCNA_API_KEY, HCNA_CA_FILE)"]
             * bool(public_url)
         ),
-        f"docs       {url}/docs",
+        f"page       {url}/ui (for programs: {url}/docs)",
         f"dashboard  {dashboard_url}",
         f"key        {home / 'keys' / 'client.key'} (yours alone; sent by every hcna command)",
-        "",
         "try        " + 'eval "$(hcna env)"',
         '           curl -H "Authorization: Bearer $HCNA_API_KEY" $HCNA_URL/tasks \\',
         """                -d '{"task_type": "echo", "payload": {"message": "hello"}}'""",

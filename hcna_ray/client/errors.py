@@ -2,6 +2,7 @@
 
 HcnaClientError
 ├── ConnectionFailed          nobody answered; the message names the next command
+│   └── ConnectionsBusy       nobody was asked: this client had no connection free
 ├── UnexpectedAnswer          something answered, and it was not C1
 ├── UnsendablePayload         refused here, before anything was sent
 ├── WaitTimeout               your own ``timeout_s`` passed; the task goes on
@@ -59,6 +60,17 @@ class ConnectionFailed(HcnaClientError):
         return (
             f"cannot reach C1 at {self.url} ({self.reason}). "
             "Next: `hcna up` starts one here, or set HCNA_URL to where it runs"
+        )
+
+
+class ConnectionsBusy(ConnectionFailed):
+    """The request never left this client. It says nothing about whether C1 can be reached."""
+
+    def __str__(self) -> str:
+        return (
+            f"nothing was sent to C1 at {self.url}: this client waited for a connection, and "
+            f"{self.reason}. Next: ask for less at once (`map`, or `submit_many` and one wait for "
+            "the batch), or use a second client"
         )
 
 

@@ -31,6 +31,7 @@ from hcna_ray.client.errors import (
     ApiError,
     Conflict,
     ConnectionFailed,
+    ConnectionsBusy,
     DigestMismatch,
     HcnaClientError,
     NotFound,
@@ -117,10 +118,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """The request may or may not have arrived. ``hopeless`` means trying again cannot help."""
+    """The request may or may not have arrived.
+
+    ``hopeless`` means trying again cannot help, ``unsent`` that it never left this client.
+    """
 
     reason: str
     hopeless: bool = False
+    unsent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +410,8 @@ class Planner:
             tries += 1
             got = yield Send(request() if callable(request) else request)
             if isinstance(got, NoAnswer):
-                problem: HcnaClientError = ConnectionFailed(self._url, got.reason)
+                failed = ConnectionsBusy if got.unsent else ConnectionFailed
+                problem: HcnaClientError = failed(self._url, got.reason)
                 again, at_least_s = not got.hopeless, 0.0
             else:
                 answer = cast(Answer, got)

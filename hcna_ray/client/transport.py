@@ -86,6 +86,9 @@ def answer_of(response: httpx.Response) -> Answer:
 
 def no_answer(error: httpx.TransportError | httpx.InvalidURL) -> NoAnswer:
     """What an exception of httpx means for the plan."""
+    if isinstance(error, httpx.PoolTimeout):
+        # Nothing left this client, so nothing is known of C1.
+        return NoAnswer("all its connections are busy with requests of its own", unsent=True)
     hopeless = isinstance(error, (*HOPELESS, httpx.InvalidURL))
     cause: Any = error.__cause__ or error
     reason = " ".join((str(cause) or str(error) or type(error).__name__).split())

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import uvicorn
 
 from hcna_ray.api.ids import UlidIds
-from hcna_ray.core.models import FailureKind, TaskError
-from hcna_ray.runtime.messages import Grant, Heartbeat, Offer, ReportKind
+from hcna_ray.core.models import FailureKind, Progress, TaskError, Token
+from hcna_ray.runtime.messages import Grant, Heartbeat, Offer, Report, ReportKind
 from hcna_ray.runtime.requests import Pending
 from tests.support.c1 import Composite, a_composite
 from tests.support.paper_worker import PaperClock, PaperWorker
@@ -85,15 +85,45 @@ class House:
         """Let a running task end well."""
         self.do(lambda: self._end(task_id, ReportKind.COMPLETED, result=result))
 
-    def fail(self, task_id: str, message: str) -> None:
+    def fail(self, task_id: str, message: str, kind: FailureKind = FailureKind.ERROR) -> None:
         """Let a running task fail."""
         error = TaskError(
-            kind=FailureKind.ERROR,
+            kind=kind,
             message=message,
             type="ValueError",
             traceback=f"Traceback (most recent call last):\nValueError: {message}",
         )
         self.do(lambda: self._end(task_id, ReportKind.FAILED, error=error))
+
+    def progress(self, task_id: str, percent: float, message: str) -> None:
+        """Let a running task say how far it is."""
+
+        def tell() -> None:
+            at = self._desk.clock.now()
+            offer = self._held[self._slot_of(task_id)][0]
+            self._worker.report(
+                Report(
+                    ReportKind.PROGRESS,
+                    task_id,
+                    Token(*offer.token),
+                    at,
+                    progress=Progress(at=at, percent=percent, message=message),
+                )
+            )
+
+        self.do(tell)
+
+    def later(self, seconds: float) -> None:
+        """Let time pass in which W1 is heard of."""
+
+        def pass_by() -> None:
+            left = seconds
+            while left > 0:
+                self._desk.tick(min(left, 1.0))
+                self._beat()
+                left -= 1.0
+
+        self.do(pass_by)
 
     def silence(self, seconds: float) -> None:
         """Let nothing be heard of W1 any more, and so much time pass."""
@@ -112,7 +142,7 @@ class House:
             self._held.clear()
             self._worker = PaperWorker(
                 self._desk,
-                incarnation="b",
+                incarnation=self._worker.incarnation + "b",
                 task_types=self._worker.task_types,
                 **self._worker.has,
             )
@@ -140,19 +170,22 @@ class House:
         """Be a worker, and the moderator's look at the clock."""
         while True:
             if self.beats and not self.c1.moderator.down:
-                self._desk.ask(
-                    Heartbeat(
-                        worker="W1",
-                        incarnation=self._worker.incarnation,
-                        telemetry={"payload": LOAD},
-                        slots=SLOTS,
-                    )
-                )
+                self._beat()
                 for slot in range(SLOTS):
                     self._take(slot)
             if not self.c1.moderator.down:
                 self._desk.tick()
             await asyncio.sleep(BEAT_S)
+
+    def _beat(self) -> None:
+        self._desk.ask(
+            Heartbeat(
+                worker="W1",
+                incarnation=self._worker.incarnation,
+                telemetry={"payload": LOAD},
+                slots=SLOTS,
+            )
+        )
 
     def _take(self, slot: int) -> None:
         if self._held.get(slot):
@@ -169,13 +202,16 @@ class House:
         if self._held[slot]:
             self._worker.report(self._worker.started(self._held[slot][0]))
 
-    def _end(self, task_id: str, kind: str, **more: Any) -> None:
+    def _slot_of(self, task_id: str) -> int:
         for slot, offers in self._held.items():
             if offers and offers[0].task_id == task_id:
-                self._worker.report(self._worker.ended(offers.pop(0), kind, **more))
-                self._start(slot)
-                return
+                return slot
         raise AssertionError(f"{task_id} does not run")
+
+    def _end(self, task_id: str, kind: str, **more: Any) -> None:
+        slot = self._slot_of(task_id)
+        self._worker.report(self._worker.ended(self._held[slot].pop(0), kind, **more))
+        self._start(slot)
 
 
 @contextmanager

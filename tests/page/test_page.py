@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from hcna_ray.core.models import FailureKind
 from tests.page.browser import PHONE, WIDE, Browser
 from tests.page.house import OPERATOR_KEY, VIEWER_KEY, House, a_house
 from tests.support.c1 import ADMIN_KEY, USER_KEY
@@ -177,8 +178,8 @@ def test_a_queue_is_paused_and_resumed(browser: Browser, house: House) -> None:
     browser.see("paused", "tr[data-row=night]")
     task_id = submit(house, queue="night")
     browser.open(f"#/tasks/{task_id}")
-    browser.see("The queue 'night' is paused.", ".story")
-    browser.open("#/")
+    browser.see("The queue 'night' is paused", ".story .why")
+    browser.press("POST /admin/queues/night/resume", ".story .fix a")  # It leads to the button.
     browser.press("Resume queue night")
     browser.see("open", "tr[data-row=night]")
     runs(house, task_id)
@@ -192,7 +193,7 @@ def test_a_task_is_cancelled_with_its_reason(browser: Browser, house: House) -> 
     browser.find("dialog input[name=reason]").send_keys("not needed any more")
     browser.press("Cancel the task", "dialog button")
     browser.see("cancelled", ".badge")
-    browser.see("Not needed any more.", ".story")
+    browser.see("Was cancelled: not needed any more.", ".story .why")
 
 
 def test_w1_falls_silent_is_shown_so_and_what_it_ran_is_requeued(
@@ -258,6 +259,127 @@ def test_while_c1_is_out_of_reach_what_is_shown_has_its_age(browser: Browser) ->
     assert all("ERR_INTERNET_DISCONNECTED" in one for one in browser.complaints())
 
 
+# -- why ---------------------------------------------------------------------------------------
+
+
+def waits_for_a_gpu(house: House) -> str:
+    return submit(house, requires={"gpu": 1})
+
+
+def waits_behind_a_dependency(house: House) -> str:
+    return submit(house, depends_on=[submit(house, run_at="2031-01-01T00:00:00Z")])
+
+
+def fails(house: House) -> str:
+    return failed_task(house)
+
+
+def is_refused(house: House) -> str:
+    task_id = submit(house)
+    runs(house, task_id)
+    house.fail(task_id, "the album has no pictures", FailureKind.REJECTED)
+    return task_id
+
+
+def is_lost(house: House) -> str:
+    task_id = submit(house)
+    for _ in range(3):
+        runs(house, task_id)
+        house.back()
+    return task_id
+
+
+def is_slow(house: House) -> str:
+    task_id = submit(house, timeout_s=100)
+    runs(house, task_id)
+    house.later(95.0)
+    return task_id
+
+
+def says_nothing_more(house: House) -> str:
+    task_id = submit(house)
+    runs(house, task_id)
+    house.progress(task_id, 40.0, "page 4 of 10")
+    house.later(70.0)
+    return task_id
+
+
+def is_with_a_silent_worker(house: House) -> str:
+    task_id = submit(house)
+    runs(house, task_id)
+    house.silence(12.0)
+    return task_id
+
+
+@pytest.mark.parametrize(
+    ("befalls", "code", "sentence", "fix"),
+    [
+        (waits_for_a_gpu, "unplaceable", "needs gpu", "Join a worker with"),
+        (waits_behind_a_dependency, "waiting_dependencies", "Waits for 1 of the 1 task", "Look at"),
+        (fails, "error", "after 1 attempt: ValueError: the disk was full", "hcna task retry"),
+        (is_refused, "rejected", "the album has no pictures", "Change what its message names"),
+        (is_lost, "lost", "after 3 attempts", "hcna workers shows who is there"),
+        (is_slow, "near_timeout", "of at most 2 min", "a larger timeout_s"),
+        (says_nothing_more, "no_progress", "40 % page 4 of 10; that was", "hcna task cancel"),
+        (is_with_a_silent_worker, "worker_silent", "Ran on W1, which", "hcna workers says how"),
+    ],
+    ids=lambda one: one.__name__ if callable(one) else "",
+)
+def test_why_is_told_in_the_story_on_a_phone_too(
+    browser: Browser,
+    house: House,
+    befalls: Callable[[House], str],
+    code: str,
+    sentence: str,
+    fix: str,
+) -> None:
+    """What the page says is what C1 says: the code, the sentence, and what helps."""
+    task_id = befalls(house)
+    browser.sign_in(ADMIN_KEY)
+    browser.size(PHONE)
+    browser.open(f"#/tasks/{task_id}")
+    browser.see(sentence, ".story li:last-child .why")
+    browser.see(fix, ".story li:last-child .fix")
+    assert browser.text(".story li:last-child .code") == f"Code {code}"
+    told = httpx.get(
+        f"{house.url}/tasks/{task_id}", headers={"Authorization": f"Bearer {ADMIN_KEY}"}
+    ).json()["why"]
+    assert told["code"] == code
+    helps = browser.text(".story li:last-child .fix")
+    assert helps.lower() == f"What helps: {told['fix']}.".lower()
+    assert browser.barriers() == []
+    assert browser.cut_off() == []
+    browser.picture(f"why-{code}")
+
+
+def test_a_command_that_helps_leads_to_what_does_the_same_on_the_page(
+    browser: Browser, house: House
+) -> None:
+    failed = failed_task(house)
+    lost = is_with_a_silent_worker(house)
+    browser.sign_in(ADMIN_KEY)
+    browser.open(f"#/tasks/{failed}")
+    browser.press(f"hcna task retry {failed}", ".fix a")
+    assert browser.focused() == "Replay"
+    browser.keys(Keys.ENTER)
+    browser.see(f"{failed} runs again.", ".notice")
+    browser.open(f"#/tasks/{lost}")
+    browser.press("hcna workers", ".fix a")
+    browser.see("unreachable", "[data-machine=W1]")
+
+
+def test_a_refusal_says_what_helps_and_its_code(browser: Browser, house: House) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.open("#/submit")
+    browser.type('{"message": "hello"}', "textarea[name=payload]")
+    browser.type("no such name!", "input[name=queue]")
+    browser.press("Submit")
+    browser.see("Refused: ", ".notice")
+    browser.see("What helps: change the fields that errors names", ".notice")
+    browser.see("Code invalid_request.", ".notice")
+    assert all("422" in one for one in browser.complaints())
+
+
 def test_a_viewer_sees_no_button_and_an_outline(browser: Browser, house: House) -> None:
     task_id = failed_task(house)
     queued = submit(house, queue="night", run_at="2031-01-01T00:00:00Z")
@@ -272,6 +394,9 @@ def test_a_viewer_sees_no_button_and_an_outline(browser: Browser, house: House) 
     browser.open(f"#/tasks/{task_id}")
     browser.see("You see an outline")
     assert "the disk was full" not in browser.text()
+    browser.see("The handler raised, and no attempt is left", ".story .why")  # In general.
+    assert browser.text(".story .code") == "Code error"
+    assert browser.all(".story .fix a") == []  # It would lead to a button that is not there.
 
 
 def test_a_submitter_works_with_its_own_and_drives_no_machine(
@@ -342,7 +467,7 @@ def test_no_barrier_in_any_view_on_any_screen(
 ) -> None:
     failed = failed_task(house)
     lost, running = submit(house), submit(house, queue="night", payload={"album": "spring"})
-    submit(house, queue="q" * 64, requires={"gpu": 1})
+    waiting = submit(house, queue="q" * 64, requires={"gpu": 1})
     done = submit(house)
     runs(house, lost, running, done)
     house.complete(done)
@@ -360,6 +485,7 @@ def test_no_barrier_in_any_view_on_any_screen(
         "tasks": ("#/tasks", "Tasks"),
         "failed": ("#/failed", "Failed tasks"),
         "submit": ("#/submit", "Submit a task"),
+        "task-waiting": (f"#/tasks/{waiting}", waiting),
         "task-running": (f"#/tasks/{running}", running),
         "task-failed": (f"#/tasks/{failed}", failed),
     }

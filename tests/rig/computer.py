@@ -19,10 +19,12 @@ from tests.support.rig import Done, Host, Rig
 HCNA = "/root/hcna-ray/.venv/bin/hcna"
 PYTHON = "/root/hcna-ray/.venv/bin/python"
 HOME = "/root/.hcna"
+REPOSITORY = Path(__file__).parents[2]
 _STAND_INS = "/etc/stand-ins"
 _DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
-_CODE = re.compile(r"HCNA-[0-9A-Z-]{40,}")
+#: A join code as M1 prints it.
+CODE = re.compile(r"HCNA-[0-9A-Z-]{40,}")
 
 
 def measured(text: str) -> None:
@@ -46,6 +48,21 @@ def eventually(
         time.sleep(pause_s)
 
 
+def launcher_config(computer: Computer, *workers: str, user: str) -> str:
+    """Return the repository's cluster.yaml with its four lines edited, and nothing else."""
+    text = (REPOSITORY / "cluster.yaml").read_text()
+    addresses = ", ".join(computer.rig[name].address for name in workers)
+    for line, value in (
+        ("head_ip", computer.m1.address),
+        ("worker_ips", f"[{addresses}]"),
+        ("ssh_user", user),
+        ("ssh_private_key", "~/.ssh/id_ed25519"),
+    ):
+        before = next(one for one in text.splitlines() if one.strip().startswith(f"{line}:"))
+        text = text.replace(before, f"{before[: before.index(line)]}{line}: {value}")
+    return text
+
+
 class Computer:
     """The composite computer of a rig; ``m1`` is its head."""
 
@@ -67,7 +84,7 @@ class Computer:
 
     def code_in(self, text: str) -> str:
         """Return the join code that a command printed."""
-        found = _CODE.search(text)
+        found = CODE.search(text)
         assert found, f"no join code in: {text}"
         return found[0]
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.rig.computer import Computer, eventually, measured
+from tests.rig.computer import Computer, eventually, launcher_config, measured
 from tests.support.rig import Done
 from tests.support.rig.testing import rig_for_tests
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 class Launcher:
@@ -26,17 +23,8 @@ class Launcher:
         self.client = computer.rig["client"]
 
     def write_config(self, *workers: str) -> None:
-        """Edit the four lines of the repository's cluster.yaml, and nothing else."""
-        text = (REPOSITORY / "cluster.yaml").read_text()
-        addresses = ", ".join(self.computer.rig[name].address for name in workers)
-        for line, value in (
-            ("head_ip", self.computer.m1.address),
-            ("worker_ips", f"[{addresses}]"),
-            ("ssh_user", "hcna-admin"),
-            ("ssh_private_key", "~/.ssh/id_ed25519"),
-        ):
-            before = next(one for one in text.splitlines() if one.strip().startswith(f"{line}:"))
-            text = text.replace(before, f"{before[: before.index(line)]}{line}: {value}")
+        """Put the repository's cluster.yaml, with these workers, where the user is."""
+        text = launcher_config(self.computer, *workers, user="hcna-admin")
         self.client.write("/home/hcna-admin/cluster.yaml", text, user="hcna-admin")
 
     def ray(self, arguments: str, *, timeout_s: float = 180, check: bool = True) -> Done:

@@ -13,6 +13,7 @@ export class Refused extends Error {
     super(problem.detail || problem.title || `C1 answered ${status}`);
     this.status = status;
     this.code = problem.code || "";
+    this.fix = problem.fix || "";
     this.fields = problem.errors || [];
     this.retryAfterS = retryAfterS;
   }

@@ -267,5 +267,7 @@ function inWords(error) {
   }
   if (!(error instanceof Refused)) throw error;
   const fields = error.fields.map((one) => `${one.field} ${one.message}`).join("; ");
-  return `Refused: ${error.message}${fields ? ` (${fields})` : ""}.`;
+  const helps = error.fix ? ` What helps: ${error.fix}.` : "";
+  const code = error.code ? ` Code ${error.code}.` : "";
+  return `Refused: ${error.message}${fields ? ` (${fields})` : ""}.${helps}${code}`;
 }

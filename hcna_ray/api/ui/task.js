@@ -119,7 +119,10 @@ function Story({ task }) {
           ${one.beat && html`<p class="beat">${one.beat}</p>`}
           ${one.percent !== undefined && one.percent !== null && html`
             <progress max="100" value=${one.percent} aria-label="Progress"></progress>`}
-          ${one.fix && html`<p class="fix"><span>What helps:</span> ${one.fix}</p>`}
+          ${one.why && html`<p class="why">${one.why}</p>`}
+          ${one.fix && html`<p class="fix"><span>What helps:</span> ${
+            one.fix.map((piece) => html`<${Piece} ...${piece} />`)}</p>`}
+          ${one.code && html`<p class="code">Code <code>${one.code}</code></p>`}
           ${one.tasks && html`<p>It waits for ${one.tasks.slice(0, 20).map((id) => html`
             <a key=${id} href=${`#/tasks/${id}`}>${id}</a> `)}${
             one.tasks.length > 20 ? `and ${one.tasks.length - 20} more` : ""}</p>`}
@@ -129,6 +132,19 @@ function Story({ task }) {
         </li>`)}
     </ol>
   `;
+}
+
+/** A piece of a next step; a command leads to what does the same on the page, if anything does. */
+function Piece({ text, command, href, act: name }) {
+  if (!command) return text;
+  const written = html`<code>${command}</code>`;
+  if (href) return html`<a href=${href}>${written}</a>`;
+  if (!name || !state.rights.work) return written;
+  const toButton = (event) => {
+    event.preventDefault();
+    document.querySelector(`button[data-act="${CSS.escape(name)}"]`)?.focus();
+  };
+  return html`<a href=${location.hash} onClick=${toButton}>${written}</a>`;
 }
 
 // -- a new one ------------------------------------------------------------------------------------

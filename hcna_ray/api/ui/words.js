@@ -130,13 +130,56 @@ const LINES = {
   expired: (line) => ["off", "Expired", line.detail ? sentence(line.detail) : ""],
 };
 
+/** Codes of `why` that say no more than the step itself. */
+const PLAIN = new Set(["running", "completed"]);
+
+/** Where a task stands: `{why, code, fix}` of its latest step, or nothing where that says it all. */
+function standing(task) {
+  const { code, message, fix } = task.why;
+  if (PLAIN.has(code)) return {};
+  // An outline has the words of the reference, which are Markdown.
+  const why = sentence(task.outline ? message.replaceAll("`", "") : message);
+  return { why, code, fix: fix && fix !== "wait" ? pieces(fix, task.task_id) : null };
+}
+
+const COMMAND = new RegExp(
+  "hcna task retry task-\\w+|hcna task cancel task-\\w+|hcna task task-\\w+|hcna why task-\\w+" +
+    "|hcna (?:task retry|workers(?: uncordon NAME)?|status|up)|POST /admin/queues/\\S+/resume",
+  "g",
+);
+
+// What a command does on the page: a button of this view, by what it does, or another view.
+const ON_PAGE = [
+  [/^hcna task retry task-/, (id) => ({ act: `replay ${id}` })],
+  [/^hcna task cancel task-/, (id) => ({ act: `cancel ${id}` })],
+  [/^(hcna (workers|status)|POST )/, () => ({ href: "#/" })],
+];
+
+/**
+ * A next step in pieces, so that commands stand out: `[{text} | {command, act, href}]`, with `act`
+ * or `href` where the page itself can do what the command does.
+ */
+function pieces(fix, id) {
+  const found = [];
+  let from = 0;
+  for (const { 0: command, index } of fix.matchAll(COMMAND)) {
+    if (index > from) found.push({ text: fix.slice(from, index) });
+    const place = ON_PAGE.find(([pattern]) => pattern.test(command));
+    found.push({ command, ...place?.[1](id) });
+    from = index + command.length;
+  }
+  found.push({ text: `${fix.slice(from)}.` });
+  if (found[0].text) found[0].text = found[0].text.charAt(0).toUpperCase() + found[0].text.slice(1);
+  return found;
+}
+
 /** Steps of a story that are shown; of a longer one the middle is left out. */
 const STEPS = 200;
 const STEPS_AT_FIRST = 20;
 
 /**
  * The whole story of a task, oldest first:
- * `[{at, mark, title, text, after, fix, detail, tasks, going, beat, percent}]`.
+ * `[{at, mark, title, text, after, why, code, fix, detail, tasks, going, beat, percent}]`.
  *
  * lines is its history as C1 tells it; heardMs tells for a worker's name how long ago it was heard
  * of, or undefined.
@@ -166,6 +209,9 @@ export function story(task, lines, heardMs) {
       const took = Date.parse(task.finished_at) - Date.parse(task.accepted_at);
       const hint = task.status === "failed" ? `${ON_FAILED_LIST} ` : "";
       end.after = `${hint}${duration(took)} from accepted to ${task.status}.`;
+      const stands = standing(task);
+      // It tells the same error again, and after how many attempts.
+      if (stands.why) Object.assign(end, stands, { text: "" });
     }
   } else if (task.status === "running") {
     const worker = task.attempts?.at(-1)?.worker;
@@ -173,16 +219,13 @@ export function story(task, lines, heardMs) {
     const { percent = null, message = "" } = task.progress || {};
     const far = [percent === null ? "" : `${Math.round(percent)} %`, message].filter(Boolean);
     tell(null, "run", worker ? `Runs on ${worker}` : "Runs", far.join(": "), {
+      ...standing(task),
       going: true,
       beat: heard === undefined ? "" : `Heartbeat of ${worker} ${ago(heard)}.`,
       percent,
     });
   } else {
-    const reason = task.pending_reason;
-    tell(null, "wait", "Waits", reason ? sentence(reason.message) : "", {
-      fix: reason && reason.fix !== "wait" ? sentence(reason.fix) : "",
-      going: true,
-    });
+    tell(null, "wait", "Waits", "", { ...standing(task), going: true });
   }
   if (told.length <= STEPS) return told;
   const left = told.length - STEPS;

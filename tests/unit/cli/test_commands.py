@@ -322,7 +322,15 @@ def test_the_card_is_short_and_has_everything() -> None:
     lines = card("http://127.0.0.1:8080", "http://127.0.0.1:8265", Path("/home/me/.hcna"), "CODE")
     text = "\n".join(lines)
     assert len(lines) <= 12
-    for part in ("8080/docs", "8265", "client.key", "curl", "hcna demo", "hcna join CODE"):
+    for part in (
+        "8080/ui",
+        "8080/docs",
+        "8265",
+        "client.key",
+        "curl",
+        "hcna demo",
+        "hcna join CODE",
+    ):
         assert part in text
 
 
@@ -330,7 +338,7 @@ def test_the_card_names_the_entrance_for_others() -> None:
     words = ("http://127.0.0.1:10034", "http://127.0.0.1:8265", Path("/home/me/.hcna"), "CODE")
     lines = card(*words, "https://c1.example.org:8080")
 
-    assert len(lines) <= 13
+    assert len(lines) <= 12
     assert "https://c1.example.org:8080 for others" in lines[1]
     assert "HCNA_CA_FILE" in lines[1]
 

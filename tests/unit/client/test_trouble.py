@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
 from hcna_ray.client import (
+    AsyncClient,
     Client,
     ConnectionFailed,
+    ConnectionsBusy,
     InvalidRequest,
     Overloaded,
     Unauthorized,
@@ -54,6 +58,24 @@ def test_backoff_grows_and_stops(client: Client, c1: FakeC1, time: FakeTime) -> 
     assert sum(time.pauses) <= 30.0
     assert "hcna up" in str(caught.value)
     assert "http://c1.test" in str(caught.value)
+
+
+def test_a_client_that_has_no_connection_free_does_not_blame_c1(
+    client: Client, async_client: AsyncClient, c1: FakeC1, time: FakeTime
+) -> None:
+    async def submit() -> None:
+        await async_client.submit("echo")
+
+    for ask in (lambda: client.submit("echo"), lambda: asyncio.run(submit())):
+        c1.script[:] = [httpx.PoolTimeout("") for _ in range(100)]
+        time.pauses.clear()
+        with pytest.raises(ConnectionsBusy) as caught:
+            ask()
+        assert isinstance(caught.value, ConnectionFailed)
+        assert "this client waited for a connection" in str(caught.value)
+        for misleading in ("cannot reach", "hcna up", "HCNA_URL"):
+            assert misleading not in str(caught.value)
+        assert time.pauses  # One may come free: it was tried again first.
 
 
 def test_an_entrance_that_has_just_restarted_is_asked_again(
