@@ -106,7 +106,7 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="unit",
             kind="unit",
-            budget_s=600,
+            budget_s=780,
             pytest=["tests/unit", "--ignore=tests/unit/core"],
             shares=True,
         ),
@@ -120,14 +120,14 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="checker",
             kind="checker",
-            budget_s=180,
+            budget_s=300,
             pytest=["tests/checker", "tests/seeded_bugs"],
             shares=True,
         ),
         Part(
             name="property",
             kind="property",
-            budget_s=1800 if everything else 300,
+            budget_s=1800 if everything else 480,
             pytest=["tests/property"],
             env={"HCNA_MODEL_STEPS": "500000"} if everything else {},
             shares=True,
@@ -135,7 +135,7 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="core, branch coverage 100 %",
             kind="unit",
-            budget_s=60,
+            budget_s=120,
             pytest=[
                 "tests/unit/core",
                 "--cov=hcna_ray.core",
@@ -148,7 +148,7 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="the served OpenAPI, fuzzed",
             kind="fuzz",
-            budget_s=5400 if everything else 420,
+            budget_s=5400 if everything else 600,
             pytest=["tests/fuzz"],
             env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
             shares=True,

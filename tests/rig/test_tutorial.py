@@ -34,7 +34,8 @@ def test_blocks_that_are_not_run_say_why() -> None:
     assert unexplained(PAGE) == []
 
 
-@pytest.mark.timeout(600)  # It starts everything twice.
+@pytest.mark.drill  # Minutes: it starts everything twice.
+@pytest.mark.timeout(600)
 def test_every_step_of_the_walk(computer: Computer) -> None:
     reader = Reader(computer)
     told: list[tuple[str, Done]] = [

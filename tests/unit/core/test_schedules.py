@@ -313,3 +313,11 @@ def _look(
             assert not running or schedule.overlap in (Overlap.ALLOW, Overlap.CANCEL_PREVIOUS)
         given_tasks.append(choice.submit)
         look, running = schedules.started(choice, "t"), True
+
+
+def test_a_schedule_is_known_by_whose_it_is_and_its_name() -> None:
+    one = a_schedule(principal="ann", name="nightly")
+
+    assert one.key == ("ann", "nightly")
+    assert one.evolve(paused=True).key == one.key
+    assert a_schedule(principal="bob", name="nightly").key != one.key
