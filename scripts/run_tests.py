@@ -164,13 +164,13 @@ def parts(everything: bool) -> list[Part]:
         Part(
             name="integration, notebooks",
             kind="integration",
-            budget_s=1500,
+            budget_s=1800,
             pytest=["tests/integration"],
         ),
         Part(
             name="hosts of their own",
             kind="rig",
-            budget_s=1500,
+            budget_s=1800,
             # What takes minutes of waiting is for `make test-rig`.
             pytest=["tests/rig", *([] if everything else ["-m", "not drill"])],
         ),
