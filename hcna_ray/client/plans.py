@@ -781,6 +781,8 @@ class Planner:
                     raise
                 if (yield from self.get(task_id)).ended:
                     return
+                # There is none yet: what comes first is read first, however quickly others follow.
+                number = number or 1
                 broken += 1
                 yield Pause(self._patience.delay_s(broken, self._luck()))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime, timedelta
 
 from hcna_ray.client import Client
 from hcna_ray.security.keys import create_key
@@ -31,7 +32,9 @@ def test_what_a_handler_prints_is_seen_while_it_prints(client: Client) -> None:
 
 
 def test_every_attempt_has_its_own_output(client: Client) -> None:
-    task = client.submit(TYPE, {"lines": ["hello"], "fail_until_attempt": 3})
+    # Whoever comes late begins with the newest attempt: so it is followed before there is one.
+    later = datetime.now(UTC) + timedelta(seconds=3)
+    task = client.submit(TYPE, {"lines": ["hello"], "fail_until_attempt": 3}, run_at=later)
 
     followed = b"".join(task.logs(follow=True))
 

@@ -42,7 +42,7 @@ PROCESSES = {
 #: Failpoints that work under load, or a restart, comes by; the others are tried without the stack.
 PREFIXES = ("actor.", "agent.", "c1.", "executor.", "ledger.", "moderator.", "nursery.")
 PREFIXES += ("runner.", "slot.", "store.commit.", "writer.")
-LEFT_OUT = ("agent.goodbye", "agent.heavy", "moderator.prune")
+LEFT_OUT = ("agent.goodbye", "agent.heavy", "ledger.schedules", "moderator.prune")
 #: Points that somebody comes by after the end of another process, which is killed first.
 AFTER_KILL = {
     "agent.hello.before": "agent",

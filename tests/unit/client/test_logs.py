@@ -62,6 +62,16 @@ def test_a_task_that_has_not_begun_is_waited_for(
     assert list(handle.logs(follow=True)) == []
 
 
+def test_who_follows_before_the_first_attempt_misses_none(
+    client: Client, c1: FakeC1, time: FakeTime
+) -> None:
+    handle = client.submit("hold")
+    c1.script += [problem(404, "attempt_not_found")]
+    c1.printed[handle.id] = [b"one", b"two"]
+
+    assert next(handle.logs(follow=True)) == b"one"
+
+
 async def test_the_asynchronous_client_does_the_same(async_client: AsyncClient, c1: FakeC1) -> None:
     handle = await async_client.submit("hold")
     c1.printed[handle.id] = [b"first", b"second"]
