@@ -70,8 +70,11 @@ class ClusterCache:
         return self._cluster[1] if self._cluster is not None else NOBODY
 
     async def glance(self) -> Glance | None:
-        """Return status and workers, or ``None`` when the moderator does not answer."""
-        if self._glance is None or self._old(self._glance[0]):
+        """Return status and workers, or ``None`` when the moderator does not answer.
+
+        That it did not answer is not kept: who asks after it has answered someone sees it.
+        """
+        if self._glance is None or self._glance[1] is None or self._old(self._glance[0]):
             await self._once("glance")
         return self._glance[1] if self._glance is not None else None
 

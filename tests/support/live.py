@@ -132,10 +132,14 @@ def raylet_of(settings: Settings, member: str) -> Process:
 
 
 def moderator(settings: Settings, url: str) -> Process:
-    """Return the moderator's process, as ``GET /status`` names it."""
-    seen = httpx.get(f"{url}/status", timeout=10).json()["moderator"]
-    assert seen is not None, "no moderator"
-    return process_of(settings, int(seen["pid"]))
+    """Return the moderator's process, as soon as ``GET /status`` names one."""
+
+    def pid() -> int:
+        seen = httpx.get(f"{url}/status", timeout=10).json()["moderator"]
+        return 0 if seen is None else int(seen["pid"])
+
+    # What C1 asked of one that has just ended is waited for, and shared, for two seconds.
+    return process_of(settings, eventually(pid, 10, "a moderator in /status"))
 
 
 def slots(settings: Settings) -> int:

@@ -139,6 +139,10 @@ async def test_health_with_and_without_moderator_and_workers(c1: Composite) -> N
     assert workers["moderator_connected"] is False
     assert [worker["name"] for worker in workers["workers"]] == ["W1"]
 
+    # That it did not answer is not kept for the next who asks, in the same half second.
+    c1.moderator.revive()
+    assert (await c1.http.get("/health")).json()["moderator_connected"] is True
+
 
 async def test_status_shows_everything_at_a_glance(c1: Composite) -> None:
     c1.moderator.join()
