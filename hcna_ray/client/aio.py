@@ -39,7 +39,6 @@ from hcna_ray.client.models import (
     TaskRequest,
     TaskView,
     Worker,
-    format_instant,
 )
 from hcna_ray.client.plans import (
     Answer,
@@ -325,7 +324,6 @@ class AsyncClient:
     ) -> Json:
         """As `Client.create_schedule`."""
         task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
-        start = None if starts_at is None else format_instant(starts_at)
         body = schedule_body(
             cron,
             task,
@@ -334,7 +332,7 @@ class AsyncClient:
             overlap=overlap,
             catch_up_s=catch_up_s,
             paused=paused,
-            starts_at=start,
+            starts_at=starts_at,
         )
         return await self._run(self._plans.create_schedule(body))
 

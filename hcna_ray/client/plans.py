@@ -1085,7 +1085,11 @@ def _schedule(name: str, owner: str | None, verb: str = "") -> tuple[str, dict[s
 
 def schedule_body(cron: str, task: TaskRequest, **more: object) -> Json:
     """What is asked of a schedule as C1 reads it: only what was given."""
-    given = {name: value for name, value in more.items() if value is not None}
+    given = {
+        name: format_instant(value) if isinstance(value, datetime) else value
+        for name, value in more.items()
+        if value is not None
+    }
     return {"cron": cron, "task": task.to_json(), **given}
 
 

@@ -32,7 +32,6 @@ from hcna_ray.client.models import (
     TaskRequest,
     TaskView,
     Worker,
-    format_instant,
 )
 from hcna_ray.client.plans import (
     Answer,
@@ -398,7 +397,6 @@ class Client:
             options: Fields of `TaskRequest`, but for those that concern one submission alone.
         """
         task = TaskRequest(task_type=task_type, payload=payload or {}, **options)
-        start = None if starts_at is None else format_instant(starts_at)
         body = schedule_body(
             cron,
             task,
@@ -407,7 +405,7 @@ class Client:
             overlap=overlap,
             catch_up_s=catch_up_s,
             paused=paused,
-            starts_at=start,
+            starts_at=starts_at,
         )
         return self._run(self._plans.create_schedule(body))
 
