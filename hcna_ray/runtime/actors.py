@@ -500,7 +500,7 @@ class ModeratorActor(_Face):
             await asyncio.sleep(RECORD_S)
             await self._record_due()
             try:
-                await acts.take_up(self._settings.acts_dir, self._newest_lines, self._note)
+                await acts.take_up(self._settings.acts_dir, self._newest_lines, self.do_audit)
             except OSError:
                 log.exception(
                     "acts cannot be read, will look again", extra={"action": "acts.failed"}
@@ -510,9 +510,6 @@ class ModeratorActor(_Face):
         return [
             line.entry for line in await self._read(lambda r: r.audit(before=None, limit=limit))
         ]
-
-    async def _note(self, entries: tuple[AuditEntry, ...]) -> None:
-        await self._ask(Note(entries=entries))
 
     async def do_report(self, raw: bytes) -> Any:
         """Take reports between two exchanges."""

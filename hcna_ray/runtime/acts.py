@@ -17,8 +17,8 @@ _LOOKED_THROUGH = 2 * TAKEN_MAX
 
 #: The newest lines of the audit log, so many at most.
 Newest = Callable[[int], Awaitable[list[AuditEntry]]]
-#: Commits lines.
-Note = Callable[[tuple[AuditEntry, ...]], Awaitable[object]]
+#: Commits lines, each an argument.
+Note = Callable[..., Awaitable[object]]
 
 
 async def take_up(folder: Path, newest: Newest, note: Note) -> int:
@@ -37,9 +37,9 @@ async def take_up(folder: Path, newest: Newest, note: Note) -> int:
         return 0
     try:
         known = set(await newest(_LOOKED_THROUGH))
-        fresh = tuple(one.entry for one in found if one.entry not in known)
+        fresh = [one.entry for one in found if one.entry not in known]
         if fresh:
-            await note(fresh)
+            await note(*fresh)
     except HcnaError:  # A store that is away, or full: they wait on.
         return 0
     await asyncio.to_thread(acts.drop, found)

@@ -26,7 +26,7 @@ class Log:
     async def newest(self, limit: int) -> list[AuditEntry]:
         return self.lines[::-1][:limit]
 
-    async def note(self, entries: tuple[AuditEntry, ...]) -> None:
+    async def note(self, *entries: AuditEntry) -> None:
         if self.away:
             raise StoreUnavailable("the store is away", 5)
         self.lines.extend(entries)
