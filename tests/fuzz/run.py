@@ -175,14 +175,16 @@ def _repeat(schema: Any, stage: Stage, found: Found) -> Iterable[str]:
     There is but one in a GET without parameters; and of what is deleted Hypothesis soon has enough.
     """
     headers = _headers(stage, found.caller)
-    names = [task for ids in stage.tasks.values() for task in ids] + ["task-none"]
+    tasks = [task for ids in stage.tasks.values() for task in ids]
+    known = {"task_id": [*tasks, "task-none"], "name": [*DELETABLE, "none"]}
     draw = random.Random(found.seed)
     for result in schema.get_all_operations():
         operation = result.ok()
-        if operation.method not in ("get", "delete") or "{name}" in operation.path:
+        if operation.method not in ("get", "delete"):
             continue
+        named = [name for name in known if f"{{{name}}}" in operation.path]
         while found.drawn.get(operation.label, 0) < found.examples:
-            path = {"task_id": draw.choice(names)} if "{task_id}" in operation.path else {}
+            path = {name: draw.choice(known[name]) for name in named}
             try:
                 case = operation.Case(path_parameters=path)
                 answer = case.call_and_validate(headers=headers)
