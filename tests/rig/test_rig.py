@@ -167,6 +167,19 @@ def test_the_environment_is_clean(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> 
     assert "LEFT=1" in rig["w2"].run("env", env={"LEFT": "1"}).lines
 
 
+def test_a_program_that_bash_has_too_is_run_on_the_host(rig: Rig) -> None:
+    # Bash's own would send the signal to a process outside that has the same number.
+    w1 = rig["w1"]
+    asleep = w1.popen("sleep", "4716")
+    try:
+        eventually(lambda: "sleep 4716" in [one.command for one in w1.processes()])
+        (inner,) = [one.inner_pid for one in w1.processes() if one.command == "sleep 4716"]
+        w1.run("kill", "-9", str(inner))
+        assert asleep.wait(timeout=10) == 128 + signal.SIGKILL
+    finally:
+        w1.end(asleep)
+
+
 def test_a_user_may_become_root_by_sudo_and_root_only_by_that(rig: Rig) -> None:
     w1 = rig["w1"]
     assert w1.run("sudo", "id", "-u", user="hcna-admin").out == "0\n"

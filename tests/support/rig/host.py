@@ -285,8 +285,9 @@ class Host:
             *become,
             # The waiting shell stays outside the PID namespace: its child is the first one inside.
             # nsenter itself would stop, for good if nobody wakes it, whenever its program is
-            # stopped. `exit` keeps bash from becoming the program.
-            *("bash", "-c", 'cd && "$@"; exit $?', "bash", *command),
+            # stopped. `exit` keeps bash from becoming the program, and `env` keeps what bash has
+            # itself, such as `kill`, from being run by the shell that is outside.
+            *("bash", "-c", 'cd && env -- "$@"; exit $?', "bash", *command),
         ]
 
     # -- files -------------------------------------------------------------------------------------
