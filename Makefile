@@ -110,10 +110,14 @@ bench-lock: ## Resolve the peers anew into benchmarks/peers/requirements.txt
 	@$(FIND_UV) "$$UV" pip compile --quiet --upgrade --python-version 3.11 --no-header \
 		-o benchmarks/peers/requirements.txt benchmarks/peers/requirements.in
 
-.PHONY: newcomer
+.PHONY: newcomer captures
 newcomer: sync ## A newcomer's first minutes on two hosts, each line with its clock (root, some minutes)
 	@scripts/system_packages.sh
 	@$(BIN)/python -m tests.rig.newcomer
+
+captures: sync ## Draw the documentation's pictures of terminals anew, from three hosts at work (root, some minutes)
+	@scripts/system_packages.sh captures
+	@$(BIN)/python -m tests.rig.captures
 
 seeded-bugs: sync ## Break the product on purpose, twenty ways, and see which tests notice
 	@scripts/system_packages.sh

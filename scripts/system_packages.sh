@@ -2,6 +2,7 @@
 # Installs the system packages that the tests use and that are missing. Debian and Ubuntu, as root.
 # Without root, or elsewhere, it names them and goes on: tests then say what they skipped.
 #
+# captures    also tmux, for `make captures`.
 # benchmarks  also what `make bench` measures beside hcna-ray, and a compiler for its slow disk.
 set -euo pipefail
 
@@ -12,7 +13,9 @@ wanted=(
   strace:strace promtool:prometheus prometheus-alertmanager:prometheus-alertmanager
   chromium:chromium chromedriver:chromium-driver
 )
-if [[ ${1:-} == benchmarks ]]; then
+if [[ ${1:-} == captures ]]; then
+  wanted+=(tmux:tmux)
+elif [[ ${1:-} == benchmarks ]]; then
   wanted+=(redis-server:redis-server cc:gcc)
 fi
 # Some of them lie where only root's PATH looks, or nobody's.
