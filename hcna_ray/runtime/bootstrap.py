@@ -3,15 +3,21 @@
 ``python -m hcna_ray.runtime.bootstrap --ray-address HOST:PORT`` creates the moderator, the artifact
 server and the agents (the moderator sees to those of machines that join later), deploys C1 from
 ``serve_config.yaml``, replacing only the application ``hcna-c1``, and ends.
+
+What takes its time at a first start goes on side by side: this program imports what it needs while
+Ray's head starts, Serve starts beside the moderator, and C1 beside Serve's proxies.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +58,25 @@ def bring_up(settings: Settings) -> None:
     Raises:
         BootstrapFailed: the moderator or C1 did not come up in time.
     """
-    start_moderator(settings)
-    start_artifacts(settings)
-    for worker in worker_names():
-        start_agent(worker)
-    _wait_for_moderator()
-    deploy_composite(settings)
+    plan = composite_plan(settings)
+    with _serve(plan) as controller:
+        start_moderator(settings)
+        start_artifacts(settings)
+        for worker in worker_names():
+            start_agent(worker)
+        _wait_for_moderator()
+        deploy_composite(controller(), plan)
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Wait until the head listens. That it does not is for `ray.init` to say."""
+    end = time.monotonic() + READY_S
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, port), timeout=1.0).close()
+            return
+        except OSError:
+            time.sleep(0.1)
 
 
 def worker_names() -> list[str]:
@@ -81,7 +100,14 @@ def _wait_for_moderator() -> None:
             time.sleep(0.2)
 
 
-def deploy_composite(settings: Settings, config: Path | None = None) -> None:
+def composite_plan(settings: Settings) -> dict[str, Any]:
+    """Return what Serve is asked for: ``serve_config.yaml``, listening where the settings say."""
+    plan: dict[str, Any] = yaml.safe_load(find_serve_config().read_text())
+    listening = {"host": settings.serve_host, "port": settings.serve_port}
+    return plan | {"http_options": {**plan.get("http_options", {}), **listening}}
+
+
+def deploy_composite(client: Any, plan: Mapping[str, Any]) -> None:
     """Deploy C1 as its file says, leaving every other Serve application as it is.
 
     A plain ``serve deploy`` owns the whole list of applications, so what is deployed already is
@@ -89,45 +115,74 @@ def deploy_composite(settings: Settings, config: Path | None = None) -> None:
     which may be off (profile ``tiny``).
 
     Args:
-        settings: Where C1 listens.
-        config: The Serve configuration; by default the one beside the package, or inside it.
+        client: Of Serve's controller.
+        plan: As `composite_plan` makes it.
 
     Raises:
         BootstrapFailed: Serve refused the configuration, or C1 did not come up in time.
     """
-    plan = yaml.safe_load((config or find_serve_config()).read_text())
-    plan["http_options"] = {
-        **plan.get("http_options", {}),
-        "host": settings.serve_host,
-        "port": settings.serve_port,
-    }
     own = next(one for one in plan["applications"] if one["name"] == APPLICATION)
     try:
-        client = _serve_client(plan)
         others = [
             details["deployed_app_config"]
             for name, details in client.get_serve_details()["applications"].items()
             if name != APPLICATION and details.get("deployed_app_config")
         ]
-        plan["applications"] = [own, *others]
-        client.deploy_apps(ServeDeploySchema.model_validate(plan))
+        client.deploy_apps(
+            ServeDeploySchema.model_validate({**plan, "applications": [own, *others]})
+        )
         _wait_for_composite(client)
     except (RayError, RayServeException, TimeoutError, ValueError) as error:
-        raise BootstrapFailed(f"Serve refused the configuration: {str(error)[-1500:]}") from error
+        raise _refused(error) from error
 
 
-def _serve_client(plan: Mapping[str, Any]) -> Any:
-    """Return a client of Serve's controller, which is started if there is none."""
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        schema = ServeDeploySchema.model_validate(plan)
-        serve.start(
-            proxy_location=schema.proxy_location,
-            http_options=schema.http_options.model_dump(),
-            grpc_options=schema.grpc_options.model_dump(),
-        )
-        client = _get_global_client()
-    return client
+def _refused(error: Exception) -> BootstrapFailed:
+    return BootstrapFailed(f"Serve refused the configuration: {str(error)[-1500:]}")
+
+
+@contextmanager
+def _serve(plan: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
+    """Start Serve if it is not there, beside what the caller does meanwhile.
+
+    ``serve.start`` returns when its proxies answer, seconds after the controller does. They are
+    there at the end.
+
+    Yields:
+        Waits for the controller and returns a client of it.
+
+    Raises:
+        BootstrapFailed: Serve did not start.
+    """
+    schema = ServeDeploySchema.model_validate(plan)
+
+    def start() -> None:
+        if _get_global_client(raise_if_no_controller_running=False) is None:
+            serve.start(
+                proxy_location=schema.proxy_location,
+                http_options=schema.http_options.model_dump(),
+                grpc_options=schema.grpc_options.model_dump(),
+            )
+
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start)
+
+        def settle() -> None:
+            try:
+                starting.result()
+            except (RayError, RayServeException, TimeoutError, ValueError) as error:
+                raise _refused(error) from error
+
+        def controller() -> Any:
+            while True:
+                if starting.done():
+                    settle()
+                client = _get_global_client(raise_if_no_controller_running=False)
+                if client is not None:
+                    return client
+                time.sleep(0.05)
+
+        yield controller
+        settle()
 
 
 def _wait_for_composite(client: Any) -> None:
@@ -156,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ray-address", required=True, help="HOST:PORT of the cluster's GCS.")
     arguments = parser.parse_args(argv)
     settings = load_settings()
+    host, _, port = arguments.ray_address.rpartition(":")
+    for each in (int(port), settings.port("head_node_manager")):
+        _wait_for_port(host, each)
     ray.init(
         address=arguments.ray_address,
         namespace=NAMESPACE,

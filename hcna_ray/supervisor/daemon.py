@@ -1052,10 +1052,9 @@ class Supervisor:
             )
         if not job.wanted or now < job.not_before:
             return
-        nodes = [member for member in self.members if member.node is not None]
-        if self.membership is not None or not all(
-            member.process and accepts(member.port) for member in nodes
-        ):
+        # It waits for the head itself: what it needs for that it imports while the head starts.
+        head = self._member("head")
+        if self.membership is not None or head is None or head.process is None:
             return
         job.wanted, job.runs, job.started_at = False, job.runs + 1, now
         command = [

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ WIDTH = 100
 _TMUX = ("tmux", "-L", "captures", "-f", "/dev/null")
 #: Rich names fonts of the web in what it exports; a picture of ours fetches nothing.
 _WEB_FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
+#: The prompt again, behind all else.
+_DONE = r"\n\$\s*$"
 
 
 def svg(screen: str, title: str, *, width: int = WIDTH) -> str:
@@ -64,8 +67,10 @@ class Screen:
 
     def until(self, shown: str, timeout_s: float = 60) -> None:
         """Wait until the screen shows what fits a pattern."""
-        look = re.compile(shown, re.DOTALL)
-        eventually(lambda: look.search(self._tmux("capture-pane", "-p")), timeout_s, shown)
+        look, end = re.compile(shown, re.DOTALL), time.monotonic() + timeout_s
+        while not look.search(seen := self._tmux("capture-pane", "-p")):
+            assert time.monotonic() < end, f"no {shown!r} within {timeout_s:g} s in:\n{seen}"
+            time.sleep(0.25)
 
     def save(self, name: str, title: str) -> None:
         """Draw what it shows to ``docs/images/terminal-NAME.svg``."""
@@ -108,24 +113,27 @@ def take(rig: Rig) -> None:
     lacking = computer.submit("echo", {}, requires={"gpu": 9})
     naps = [computer.submit("sleep", {"seconds": 25}, queue="lab") for _ in range(24)]
     eventually(lambda: computer.task(naps[1])["status"] == "running", 30, "they run")
-    captured(m1, "top", [("hcna top", r"MACHINES.*W2.*RUNNING.*sleep")], rows=26)
+    captured(m1, "top", [("hcna top", r"accepted \d.*W2.*QUEUE.*RUNNING.*sleep")], rows=26)
 
     eventually(lambda: _on_w1(computer, naps), 60, "one runs on W1")
     victim = _on_w1(computer, naps)[-1]
-    pinned = computer.submit("echo", {}, requires={"worker": "W1"})
     w1.unplug()
-    computer.until_state("W1", "unreachable", 120)
+    computer.until_state("W1", "asleep", 120)
+    pinned = computer.submit("echo", {}, requires={"worker": "W1"})
     captured(
         m1,
         "why",
-        [(f"hcna why {lacking}", r"gpu.*\$ $"), (f"hcna why {pinned}", r"gpu.*unreachable.*\$ $")],
+        [
+            (f"hcna why {lacking}", f"gpu.*{_DONE}"),
+            (f"hcna why {pinned}", f"gpu.*W1.*asleep.*{_DONE}"),
+        ],
         rows=20,
     )
     computer.completed(victim, 300)
     captured(
         m1,
         "events",
-        [(f"hcna events {victim}", r"lost.*completed.*\$ $")],
+        [(f"hcna events {victim}", f"lost.*completed.*{_DONE}")],
         rows=20,
     )
     computer.hcna("m1", "down")

@@ -37,6 +37,7 @@ def test_what_breaks_is_shown_and_the_story_goes_on() -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.timeout(900)
 def test_every_promise_to_a_newcomer_is_kept() -> None:
     with rig_for_tests(("m1",), boot=False):
         pass  # Skipped where there can be no rig.

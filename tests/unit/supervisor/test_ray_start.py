@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,11 @@ import pytest
 
 from hcna_ray.config import LOOPBACK, Settings
 from hcna_ray.supervisor.ports import head_command, ray_environment, worker_command
-from hcna_ray.supervisor.ray_start import tell_raylet_agent_port
+from hcna_ray.supervisor.ray_start import (
+    NOT_NEEDED,
+    start_dashboard_last,
+    tell_raylet_agent_port,
+)
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
@@ -45,3 +51,39 @@ def test_a_raylet_waits_for_none_of_its_agents_ports(role: str) -> None:
 
 def test_a_raylet_has_patience_with_its_agents() -> None:
     assert int(ray_environment(Settings())["RAY_agent_register_timeout_ms"]) >= 120_000
+
+
+def test_the_dashboard_of_a_head_starts_behind_its_raylet() -> None:
+    class Node:
+        """As much of Ray's as is changed."""
+
+        def __init__(self, *, head: bool) -> None:
+            self.head = head
+            self.done: list[str] = []
+            self._webui_url: str | None = None
+            self._ray_params = SimpleNamespace(dashboard_host=LOOPBACK, dashboard_port=8265)
+            if head:
+                self.done.append("gcs")
+                self.start_api_server(include_dashboard=True)
+            self.start_ray_processes()
+
+        def start_api_server(self, *, include_dashboard: bool) -> None:
+            assert include_dashboard
+            self.done.append("dashboard")
+
+        def start_ray_processes(self) -> None:
+            self.done.append(f"raylet told of {self._webui_url}")
+
+    start_dashboard_last(Node)
+
+    assert Node(head=True).done == ["gcs", f"raylet told of {LOOPBACK}:8265", "dashboard"]
+    assert Node(head=False).done == ["raylet told of None"]
+
+
+def test_modules_that_are_left_out_are_those_that_the_command_can_do_without() -> None:
+    # One that Ray has renamed would be imported after all, and nobody would notice.
+    ray = importlib.util.find_spec("ray")
+    assert ray is not None
+    assert ray.origin is not None
+    text = (Path(ray.origin).parent / "scripts" / "scripts.py").read_text()
+    assert [name for name in NOT_NEEDED if f"from {name} import" not in text] == []
