@@ -41,7 +41,7 @@ test: sync ## Run the whole suite, each part within its time budget
 	@scripts/system_packages.sh
 	@$(RUN_TESTS)
 
-test-all: sync ## The same with ten times as many steps of the state machine, and every drill of the hosts
+test-all: sync ## The same with ten times as many steps of the state machine, and every drill
 	@scripts/system_packages.sh
 	@$(RUN_TESTS) --all
 

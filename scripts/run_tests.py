@@ -89,7 +89,10 @@ class Tally:
 
 
 def parts(everything: bool) -> list[Part]:
-    """Return all parts in order. Budgets are for two cores; ``make test`` needs half of them."""
+    """Return all parts in order: of those that share the machine the longest first.
+
+    Budgets are for two cores; ``make test`` needs half of them.
+    """
     tool = {name: str(BIN / name) for name in ("ruff", "mypy", "lint-imports")}
     static: dict[str, Sequence[str]] = {
         "ruff check": [tool["ruff"], "check", "."],
@@ -99,16 +102,11 @@ def parts(everything: bool) -> list[Part]:
     }
     if uv := os.environ.get("UV"):
         static["uv.lock is up to date"] = [uv, "lock", "--check", "--quiet"]
+    # What takes minutes of waiting, or a cluster of its own, is for ``make test-all``.
+    usual = [] if everything else ["-m", "not drill"]
     found = [
         Part(
             name="lint, types, contracts", kind="static", budget_s=180, commands=static, shares=True
-        ),
-        Part(
-            name="unit",
-            kind="unit",
-            budget_s=780,
-            pytest=["tests/unit", "--ignore=tests/unit/core"],
-            shares=True,
         ),
         Part(
             name="contract",
@@ -118,10 +116,25 @@ def parts(everything: bool) -> list[Part]:
             shares=True,
         ),
         Part(
-            name="checker",
-            kind="checker",
-            budget_s=300,
-            pytest=["tests/checker", "tests/seeded_bugs"],
+            name="unit",
+            kind="unit",
+            budget_s=780,
+            pytest=["tests/unit", "--ignore=tests/unit/core"],
+            shares=True,
+        ),
+        Part(
+            name="slice of the faults",
+            kind="faults",
+            budget_s=720,
+            pytest=["tests/faults", "-k", "not whole_kills"],
+            shares=True,
+        ),
+        Part(
+            name="the served OpenAPI, fuzzed",
+            kind="fuzz",
+            budget_s=5400 if everything else 600,
+            pytest=["tests/fuzz"],
+            env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
             shares=True,
         ),
         Part(
@@ -130,6 +143,13 @@ def parts(everything: bool) -> list[Part]:
             budget_s=1800 if everything else 480,
             pytest=["tests/property"],
             env={"HCNA_MODEL_STEPS": "500000"} if everything else {},
+            shares=True,
+        ),
+        Part(
+            name="checker",
+            kind="checker",
+            budget_s=300,
+            pytest=["tests/checker", "tests/seeded_bugs"],
             shares=True,
         ),
         Part(
@@ -146,33 +166,29 @@ def parts(everything: bool) -> list[Part]:
             shares=True,
         ),
         Part(
-            name="the served OpenAPI, fuzzed",
-            kind="fuzz",
-            budget_s=5400 if everything else 600,
-            pytest=["tests/fuzz"],
-            env={"HCNA_FUZZ_EXAMPLES": "500"} if everything else {},
-            shares=True,
-        ),
-        Part(
             name="Prometheus, rules, Grafana",
             kind="unit",
             budget_s=240,
             pytest=["tests/monitoring"],
         ),
         Part(name="the page, in Chromium", kind="page", budget_s=300, pytest=["tests/page"]),
-        Part(name="slice of the faults", kind="faults", budget_s=720, pytest=["tests/faults"]),
+        Part(
+            name="slice of the faults, whole cluster",
+            kind="faults",
+            budget_s=600,
+            pytest=["tests/faults", "-k", "whole_kills"],
+        ),
         Part(
             name="integration, notebooks",
             kind="integration",
             budget_s=1800,
-            pytest=["tests/integration"],
+            pytest=["tests/integration", *usual],
         ),
         Part(
             name="hosts of their own",
             kind="rig",
             budget_s=1800,
-            # What takes minutes of waiting is for `make test-rig`.
-            pytest=["tests/rig", *([] if everything else ["-m", "not drill"])],
+            pytest=["tests/rig", *usual],
         ),
     ]
     if everything and (ROOT / "tests" / "acceptance").is_dir():

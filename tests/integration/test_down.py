@@ -29,6 +29,7 @@ from hcna_ray.supervisor.ports import single_ports
 from hcna_ray.supervisor.processes import ProcessRef
 from hcna_ray.supervisor.state import read_supervisor
 from tests.integration.conftest import PORTS_OFFSET
+from tests.page import browser
 from tests.support import figures, live
 from tests.support.plugin import install_example
 from tests.support.side_effects import TASK_TYPE, SideEffects, states
@@ -218,7 +219,8 @@ def _queue(client: Client, queue: str, action: str) -> None:
     live.post(client.url, client.api_key or "", f"/admin/queues/{queue}/{action}")
 
 
-def test_c1_with_tls_and_serve_behind_it(instance: Instance) -> None:
+@pytest.mark.drill
+def test_c1_with_tls_and_serve_behind_it(instance: Instance, tmp_path: Path) -> None:
     config = instance.home / "hcna.yaml"
     config.write_text(CONFIG + "composite: {security: {enable_tls: true}}\n")
     try:
@@ -246,7 +248,27 @@ def test_c1_with_tls_and_serve_behind_it(instance: Instance) -> None:
         assert remote.hcna("submit", "echo", "message=x", "--wait")["result"]["message"] == "x"
         with instance.client() as client:
             assert client.submit("echo", {"message": "x"}).result(timeout_s=30)
+        _page_over_tls(place, key, tmp_path / "profile")
     finally:
         instance.down()
         config.write_text(CONFIG)
     Trace(instance).check_nothing_left()
+
+
+def _page_over_tls(place: str, key: str, profile: Path) -> None:
+    """The page signs in, is told of a new task by the stream, and shows its end."""
+    if not browser.found():
+        pytest.skip(browser.MISSING)
+    host, _, port = place.partition(":")
+    shown = ssl.get_server_certificate((host, int(port)))
+    with browser.a_browser(profile, trusted=shown) as page:
+        page.url = f"https://{place}"
+        page.sign_in(key)
+        page.see("online", "[data-machine=W1]")
+        page.press("Submit", "nav a")
+        page.type('{"message": "over TLS"}', "textarea[name=payload]")
+        page.press("Submit")
+        page.see("completed", ".badge")
+        page.see("over TLS", "pre")
+        assert page.driver.execute_script("return location.protocol") == "https:"
+        assert page.complaints() == []

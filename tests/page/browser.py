@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from axe_core_python.selenium import Axe
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509 import load_pem_x509_certificate
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
@@ -210,9 +213,21 @@ class Browser:
         return found
 
 
+def pin_of(certificate: str) -> str:
+    """Return what names a certificate's key to Chromium."""
+    key = load_pem_x509_certificate(certificate.encode()).public_key()
+    told = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(hashlib.sha256(told).digest()).decode()
+
+
 @contextmanager
-def a_browser(profile: Path) -> Iterator[Browser]:
-    """Start a Chromium with a profile of its own."""
+def a_browser(profile: Path, *, trusted: str | None = None) -> Iterator[Browser]:
+    """Start a Chromium with a profile of its own.
+
+    Args:
+        profile: A folder that is not there yet.
+        trusted: A certificate (PEM) that it takes although no authority that it knows issued it.
+    """
     options = ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for argument in (
@@ -225,6 +240,8 @@ def a_browser(profile: Path) -> Iterator[Browser]:
         f"--user-data-dir={profile}",
     ):
         options.add_argument(argument)
+    if trusted is not None:
+        options.add_argument(f"--ignore-certificate-errors-spki-list={pin_of(trusted)}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:

@@ -34,6 +34,7 @@ def test_blocks_that_are_not_run_say_why() -> None:
     assert [line for line, title in sections.items() if not title.startswith(_RAY_UP)] == []
 
 
+@pytest.mark.drill
 def test_every_command_of_the_page(computer: Computer) -> None:
     reader = Reader(computer)
     for block in blocks(PAGE):
