@@ -170,8 +170,15 @@ def parts(everything: bool) -> list[Part]:
             kind="unit",
             budget_s=240,
             pytest=["tests/monitoring"],
+            shares=True,
         ),
-        Part(name="the page, in Chromium", kind="page", budget_s=300, pytest=["tests/page"]),
+        Part(
+            name="the page, in Chromium",
+            kind="page",
+            budget_s=300,
+            pytest=["tests/page"],
+            shares=True,
+        ),
         Part(
             name="slice of the faults, whole cluster",
             kind="faults",
