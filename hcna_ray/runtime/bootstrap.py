@@ -153,9 +153,9 @@ def _serve(plan: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
     Raises:
         BootstrapFailed: Serve did not start.
     """
-    schema = ServeDeploySchema.model_validate(plan)
 
     def start() -> None:
+        schema = ServeDeploySchema.model_validate(plan)
         if _get_global_client(raise_if_no_controller_running=False) is None:
             serve.start(
                 proxy_location=schema.proxy_location,
