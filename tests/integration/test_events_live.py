@@ -67,14 +67,14 @@ async def test_a_client_that_does_not_read_is_cut_and_goes_on_where_it_was(
     eventually(lambda: _all_ended(client), 120, "all tasks end")
     with live.reading(cluster.settings) as reader:
         upto = reader.last_fact()
-    open_before = _streams(cluster)
+    eventually(lambda: _streams(cluster) == 0, 30, "the streams of clients that left have ended")
     follower = Follower(cluster.url, cluster.api_key, place=f"{generation}-{begin}")
 
     with connected_narrowly(cluster.url) as connection:
         connection.sendall(request(cluster.url, cluster.api_key, follower.place))
-        eventually(lambda: _streams(cluster) > open_before, 10, "its stream is open")
+        eventually(lambda: _streams(cluster) == 1, 10, "its stream is open")
         started = time.monotonic()
-        eventually(lambda: _streams(cluster) == open_before, 60, "its stream is cut")
+        eventually(lambda: _streams(cluster) == 0, 60, "its stream is cut")
         cut_s = time.monotonic() - started
         answer = _all_of(connection)
     head, _, body = answer.partition(b"\r\n\r\n")
