@@ -58,7 +58,7 @@ class ClusterCache:
         self._reads = reads
         self._clock = clock
         self._cluster: tuple[float, Cluster] | None = None
-        self._glance: tuple[float, Glance | None] | None = None
+        self._glance: tuple[float, Glance] | None = None
         self._asking: dict[str, asyncio.Task[None]] = {}
         #: Whether M1 said at the last look that its store is away.
         self.store_away = False
@@ -74,7 +74,7 @@ class ClusterCache:
 
         That it did not answer is not kept: who asks after it has answered someone sees it.
         """
-        if self._glance is None or self._glance[1] is None or self._old(self._glance[0]):
+        if self._glance is None or self._old(self._glance[0]):
             await self._once("glance")
         return self._glance[1] if self._glance is not None else None
 
@@ -108,17 +108,17 @@ class ClusterCache:
         self._cluster = (self._clock.elapsed(), cluster)
 
     async def _ask_glance(self) -> None:
-        glance: Glance | None = None
+        self._glance = None
         self.store_away = False
         try:
             async with asyncio.timeout(PROBE_S):
                 status = await self._moderator.status()
                 glance = Glance(status, await self._moderator.workers())
+            self._glance = (self._clock.elapsed(), glance)
         except StoreUnavailable:
             self.store_away = True
         except (HcnaError, TimeoutError):
             log.debug("moderator does not answer", extra={"action": "api.moderator_silent"})
-        self._glance = (self._clock.elapsed(), glance)
 
 
 @dataclass(frozen=True, kw_only=True)
