@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.rig.computer import PYTHON, Computer, eventually, launcher_config
-from tests.support.rig import Done, Rig, RigUnavailable
+from tests.support.rig import Done, Host, Rig, RigUnavailable
 
 W1 = "HCNA-W1--prod--home--v1.0"
 #: Longest time for a step that promises no shorter one, seconds.
@@ -55,6 +55,11 @@ class Walk:
 
     computer: Computer
     code: str = ""
+
+    @property
+    def machines(self) -> tuple[Host, Host]:
+        """M1's and W1's."""
+        return self.computer.m1, self.computer.rig["w1"]
 
     def types(self, host: str, line: str, *, check: bool = True, timeout_s: float = 180) -> Done:
         """Type a line in a shell on a host, in the checkout's environment."""
@@ -254,15 +259,18 @@ def types_ray_up(walk: Walk) -> str:
 
 
 def _raylets(walk: Walk) -> set[int]:
-    hosts = (walk.computer.m1, walk.computer.rig["w1"])
-    return {one.pid for host in hosts for one in host.processes() if "raylet/raylet" in one.command}
+    return {
+        one.pid
+        for host in walk.machines
+        for one in host.processes()
+        if "raylet/raylet" in one.command
+    }
 
 
 def stops(walk: Walk) -> str:
     walk.types("m1", "hcna down")
     # Where `ray up` was typed, its SSH keeps a connection open for ten seconds more.
-    machines = (walk.computer.m1, walk.computer.rig["w1"])
-    left = [one for host in machines for one in walk.computer.leftovers(host)]
+    left = [one for host in walk.machines for one in walk.computer.leftovers(host)]
     assert not left, left
     return "no process and no port is left on either machine"
 
