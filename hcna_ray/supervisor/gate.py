@@ -961,10 +961,10 @@ class _Server(socketserver.ThreadingTCPServer):
                 try:
                     connection.do_handshake()
                     _Handler(connection, client_address, self)
-                except OSError:
-                    pass  # It left, or took too long, or speaks no TLS.
                 finally:
                     self.forget_connection(connection)
+        except OSError:
+            pass  # It left, maybe before it was wrapped, or took too long, or speaks no TLS.
         finally:
             self._leave(client_address[0])
 

@@ -124,12 +124,17 @@ class RunningEdge:
         self, context: ssl.SSLContext | None = None, called: str = NAME, *, timeout_s: float = 20.0
     ) -> ssl.SSLSocket:
         """Return a connection to the public entrance, its handshake done."""
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        # Wrapped before it connects: Python leaves a socket open that was reset before.
+        connection = (context or self.context()).wrap_socket(
+            socket.socket(), server_hostname=called
+        )
         try:
-            return (context or self.context()).wrap_socket(plain, server_hostname=called)
+            connection.settimeout(timeout_s)
+            connection.connect(("127.0.0.1", self.port))
         except BaseException:
-            plain.close()
+            connection.close()
             raise
+        return connection
 
     def reload(self, *, ends_with: str = _SERVES) -> None:
         """Have it read its files anew, as the supervisor does, and wait until it has."""
