@@ -357,6 +357,7 @@ def cli() -> list[str]:
         (2, "the command line is wrong"),
         (3, "C1 cannot be reached"),
         (4, "C1 refused"),
+        (5, "a check of this machine failed"),
         (130, "interrupted"),
     ]
     lines += table(("exit code", "means"), codes)

@@ -11,13 +11,16 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 stamp=.venv/.locked
-wanted=$(cat uv.lock pyproject.toml .python-version | sha256sum)
+wanted=$(cat uv.lock pyproject.toml .python-version scripts/prepare.sh | sha256sum)
 if [[ ! -x .venv/bin/hcna || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
   [[ -d .venv ]] || echo "installing the locked environment into .venv (some minutes the first time)"
   unset VIRTUAL_ENV PYTHONPATH PYTHONHOME
-  UV_PROJECT_ENVIRONMENT=.venv "$(scripts/find_uv.sh)" sync --frozen --quiet
+  # Compiled once, here: some twenty processes start at once, and each would compile all of Ray and
+  # Serve for itself, at every start where Python may not write beside its sources.
+  UV_PROJECT_ENVIRONMENT=.venv "$(scripts/find_uv.sh)" sync --frozen --quiet --compile-bytecode
   printf '%s\n' "$wanted" >"$stamp"
 fi
+.venv/bin/python -m compileall -qq hcna_ray || true # It may belong to somebody else.
 
 if [[ ${1:-} == --launcher ]]; then
   begin="# >>> hcna-ray: for commands of Ray's launcher >>>"

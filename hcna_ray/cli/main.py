@@ -8,7 +8,10 @@ failed, 130 interrupted.
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -68,6 +71,28 @@ store.register(app)
 observe.register(app)
 
 _INTERRUPTED = 130
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        ours, ray = metadata.version("hcna-ray"), metadata.version("ray")
+        typer.echo(f"hcna-ray {ours}, Ray {ray}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_versions,
+            help="Print the versions of hcna-ray, Ray and Python.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before any command."""
 
 
 def run() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -405,3 +406,9 @@ def test_up_and_down_call_the_supervisor(hcna: Hcna, monkeypatch: pytest.MonkeyP
     ran = hcna("down")
     assert (ran.code, "stopped in 1.5 s" in ran.err) == (0, True)
     assert hcna("down", "--json").json["was_running"] is True
+
+
+def test_the_versions_are_told_in_one_line(hcna: Hcna) -> None:
+    ran = hcna("--version")
+    assert ran.code == 0
+    assert re.fullmatch(r"hcna-ray \d\S*, Ray \d\S*, Python 3\.\d\S*\n", ran.out)
