@@ -21,6 +21,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -321,7 +322,7 @@ def run_beside(chosen: Sequence[Part]) -> list[Tally]:
         STOPPING.set()
         for job in jobs:
             job.cancel()
-        for child in RUNNING:
+        for child in tuple(RUNNING):
             end_group(child)
         raise
     finally:
@@ -452,6 +453,13 @@ def closing(tallies: Sequence[Tally], took_s: float) -> Iterator[str]:
 
 
 def _on_signal(number: int, _: FrameType | None) -> None:
+    """Stop; whoever asks twice does not want to wait for what is being cleaned up."""
+    if STOPPING.is_set():
+        for child in tuple(RUNNING):
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        return
+    STOPPING.set()
     raise Interrupted(signal.Signals(number).name)
 
 

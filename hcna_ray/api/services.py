@@ -64,8 +64,12 @@ class ClusterCache:
         self.store_away = False
 
     async def cluster(self) -> Cluster:
-        """Return what placement sees, or `NOBODY` when the moderator does not answer."""
-        if self._cluster is None or self._old(self._cluster[0]):
+        """Return what placement sees, or nobody when the moderator does not answer.
+
+        That it did not answer is not kept, as in `glance`.
+        """
+        kept = self._cluster
+        if kept is None or not kept[1].moderator_answers or self._old(kept[0]):
             await self._once("cluster")
         return self._cluster[1] if self._cluster is not None else NOBODY
 

@@ -106,6 +106,8 @@ async def test_a_running_task_says_where_and_whether_it_is_heard_of(c1: Composit
     c1.moderator.kill()
     c1.services.cache.forget()
     unseen = (await c1.task(task_id))["why"]
+    c1.moderator.down = False
+    seen = (await c1.task(task_id))["why"]
 
     assert runs == {
         "code": "running",
@@ -114,6 +116,7 @@ async def test_a_running_task_says_where_and_whether_it_is_heard_of(c1: Composit
     }
     assert (silent["code"], "suspect" in silent["message"]) == ("worker_silent", True)
     assert unseen["code"] == "running_unseen"
+    assert seen["code"] != "running_unseen", "that nobody answered is not remembered"
 
 
 async def test_a_need_nobody_has_is_named(c1: Composite) -> None:
