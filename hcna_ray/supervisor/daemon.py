@@ -141,6 +141,8 @@ _EDGE_S = 10.0
 _GOODBYE_S = 5.0
 #: How long M1's machine stays to tell the others that all is to stop.
 _TELL_S = 12.0
+#: A machine that was told has this long, beside what its node may take to stop, to say that it has.
+_LAST_WORD_S = 4.0
 #: M1 waits this long for members to hand back their work before it starts again.
 _ROUND_S = 20.0
 #: Pause between two tries to get new credentials.
@@ -331,7 +333,7 @@ class Supervisor:
     def stop_all(self) -> None:
         """Stop C1's entrance first, then the worker, then the head, then whatever is left.
 
-        If all machines are to stop, the others are told for as long as it takes them to hear it.
+        If all machines are to stop, the others are told, and waited for until they have.
         """
         settings, marker = self.settings, marker_of(self.settings)
         term_s = settings.ray.stop_s
@@ -368,13 +370,38 @@ class Supervisor:
             self.edge_log.stop()
         if self.gate is not None:
             if self.cluster_down:
-                self.gate.wait_all_told(max(0.0, tell_until - self.monotonic()))
+                self._wait_for_the_others(tell_until)
             self.gate.stop()
         if self.firewall is not None:
             self.firewall.remove()
         elif problem := clear(settings):
             self.log.error(
                 "the firewall's rules are left", extra={"action": "firewall.left", "error": problem}
+            )
+        if self.contact is not None and self.cluster_down:
+            self._say_stopped()
+
+    def _wait_for_the_others(self, tell_until: float) -> None:
+        """Wait until the machines that hear it have stopped, each as long as it may take."""
+        assert self.gate is not None
+        self.gate.wait_all_told(max(0.0, tell_until - self.monotonic()))
+        until = tell_until + self.settings.ray.stop_s + _LAST_WORD_S
+        for name in self.gate.wait_all_stopped(max(0.0, until - self.monotonic())):
+            self.log.warning(
+                "%s was told to stop and has not said that it has",
+                name,
+                extra={"action": "cluster.silent", "worker": name},
+            )
+
+    def _say_stopped(self) -> None:
+        """Tell M1, which waits for it, that nothing of this machine's part is left."""
+        assert self.membership is not None
+        try:
+            ask_gate(self.membership, "/v1/stopped", {})
+        except (HcnaError, OSError) as error:
+            self.log.info(
+                "M1 was not told that this machine has stopped",
+                extra={"action": "cluster.untold", "error": str(error)},
             )
 
     # -- other machines -----------------------------------------------------------------------

@@ -214,6 +214,7 @@ class Gate:
         self._beats: dict[str, _Beat] = {}
         self._going_down = False
         self._told: set[str] = set()
+        self._stopped: set[str] = set()
         #: Where members' beats and Ray's connections come from, and until when a machine that may
         #: join is let in.
         self._seen: dict[str, tuple[str, ...]] = {}
@@ -278,6 +279,7 @@ class Gate:
         with self._changed:
             self._going_down = True
             self._told.clear()
+            self._stopped.clear()
         self.log.info("telling the members to stop", extra={"action": "gate.down"})
 
     def wait_all_told(self, timeout_s: float) -> bool:
@@ -288,6 +290,18 @@ class Gate:
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._to_be_told(), timeout=timeout_s)
+
+    def wait_all_stopped(self, timeout_s: float) -> tuple[str, ...]:
+        """Wait until every member that was told to stop has said that nothing of it runs.
+
+        Returns:
+            The names of those that had not said so when ``timeout_s`` passed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._told <= self._stopped, timeout=timeout_s)
+            silent = self._told - self._stopped
+        members = read_members(self.settings.cluster_dir)
+        return tuple(member.name for member in members if member.machine_id in silent)
 
     def beats(self) -> dict[str, MemberBeat]:
         """Return every member by name and when it was heard last."""
@@ -364,6 +378,8 @@ class Gate:
                 case "POST", "/v1/rotate":
                     self._owner(authorization)
                     return self._rotate(body)
+                case "POST", "/v1/stopped":
+                    return self._note_stopped(self._member(authorization))
                 case "POST", "/v1/leave":
                     return self._leave(self._leaver(authorization, body), body)
         except NameTaken as error:
@@ -735,6 +751,15 @@ class Gate:
         self.origins_changed()
         self.log.info("%s left", member.name, extra={"action": "gate.left", "worker": member.name})
         return {"name": member.name, **self.forget(member.name)}
+
+    def _note_stopped(self, member: Member) -> Json:
+        with self._changed:
+            self._stopped.add(member.machine_id)
+            self._changed.notify_all()
+        self.log.info(
+            "%s stopped", member.name, extra={"action": "gate.stopped", "worker": member.name}
+        )
+        return {"name": member.name}
 
     def answered(self, path: str, authorization: str, answer: Json) -> None:
         """Note that an answer has been sent: a member that was told to stop knows it now."""

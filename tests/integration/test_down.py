@@ -133,6 +133,7 @@ class Trace:
         assert self.files() == []
 
 
+@pytest.mark.drill  # It starts a cluster of its own, twice.
 def test_tasks_outlive_down_and_up_and_down_leaves_nothing(
     instance: Instance, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_the_gate_answers_nobody_without_a_code_or_a_token(computer: Computer) -
             ("POST", "/v1/certificate"),
             ("POST", "/v1/credentials"),
             ("POST", "/v1/rotate"),
+            ("POST", "/v1/stopped"),
             ("POST", "/v1/leave"),
         ):
             words = ["curl", "-qsk", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}"]

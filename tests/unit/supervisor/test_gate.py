@@ -460,10 +460,26 @@ def test_all_are_told_to_stop(rig: GateRig) -> None:
     assert rig.gate.wait_all_told(5.0), "the one that is away is not waited for"
 
 
+def test_all_that_were_told_to_stop_are_waited_for(rig: GateRig) -> None:
+    one, other = rig.join("a"), rig.join("b")
+    rig.gate.announce_down()
+    for each in (one, other):
+        assert rig.post("/v1/beat", member(each), time=time.time())["order"] == "down"
+    assert rig.gate.wait_all_told(5.0)
+
+    rig.post("/v1/stopped", member(one))
+    assert rig.gate.wait_all_stopped(0.01) == (other["name"],)
+    rig.post("/v1/stopped", member(other))
+
+    assert rig.gate.wait_all_stopped(5.0) == ()
+    assert rig.refusal("/v1/stopped", "Member x").code == "unknown_member"
+
+
 def test_nobody_to_tell(rig: GateRig) -> None:
     rig.gate.announce_down()
 
     assert rig.gate.wait_all_told(0.0)
+    assert rig.gate.wait_all_stopped(0.0) == ()
 
 
 # -- leaving ---------------------------------------------------------------------------------------
