@@ -7,21 +7,15 @@ cluster is up; a member that goes is drained first. Nothing about tasks passes h
 
 from __future__ import annotations
 
-import http.client
-import json
 import socket
-import socketserver
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler
 from logging import Logger
 from typing import Any
-from urllib.parse import quote
 
 from hcna_ray import failpoints
 from hcna_ray.config import LOOPBACK, Settings, shared_part
@@ -38,22 +32,32 @@ from hcna_ray.security.authority import (
     trust_digest,
 )
 from hcna_ray.security.certs import ensure_server, fingerprint, known_by, serial_and_end
-from hcna_ray.security.keys import ensure_ray_token, load_keys, read_client_key, verify
+from hcna_ray.security.keys import ensure_ray_token, load_keys, verify
 from hcna_ray.supervisor.addresses import default_address, outward_addresses, own_addresses
+from hcna_ray.supervisor.c1_calls import drain_worker, forget_worker
+from hcna_ray.supervisor.gate_fields import (
+    credential_of,
+    number_of,
+    origin_told,
+    pem_of,
+    ports_of,
+    text_of,
+    texts_of,
+)
 from hcna_ray.supervisor.gate_protocol import (
     ADDRESSES_MAX,
-    BODY_BYTES_MAX,
     CLOCK_SKEW_S_MAX,
     DOWN,
     GATE_NAME,
-    PORTS_MAX,
     PRESENT_S,
     UP,
     GateRefused,
+    Json,
     Versions,
     own_versions,
     parse_versions,
 )
+from hcna_ray.supervisor.gate_server import CONNECTIONS_MAX, GateServer
 from hcna_ray.supervisor.invites import Invite, InviteRefused, check_invite, redeem
 from hcna_ray.supervisor.membership import (
     Member,
@@ -81,23 +85,14 @@ from hcna_ray.supervisor.rounds import (
     token_for_members,
 )
 
-Json = dict[str, Any]
-
-CONNECTIONS_MAX = 256
-CONNECTIONS_PER_ADDRESS_MAX = 32
-#: A connection that has not sent a whole request for this long is closed.
-_REQUEST_S = 12.0
 _CONNECT_BACK_S = 2.0
 #: How long M1 listens on ports that it opened for a check.
 _OPENED_S = 15.0
-_RENEW_CHECK_S = 3600.0
 _DRAIN_S_MAX = 3600.0
 _SAME_REFUSAL_S = 60.0
 #: A machine that showed a join code may reach Ray's ports for this long, so that it can check them.
 _GUEST_S = 600.0
 _GUESTS_MAX = 256
-#: Longest request for a certificate: one for 16384 bits of RSA fits.
-_PEM_CHARS_MAX = 8192
 #: Certificates of one member on the list, and in a day: a laptop gets one for each new network.
 _CERTIFICATES_MAX = 600
 _CERTIFICATES_A_DAY_MAX = 50
@@ -206,7 +201,7 @@ class Gate:
         self.versions = versions or own_versions()
         self.now, self.monotonic = now, monotonic
         self._host, self._wanted_port = host, settings.port("gate") if port is None else port
-        self._server: _Server | None = None
+        self._server: GateServer | None = None
         self._thread: threading.Thread | None = None
         self._ca_pem = ""
         self._joining = threading.Lock()
@@ -243,7 +238,7 @@ class Gate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load_certificate(context)
-        self._server = _Server((self._host, self._wanted_port), self, context)
+        self._server = GateServer((self._host, self._wanted_port), self, context)
         self._thread = threading.Thread(
             target=self._server.serve_forever,
             kwargs={"poll_interval": self._poll_s},
@@ -402,9 +397,9 @@ class Gate:
 
     def _preflight(self, authorization: str, body: Json, peer: str) -> Json:
         invite, member = self._bearer(authorization, body)
-        self._let_in(peer, *_origin(body))
-        asked = {port: _text(body, "word") for port in _ports(body, "listen_ports")}
-        asked |= dict.fromkeys(_ports(body, "live_ports"), "")
+        self._let_in(peer, *origin_told(body))
+        asked = {port: text_of(body, "word") for port in ports_of(body, "listen_ports")}
+        asked |= dict.fromkeys(ports_of(body, "live_ports"), "")
         answer: Json = {
             "time": self.now(),
             "versions": asdict(self.versions),
@@ -428,7 +423,7 @@ class Gate:
             except (NameTaken, NameRefused) as error:
                 answer["name_problem"] = {"code": error.code, "message": str(error)}
         if body.get("open") is True:
-            word = _text(body, "word")
+            word = text_of(body, "word")
             answer["opened"] = self._open_for_a_while(word)
         reached = try_ports(peer, asked, timeout_s=_CONNECT_BACK_S)
         answer["ports"] = {
@@ -438,15 +433,15 @@ class Gate:
         return answer
 
     def _join(self, authorization: str, body: Json, peer: str) -> Json:
-        machine_id = _text(body, "machine_id")
+        machine_id = text_of(body, "machine_id")
         if not machine_id:
             raise GateRefused(400, "invalid_request", "machine_id is missing")
         directory = self.settings.cluster_dir
-        token = _credential(authorization, "Invite")
+        token = credential_of(authorization, "Invite")
         with self._joining:
             invite = check_invite(directory, token, now=self.now(), machine_id=machine_id)
             self._refuse_misfit(body)
-            _pem(body, "csr")
+            pem_of(body, "csr")
             name = self._name_for(invite, body, peer)
             is_new = all(each.name != name for each in read_members(directory))
             self.prepare(name)
@@ -457,8 +452,8 @@ class Gate:
                 name=name,
                 node_id=self._node_id(name),
                 machine_id=machine_id,
-                hostname=_text(body, "hostname") or peer,
-                address=_text(body, "address") or peer,
+                hostname=text_of(body, "hostname") or peer,
+                address=text_of(body, "address") or peer,
                 token_sha256=digest(member_token),
                 joined_at=self.now(),
             )
@@ -500,8 +495,12 @@ class Gate:
     def _certificate(self, member: Member, body: Json, peer: str) -> Json:
         """Sign a member's request, for its own names and addresses alone."""
         self._refuse_flood(member)
-        hostname = _text(body, "hostname") or member.hostname
-        asked = {peer, _text(body, "address") or peer, *_texts(body, "addresses", ADDRESSES_MAX)}
+        hostname = text_of(body, "hostname") or member.hostname
+        asked = {
+            peer,
+            text_of(body, "address") or peer,
+            *texts_of(body, "addresses", ADDRESSES_MAX),
+        }
         others = [one for one in read_members(self.settings.cluster_dir) if one != member]
         taken = {GATE_NAME, socket.gethostname().lower(), *(one.hostname.lower() for one in others)}
         taken.discard("localhost")
@@ -511,7 +510,7 @@ class Gate:
         try:
             cert_pem = sign_request(
                 self.settings.cluster_dir,
-                _pem(body, "csr"),
+                pem_of(body, "csr"),
                 name=member.name,
                 kind="node",
                 names=[name for name in names_of(member.name, hostname) if name not in taken],
@@ -579,9 +578,9 @@ class Gate:
 
     def _rotate(self, body: Json) -> Json:
         """Have a member get another certificate, or all machines other credentials."""
-        what, directory = _text(body, "what"), self.settings.cluster_dir
+        what, directory = text_of(body, "what"), self.settings.cluster_dir
         if what == "node":
-            return self._renew_member(_text(body, "name"))
+            return self._renew_member(text_of(body, "name"))
         if what not in REASONS:
             raise GateRefused(400, "invalid_request", f"there is no rotation of {what!r}")
         try:
@@ -650,11 +649,11 @@ class Gate:
         beat = _Beat(
             at=self.now(),
             monotonic=self.monotonic(),
-            skew_s=round(_number(body, "time") - self.now(), 3),
+            skew_s=round(number_of(body, "time") - self.now(), 3),
             same_ray_settings=body.get("ray_tuning_hash") == ray_tuning_hash(),
             report=report if isinstance(report, dict) else {},
-            round=int(_number(body, "round")) if "round" in body else 0,
-            serial=_text(body, "serial"),
+            round=int(number_of(body, "round")) if "round" in body else 0,
+            serial=text_of(body, "serial"),
             own_certificate=body.get("own_certificate") is True,
         )
         with self._changed:
@@ -667,7 +666,7 @@ class Gate:
         current = read_round(self.settings.cluster_dir)
         if before is None or before.same_ray_settings != beat.same_ray_settings:
             self._note(member, beat)
-        address = _text(body, "address") or peer
+        address = text_of(body, "address") or peer
         if address != member.address:
             self.log.info(
                 "%s is at %s now",
@@ -676,7 +675,7 @@ class Gate:
                 extra={"action": "gate.moved", "worker": member.name, "before": member.address},
             )
             move_member(self.settings.cluster_dir, member.name, address)
-        seen = (peer, *_origin(body))
+        seen = (peer, *origin_told(body))
         with self._changed:
             moved = self._seen.get(member.machine_id) != seen or address != member.address
             self._seen[member.machine_id] = seen
@@ -688,7 +687,7 @@ class Gate:
             # Its head is about to end: a worker that started now would have to start again.
             "hold": current.pending,
             "renew": renew,
-            "stale": self._is_stale(_text(body, "token")),
+            "stale": self._is_stale(text_of(body, "token")),
             "trust": trust_digest(self.settings.cluster_dir),
             "time": self.now(),
             "name": member.name,
@@ -737,7 +736,7 @@ class Gate:
 
     def _leave(self, member: Member, body: Json) -> Json:
         if body.get("forget") is not True:
-            drain_s = min(_number(body, "drain_s"), _DRAIN_S_MAX)
+            drain_s = min(number_of(body, "drain_s"), _DRAIN_S_MAX)
             return {"name": member.name, **self.drain(member.name, max(0.0, drain_s))}
         remove_member(self.settings.cluster_dir, member.name)
         failpoints.hit("gate.leave.removed")
@@ -764,7 +763,7 @@ class Gate:
     def answered(self, path: str, authorization: str, answer: Json) -> None:
         """Note that an answer has been sent: a member that was told to stop knows it now."""
         if path == "/v1/beat" and answer.get("order") == DOWN:
-            member = find_member(self.settings.cluster_dir, _credential(authorization, "Member"))
+            member = find_member(self.settings.cluster_dir, credential_of(authorization, "Member"))
             with self._changed:
                 if member is not None:
                     self._told.add(member.machine_id)
@@ -800,13 +799,13 @@ class Gate:
         """Return the invitation or the member that a request came with."""
         if authorization.startswith("Member "):
             return None, self._member(authorization)
-        token = _credential(authorization, "Invite")
-        machine_id = _text(body, "machine_id") or None
+        token = credential_of(authorization, "Invite")
+        machine_id = text_of(body, "machine_id") or None
         directory = self.settings.cluster_dir
         return check_invite(directory, token, now=self.now(), machine_id=machine_id), None
 
     def _member(self, authorization: str) -> Member:
-        token = _credential(authorization, "Member")
+        token = credential_of(authorization, "Member")
         member = find_member(self.settings.cluster_dir, token)
         if member is None:
             raise _UNKNOWN_MEMBER
@@ -817,14 +816,14 @@ class Gate:
         if not authorization.startswith("Bearer "):
             return self._member(authorization)
         self._owner(authorization)
-        name = _text(body, "name")
+        name = text_of(body, "name")
         for member in read_members(self.settings.cluster_dir):
             if member.name == name:
                 return member
         raise GateRefused(404, "member_not_found", f"no machine has joined as {name!r}")
 
     def _owner(self, authorization: str) -> None:
-        key = verify(load_keys(self.settings.keys_dir), _credential(authorization, "Bearer"))
+        key = verify(load_keys(self.settings.keys_dir), credential_of(authorization, "Bearer"))
         if key is None or key.role != "admin" or key.state(time.time()) != "good":
             raise GateRefused(401, "unauthorized", "this needs a key of role admin")
 
@@ -848,7 +847,7 @@ class Gate:
                 "the two machines would run Ray with different settings",
                 f"install the same there: hcna-ray {self.versions.hcna_ray}",
             )
-        skew_s = _number(body, "time") - self.now()
+        skew_s = number_of(body, "time") - self.now()
         if abs(skew_s) > CLOCK_SKEW_S_MAX:
             word = "ahead of" if skew_s > 0 else "behind"
             raise GateRefused(
@@ -861,18 +860,18 @@ class Gate:
     def _name_for(self, invite: Invite, body: Json, peer: str) -> str:
         """Return the name for a machine: what it or the invitation says, or its address."""
         members = read_members(self.settings.cluster_dir)
-        where = {peer, _text(body, "hostname"), _text(body, "address")} - {""}
+        where = {peer, text_of(body, "hostname"), text_of(body, "address")} - {""}
         names = {
             node.node_id.split("--")[0].partition("-")[2]: node.address
             for node in self.settings.moderator.worker_nodes
         }
         taken = {member.name for member in members}
         mine = [name for name, at in names.items() if at in where and name not in taken]
-        asked = invite.name or _text(body, "name") or (mine[0] if mine else None)
+        asked = invite.name or text_of(body, "name") or (mine[0] if mine else None)
         local = self.local_worker()
         return choose_name(
             members,
-            machine_id=_text(body, "machine_id"),
+            machine_id=text_of(body, "machine_id"),
             requested=asked,
             reserved=(local,) if local else (),
             expected=names,
@@ -935,313 +934,3 @@ class Gate:
 
     def _utc(self) -> datetime:
         return datetime.fromtimestamp(self.now(), UTC)
-
-
-# -- the server ----------------------------------------------------------------------------------
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    """One thread per connection, bounded in all and per address; handshakes in the threads."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-
-    def __init__(self, where: tuple[str, int], gate: Gate, context: ssl.SSLContext) -> None:
-        self.gate, self.context = gate, context
-        self._lock = threading.Lock()
-        self._open: Counter[str] = Counter()
-        #: By when a connection must have sent its request; None while it is being answered.
-        self._deadlines: dict[socket.socket, float | None] = {}
-        self._renew_at = gate.monotonic() + _RENEW_CHECK_S
-        super().__init__(where, _Handler)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Let nobody in beyond the bounds."""
-        with self._lock:
-            return (
-                self._open.total() < CONNECTIONS_MAX
-                and self._open[client_address[0]] < CONNECTIONS_PER_ADDRESS_MAX
-            )
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Count the connection, then give it a thread."""
-        with self._lock:
-            self._open[client_address[0]] += 1
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._leave(client_address[0])
-            raise
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Shake hands and serve the connection to its end, in its own thread."""
-        try:
-            request.settimeout(_REQUEST_S)
-            with self.context.wrap_socket(
-                request, server_side=True, do_handshake_on_connect=False
-            ) as connection:
-                self.waiting_for(connection)
-                try:
-                    connection.do_handshake()
-                    _Handler(connection, client_address, self)
-                finally:
-                    self.forget_connection(connection)
-        except OSError:
-            pass  # It left, maybe before it was wrapped, or took too long, or speaks no TLS.
-        finally:
-            self._leave(client_address[0])
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a thread died of, instead of printing it."""
-        self.gate.log.exception(
-            "a connection to the gate failed",
-            extra={"action": "gate.error", "peer": str(client_address[0])},
-        )
-
-    def service_actions(self) -> None:
-        """Cut off whoever takes too long to say what he wants; look after the certificate."""
-        now = self.gate.monotonic()
-        with self._lock:
-            late = [one for one, by in self._deadlines.items() if by is not None and by < now]
-        for connection in late:
-            _cut(connection)
-        if now >= self._renew_at:
-            self._renew_at = now + _RENEW_CHECK_S
-            self.gate.renew(self.context)
-
-    def waiting_for(self, connection: socket.socket) -> None:
-        """Note that a whole request has to arrive soon."""
-        with self._lock:
-            self._deadlines[connection] = self.gate.monotonic() + _REQUEST_S
-
-    def answering(self, connection: socket.socket) -> None:
-        """Note that the request has arrived."""
-        with self._lock:
-            self._deadlines[connection] = None
-
-    def forget_connection(self, connection: socket.socket) -> None:
-        """Note the end of a connection."""
-        with self._lock:
-            self._deadlines.pop(connection, None)
-
-    def close_all(self) -> None:
-        """Cut off every connection."""
-        with self._lock:
-            open_ones = list(self._deadlines)
-        for connection in open_ones:
-            _cut(connection)
-
-    def _leave(self, address: str) -> None:
-        with self._lock:
-            self._open[address] -= 1
-            if self._open[address] <= 0:
-                del self._open[address]
-
-
-def _cut(connection: socket.socket) -> None:
-    """End a connection under the hands of its thread, which then sees it closed."""
-    try:
-        # The plain shutdown: that of a TLS socket would take its state away from the thread.
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-    except OSError:
-        pass
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """HTTP on one connection: bounded JSON in, JSON out."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = _REQUEST_S
-    disable_nagle_algorithm = True
-    server: _Server
-
-    def do_GET(self) -> None:
-        """Answer a GET."""
-        self._serve()
-
-    def do_POST(self) -> None:
-        """Answer a POST."""
-        self._serve()
-
-    def version_string(self) -> str:
-        """Say no more than needed about what runs here."""
-        return "hcna-gate"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent: what matters is logged by the gate."""
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what is no proper request, in the form of all refusals."""
-        self.close_connection = True
-        self.request_version = self.protocol_version  # What was no request had none.
-        self._send(int(code), _refusal(GateRefused(int(code), "malformed_request", message or "")))
-
-    def _serve(self) -> None:
-        gate = self.server.gate
-        peer = str(self.client_address[0])
-        authorization = self.headers.get("Authorization", "")
-        try:
-            body = self._body() if self.command == "POST" else {}
-            self.server.answering(self.connection)
-            answer = gate.handle(self.command, self.path, authorization, body, peer)
-        except GateRefused as error:
-            gate.refused(error, self.path, peer)
-            self._send(error.status, _refusal(error))
-        except (OSError, EOFError):
-            raise
-        except Exception:
-            gate.log.exception(
-                "the gate could not answer", extra={"action": "gate.error", "peer": peer}
-            )
-            self._send(500, _refusal(GateRefused(500, "internal", "M1 could not answer")))
-        else:
-            self._send(200, answer)
-            gate.answered(self.path, authorization, answer)
-        self.server.waiting_for(self.connection)
-
-    def _body(self) -> Json:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or self.headers.get("Transfer-Encoding"):
-            self.close_connection = True
-            raise GateRefused(411, "length_required", "a request needs its Content-Length")
-        if int(length) > BODY_BYTES_MAX:
-            self.close_connection = True
-            raise GateRefused(413, "too_large", f"a body has {BODY_BYTES_MAX} bytes at most")
-        raw = self.rfile.read(int(length))
-        try:
-            data = json.loads(raw)
-        except (ValueError, RecursionError):
-            data = None
-        if not isinstance(data, dict):
-            raise GateRefused(400, "malformed_json", "the body is not a JSON object")
-        return data
-
-    def _send(self, status: int, answer: Json) -> None:
-        raw = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.send_header("Cache-Control", "no-store")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(raw)
-
-
-def _refusal(error: GateRefused) -> Json:
-    return {
-        "status": error.status,
-        "code": error.code,
-        "message": error.message,
-        "fix": error.fix,
-    }
-
-
-# -- fields of a body ----------------------------------------------------------------------------
-
-
-def _text(body: Json, name: str, chars_max: int = 128) -> str:
-    value = body.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str) or len(value) > chars_max or not value.isprintable():
-        raise GateRefused(400, "invalid_request", f"{name} is not a short text")
-    return value
-
-
-def _origin(body: Json) -> tuple[str, ...]:
-    """Return from where a machine's Ray connects to M1's, if it says so: it may be another card."""
-    told = _text(body, "origin")
-    return (told,) if told else ()
-
-
-def _texts(body: Json, name: str, count_max: int) -> list[str]:
-    value = body.get(name, [])
-    if not isinstance(value, list) or len(value) > count_max:
-        raise GateRefused(400, "invalid_request", f"{name} is not a list of {count_max} texts")
-    return [_text({name: each}, name) for each in value]
-
-
-def _pem(body: Json, name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= _PEM_CHARS_MAX or not value.isascii():
-        raise GateRefused(400, "invalid_request", f"{name} is not a text in PEM")
-    return value
-
-
-def _number(body: Json, name: str) -> float:
-    value = body.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise GateRefused(400, "invalid_request", f"{name} is not a number")
-    return float(value)
-
-
-def _ports(body: Json, name: str) -> list[int]:
-    value = body.get(name, [])
-    if not isinstance(value, list) or len(value) > PORTS_MAX:
-        raise GateRefused(400, "invalid_request", f"{name} is not a list of {PORTS_MAX} ports")
-    for port in value:
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
-            raise GateRefused(400, "invalid_request", f"{name} holds what is no port")
-    return value
-
-
-def _credential(authorization: str, scheme: str) -> str:
-    kind, _, token = authorization.partition(" ")
-    if kind != scheme or not token or len(token) > 256:
-        raise GateRefused(401, "unauthorized", f"this needs: Authorization: {scheme} <token>")
-    return token
-
-
-# -- what is asked of C1 -------------------------------------------------------------------------
-
-
-def drain_worker(settings: Settings, name: str, drain_s: float) -> Json:
-    """Drain a worker through C1 and wait until it runs nothing, ``drain_s`` at most."""
-    path = f"/workers/{quote(name, safe='')}"
-    deadline = time.monotonic() + drain_s
-    status, worker = ask_c1(settings, "POST", f"{path}/drain", {"deadline_s": drain_s})
-    while status == 200:
-        running = worker.get("running") or []
-        if not running or time.monotonic() >= deadline:
-            return {"drained": not running, "running": len(running)}
-        time.sleep(0.25)
-        status, worker = ask_c1(settings, "GET", path)
-    # A worker that the moderator never met has nothing to finish.
-    return {"drained": status == 404, "running": None, "trouble": worker.get("detail", "no answer")}
-
-
-def forget_worker(settings: Settings, name: str) -> Json:
-    """Have the moderator forget a worker that is gone; it may take it some seconds to notice."""
-    deadline = time.monotonic() + 10.0
-    while True:
-        status, answer = ask_c1(settings, "DELETE", f"/workers/{quote(name, safe='')}")
-        if 200 <= status < 300 or status == 404:
-            return {"forgotten": True}
-        if time.monotonic() >= deadline:
-            return {"forgotten": False, "trouble": answer.get("detail", "C1 does not answer")}
-        time.sleep(0.5)
-
-
-def ask_c1(
-    settings: Settings, method: str, path: str, body: Json | None = None
-) -> tuple[int, Json]:
-    """Return status and JSON object of one request to C1 with the owner's key; 0: no answer."""
-    key = read_client_key(settings.keys_dir)
-    connection = http.client.HTTPConnection(settings.serve_host, settings.serve_port, timeout=10.0)
-    headers = {"Authorization": f"Bearer {key}", "Connection": "close"}
-    raw = None
-    if body is not None:
-        headers["Content-Type"], raw = "application/json", json.dumps(body)
-    try:
-        connection.request(method, path, body=raw, headers=headers)
-        response = connection.getresponse()
-        text = response.read(BODY_BYTES_MAX)
-        data = json.loads(text) if text else {}
-    except (OSError, http.client.HTTPException, ValueError, RecursionError):
-        return 0, {}
-    finally:
-        connection.close()
-    return response.status, data if isinstance(data, dict) else {}

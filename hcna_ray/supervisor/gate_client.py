@@ -30,14 +30,13 @@ from hcna_ray.supervisor.gate_protocol import (
     GATE_NAME,
     REMOVED,
     GateRefused,
+    Json,
 )
 from hcna_ray.supervisor.invites import JoinCode
 from hcna_ray.supervisor.membership import Membership
 from hcna_ray.supervisor.ports import ray_tuning_hash
 from hcna_ray.supervisor.reach import explain
 from hcna_ray.supervisor.rounds import held_token_digest, read_round
-
-Json = dict[str, Any]
 
 CONNECT_S = 5.0
 #: A beat is short; a preflight waits for connections back.

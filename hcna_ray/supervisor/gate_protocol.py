@@ -10,6 +10,8 @@ from typing import Any
 
 from hcna_ray.core.errors import HcnaError
 
+Json = dict[str, Any]
+
 #: Name in the gate's certificate. Members know M1 by it at any address, through any tunnel.
 GATE_NAME = "gate.hcna.internal"
 #: Longest body of a request and of an answer.

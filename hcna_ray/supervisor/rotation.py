@@ -14,16 +14,14 @@ from typing import Any
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.security.acts import leave
+from hcna_ray.supervisor.c1_calls import ask_c1
 from hcna_ray.supervisor.checks import open_own_gate
-from hcna_ray.supervisor.gate import ask_c1
-from hcna_ray.supervisor.gate_protocol import PRESENT_S, GateRefused
+from hcna_ray.supervisor.gate_protocol import PRESENT_S, GateRefused, Json
 from hcna_ray.supervisor.invites import revoke_invites_of
 from hcna_ray.supervisor.membership import read_members, remove_member
 from hcna_ray.supervisor.node_certs import ensure_m1_node
 from hcna_ray.supervisor.rounds import begin, complete, read_round, take_over
 from hcna_ray.supervisor.state import read_supervisor
-
-Json = dict[str, Any]
 
 _POLL_S = 0.5
 

@@ -19,8 +19,8 @@ from hcna_ray.security.acts import waiting
 from hcna_ray.security.authority import install_node, list_issued, request_node
 from hcna_ray.security.certs import load_cert, make_request, new_key
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
-from hcna_ray.supervisor import gate as gate_module
-from hcna_ray.supervisor.gate import drain_worker, forget_worker
+from hcna_ray.supervisor import c1_calls, gate_server
+from hcna_ray.supervisor.c1_calls import drain_worker, forget_worker
 from hcna_ray.supervisor.gate_client import pinned_context
 from hcna_ray.supervisor.gate_protocol import BODY_BYTES_MAX, GATE_NAME, Versions
 from hcna_ray.supervisor.invites import decode_code, revoke_invite
@@ -620,7 +620,7 @@ def test_who_says_nothing_is_cut_off(rig: GateRig) -> None:
 def test_one_address_cannot_take_all_connections(
     rig: GateRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "CONNECTIONS_PER_ADDRESS_MAX", 2)
+    monkeypatch.setattr(gate_server, "CONNECTIONS_PER_ADDRESS_MAX", 2)
     first, second = raw(rig), raw(rig)
 
     with pytest.raises(OSError, match=r"EOF|reset|closed"):
@@ -707,7 +707,7 @@ def c1(monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, dict[str, Any]]) ->
         asked.append((method, path, body))
         return waiting.pop(0) if len(waiting) > 1 else waiting[0]
 
-    monkeypatch.setattr(gate_module, "ask_c1", ask)
+    monkeypatch.setattr(c1_calls, "ask_c1", ask)
     return asked
 
 
