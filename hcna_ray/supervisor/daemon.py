@@ -395,14 +395,26 @@ class Supervisor:
 
     def _say_stopped(self) -> None:
         """Tell M1, which waits for it, that nothing of this machine's part is left."""
-        assert self.membership is not None
         try:
-            ask_gate(self.membership, "/v1/stopped", {})
+            self._ask_m1("/v1/stopped", {})
         except (HcnaError, OSError) as error:
             self.log.info(
                 "M1 was not told that this machine has stopped",
                 extra={"action": "cluster.untold", "error": str(error)},
             )
+
+    def _ask_m1(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return M1's answer to one request of this member, wherever M1 is by now.
+
+        Raises:
+            HcnaError: It cannot be reached, or refused.
+            OSError: It did not answer.
+        """
+        membership = self.membership
+        assert membership is not None
+        if self.contact is not None:
+            membership = replace(membership, m1_addresses=self.contact.addresses)
+        return ask_gate(membership, path, body)
 
     # -- other machines -----------------------------------------------------------------------
 
@@ -579,7 +591,7 @@ class Supervisor:
         assert contact is not None
         name, address = membership.name, self._own_address()
         request = certificate_request(settings.cluster_dir, name, address)
-        answer = ask_gate(membership, "/v1/credentials", request)
+        answer = self._ask_m1("/v1/credentials", request)
         for field_name in ("ray_token", "cert_pem", "trust_pem", "ca_pem"):
             if not isinstance(answer.get(field_name), str) or not answer[field_name]:
                 raise HcnaError(f"M1's answer lacks {field_name}: are both of one version?")
@@ -729,7 +741,7 @@ class Supervisor:
                 settings,
                 membership.name,
                 self._own_address(),
-                ask=lambda body: ask_gate(membership, "/v1/certificate", body),
+                ask=lambda body: self._ask_m1("/v1/certificate", body),
                 now=now,
                 anew=anew,
                 on_answer=on_answer,

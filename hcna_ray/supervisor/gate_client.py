@@ -456,6 +456,11 @@ class Contact:
         return self._begun
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where M1 may be: what it told last, and what was known at the join."""
+        return self._addresses
+
+    @property
     def trouble(self) -> str:
         """Why M1 cannot be reached now; '' if it can."""
         return self._trouble

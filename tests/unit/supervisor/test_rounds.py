@@ -700,6 +700,50 @@ class TestMember:
         assert read_round(w1.cluster_dir).number == 0
 
 
+class TestStopping:
+    """The whole cluster stops: M1 tells the others, and waits until they say that they have."""
+
+    def test_a_machine_says_so_wherever_m1_is_by_now(
+        self, rig: GateRig, member: Supervisor
+    ) -> None:
+        assert member.contact is not None
+        assert member.membership is not None
+        assert member.contact.beat()
+        member.membership = replace(member.membership, m1_addresses=("::1",))
+        rig.gate.announce_down()
+        assert member.contact.beat()
+        assert rig.gate.wait_all_told(5)
+        assert rig.gate.wait_all_stopped(0) == ("W1",)
+
+        member._obey(member.contact.order)
+        member.stop_all()
+
+        assert rig.gate.wait_all_stopped(5) == ()
+
+    def test_m1_names_who_does_not(
+        self, rig: GateRig, member: Supervisor, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        m1 = Supervisor(settings=rig.settings, log=LOG, bootstrap=Bootstrap(wanted=False))
+        m1.gate = rig.gate
+        assert member.contact is not None
+        rig.gate.announce_down()
+        assert member.contact.beat()
+
+        m1._wait_for_the_others(m1.monotonic() - 3600)
+
+        assert "W1 was told to stop and has not said that it has" in caplog.text
+
+    def test_an_m1_that_is_gone_by_then_keeps_nobody(
+        self, rig: GateRig, member: Supervisor, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        rig.gate.stop()
+
+        member._say_stopped()
+
+        assert "M1 was not told that this machine has stopped" in caplog.text
+
+
 class TestM1:
     def test_it_waits_for_its_members_and_then_starts_anew(
         self,
