@@ -28,6 +28,7 @@ def execute(notebook: Any, cluster: Cluster, folder: Path) -> Any:
         "HCNA_API_KEY": cluster.api_key,
         "IPYTHONDIR": str(folder / "ipython"),
         "JUPYTER_PLATFORM_DIRS": "1",
+        "TMPDIR": str(folder),  # What a person would look at afterwards, and keep or not.
     }
     runner = NotebookClient(
         notebook,
