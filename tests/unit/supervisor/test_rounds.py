@@ -728,6 +728,7 @@ class TestStopping:
         assert member.contact is not None
         rig.gate.announce_down()
         assert member.contact.beat()
+        assert rig.gate.wait_all_told(5)
 
         m1._wait_for_the_others(m1.monotonic() - 3600)
 
