@@ -8,9 +8,7 @@ failed, 130 interrupted.
 from __future__ import annotations
 
 import os
-import platform
 import sys
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -47,7 +45,6 @@ from hcna_ray.core.errors import HcnaError
 
 app = typer.Typer(
     name="hcna",
-    help="Two laptops, one computer: start it, give it work, see what it does.",
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -75,12 +72,14 @@ _INTERRUPTED = 130
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        ours, ray = metadata.version("hcna-ray"), metadata.version("ray")
-        typer.echo(f"hcna-ray {ours}, Ray {ray}, Python {platform.python_version()}")
+        from hcna_ray.supervisor.gate_protocol import own_versions
+
+        own = own_versions()
+        typer.echo(f"hcna-ray {own.hcna_ray}, Ray {own.ray}, Python {own.python}")
         raise typer.Exit
 
 
-@app.callback(help=app.info.help)
+@app.callback()
 def _options(
     version: Annotated[
         bool,
@@ -92,7 +91,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Take the options that stand before any command."""
+    """Two laptops, one computer: start it, give it work, see what it does."""
 
 
 def run() -> None:

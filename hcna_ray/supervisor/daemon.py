@@ -48,6 +48,7 @@ from hcna_ray.supervisor.edge_log import EdgeLog
 from hcna_ray.supervisor.firewall import Firewall, Peers, Role, clear
 from hcna_ray.supervisor.gate import Gate
 from hcna_ray.supervisor.gate_client import Contact, ask_gate
+from hcna_ray.supervisor.gate_protocol import Json
 from hcna_ray.supervisor.janitor import Janitor
 from hcna_ray.supervisor.keeper import EXIT_TOLD_TO_STOP
 from hcna_ray.supervisor.membership import (
@@ -403,7 +404,9 @@ class Supervisor:
                 extra={"action": "cluster.untold", "error": str(error)},
             )
 
-    def _ask_m1(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    # -- other machines -----------------------------------------------------------------------
+
+    def _ask_m1(self, path: str, body: Json) -> Json:
         """Return M1's answer to one request of this member, wherever M1 is by now.
 
         Raises:
@@ -415,8 +418,6 @@ class Supervisor:
         if self.contact is not None:
             membership = replace(membership, m1_addresses=self.contact.addresses)
         return ask_gate(membership, path, body)
-
-    # -- other machines -----------------------------------------------------------------------
 
     def prepare_place(self, worker: str) -> None:
         """Free a worker's name for a machine that joins: M1's own worker yields (any thread).

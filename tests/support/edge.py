@@ -35,6 +35,7 @@ from hcna_ray.supervisor.edge import edge_command
 from hcna_ray.supervisor.edge_keeper import EdgeKeeper
 from hcna_ray.supervisor.edge_log import EdgeLog
 from tests.support.c1 import EDGE_MARK, Composite, a_composite
+from tests.support.handshakes import connect_here
 
 NAME = "c1.example.org"
 #: Whoever waits longer than this for the machine has found a fault.
@@ -124,17 +125,7 @@ class RunningEdge:
         self, context: ssl.SSLContext | None = None, called: str = NAME, *, timeout_s: float = 20.0
     ) -> ssl.SSLSocket:
         """Return a connection to the public entrance, its handshake done."""
-        # Wrapped before it connects: Python leaves a socket open that was reset before.
-        connection = (context or self.context()).wrap_socket(
-            socket.socket(), server_hostname=called
-        )
-        try:
-            connection.settimeout(timeout_s)
-            connection.connect(("127.0.0.1", self.port))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return connect_here(context or self.context(), self.port, called, timeout_s=timeout_s)
 
     def reload(self, *, ends_with: str = _SERVES) -> None:
         """Have it read its files anew, as the supervisor does, and wait until it has."""

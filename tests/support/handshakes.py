@@ -1,4 +1,4 @@
-"""TLS handshakes between two contexts, over a socket pair: no network is needed."""
+"""TLS handshakes: between two contexts over a socket pair, and with whoever listens here."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ class Handshake:
     def agreed(self) -> bool:
         """Whether both went through and a byte came across in each direction."""
         return not self.server_error and not self.client_error
+
+
+def connect_here(
+    context: ssl.SSLContext, port: int, called: str, *, timeout_s: float
+) -> ssl.SSLSocket:
+    """Return a connection to a loopback port, its handshake done; the server is called so."""
+    # Wrapped before it connects: Python leaves a socket open that was reset before.
+    connection = context.wrap_socket(socket.socket(), server_hostname=called)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(("127.0.0.1", port))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, called: str) -> Handshake:

@@ -27,6 +27,7 @@ from hcna_ray.supervisor.invites import decode_code, revoke_invite
 from hcna_ray.supervisor.membership import read_members, remove_member
 from hcna_ray.supervisor.reach import Listeners
 from tests.support.gates import GateRig, free_port, joining, serving
+from tests.support.handshakes import connect_here
 
 
 @pytest.fixture
@@ -40,15 +41,7 @@ def member(answer: dict[str, Any]) -> str:
 
 
 def raw(rig: GateRig) -> ssl.SSLSocket:
-    # Wrapped before it connects: Python leaves a socket open that was reset before.
-    connection = pinned_context(rig.ca_pem).wrap_socket(socket.socket(), server_hostname=GATE_NAME)
-    try:
-        connection.settimeout(5)
-        connection.connect(("127.0.0.1", rig.gate.port))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return connect_here(pinned_context(rig.ca_pem), rig.gate.port, GATE_NAME, timeout_s=5)
 
 
 def exchange(rig: GateRig, request: bytes) -> tuple[int, dict[str, Any]]:
