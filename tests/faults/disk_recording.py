@@ -40,9 +40,11 @@ class Call:
     """One system call: when it began, and when it returned if it did."""
 
     session: int
+    thread: str
     begun: int
     name: str
     arguments: tuple[str, ...]
+    #: None for one in whose middle the process died.
     ended: int | None
     result: int | None
     #: Path behind a descriptor that was returned.
@@ -79,21 +81,22 @@ def read_log(path: Path, session: int, first: int) -> Iterator[Call]:
         for number, line in enumerate(lines):
             tick, line = first + 2 * number, line.rstrip("\n")
             if whole := _WHOLE.match(line):
-                _pid, name, text, result, where, _ = whole.groups()
-                yield _call(session, tick, name, text, tick + 1, result, where)
+                pid, name, text, result, where, _ = whole.groups()
+                yield _call(session, pid, tick, name, text, tick + 1, result, where)
             elif half := _BEGUN.match(line):
                 begun[half[1]] = (tick, half[2], half[3])
             elif rest := _RESUMED.match(line):
                 pid, name, text, result, where, _ = rest.groups()
                 since, _name, before = begun.pop(pid)
                 joined = f"{before}, {text.lstrip(', ')}" if before and text.strip() else before
-                yield _call(session, since, name, joined or text, tick + 1, result, where)
-    for since, name, before in begun.values():  # It died in the middle.
-        yield _call(session, since, name, before, None, None, None)
+                yield _call(session, pid, since, name, joined or text, tick + 1, result, where)
+    for pid, (since, name, before) in begun.items():  # It died in the middle.
+        yield _call(session, pid, since, name, before, None, None, None)
 
 
 def _call(
     session: int,
+    thread: str,
     tick: int,
     name: str,
     text: str,
@@ -101,15 +104,25 @@ def _call(
     result: str | None,
     where: str | None,
 ) -> Call:
-    value = None if result in (None, "?") else int(result or 0)
-    path = _decoded(where or "").decode()
-    return Call(session, tick, name, tuple(text.split(", ")), ended, value, path)
+    arguments, path = tuple(text.split(", ")), _decoded(where or "").decode()
+    if result in (None, "?"):
+        # It has not returned. That is no failure: after a failed sync its pages are never written.
+        return Call(session, thread, tick, name, arguments, None, None, path)
+    return Call(session, thread, tick, name, arguments, ended, int(result or 0), path)
 
 
 #: Result of a call whose process died before the kernel began with it.
 _NEVER = -1
 #: Calls by which SQLite changes its files.
 _WRITES = frozenset({"pwrite64", "ftruncate"})
+
+
+def _cut(call: Call) -> bool:
+    """Return whether its process may have died in the middle of its thread's last call.
+
+    Of some of these strace reads a result, 0, from the registers of the dying thread.
+    """
+    return call.result is None or call.result == 0
 
 
 def _landed(call: Call) -> int | None:
@@ -160,8 +173,10 @@ class Recorder:
 
         To be called after the end of each process, before anything else changes the files.
         """
-        cut = [one for one in read_log(self.logs[-1], 0, 0) if one.result is None]
-        self._landed.append({one.begun: _landed(one) for one in cut if one.name in _WRITES})
+        last = {one.thread: one for one in read_log(self.logs[-1], 0, 0)}
+        self._landed.append(
+            {one.begun: _landed(one) for one in last.values() if one.name in _WRITES and _cut(one)}
+        )
 
     def calls(self) -> list[Call]:
         """Return every call of all processes, in the order in which they began."""

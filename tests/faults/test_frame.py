@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.faults import __main__ as command
+from tests.faults.disk_model import Inode
 from tests.faults.disk_recording import Player, Recorder
 from tests.faults.programme import (
     LINES,
@@ -175,35 +177,70 @@ def test_every_part_lists_the_same_cases_twice_and_names_each_once() -> None:
             assert len(set(names)) == len(names), f"{name}: a name twice"
 
 
-def test_a_write_that_a_kill_prevented_reaches_no_disk_later(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    file = data / "queue.db"
+def _hexed(text: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in text.encode())
 
-    def hexed(text: str) -> str:
-        return "".join(f"\\x{byte:02x}" for byte in text.encode())
 
-    def write(text: str) -> str:
-        return f'7 pwrite64(3<{hexed(str(file))}>, "{hexed(text)}", {len(text)}, 0'
+@dataclass
+class Lives:
+    """What strace wrote of processes that were killed one after the other, on one file."""
 
-    name, at = hexed(str(file)), hexed(str(data))
-    opened = f'7 openat(-100<{at}>, "{name}", 0102, 0644) = 3<{name}>'
-    synced = f"7 fdatasync(3<{name}>) = 0"
-    recorder = Recorder(tmp_path)
-    lives = (
-        ([opened, f"{write('old')}) = 3", synced, f"{write('NEVER')} <unfinished ...>"], "old"),
-        ([opened, f"{write('new')}) = 3", synced], "new"),
-    )
-    for number, (lines, left) in enumerate(lives):
-        log = tmp_path / f"strace-{number}.log"
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.data = self.folder / "data"
+        self.data.mkdir()
+        self.file = self.data / "queue.db"
+        self.recorder = Recorder(self.folder)
+        name = _hexed(str(self.file))
+        self.opened = f'7 openat(-100<{_hexed(str(self.data))}>, "{name}", 0102, 0644) = 3<{name}>'
+        self.sync = f"7 fdatasync(3<{name}>)"
+
+    def write(self, text: str) -> str:
+        return f'7 pwrite64(3<{_hexed(str(self.file))}>, "{_hexed(text)}", {len(text)}, 0'
+
+    def end(self, lines: Sequence[str], left: str) -> None:
+        """End one life, which left that in the file."""
+        log = self.folder / f"strace-{len(self.recorder.logs)}.log"
         log.write_text("\n".join(lines) + "\n")
-        recorder.logs.append(log)
-        file.write_text(left)
-        recorder.settle()
+        self.recorder.logs.append(log)
+        self.file.write_text(left)
+        self.recorder.settle()
 
-    player = Player(data, recorder.calls())
-    while player.more:
-        player.step()
+    def played(self) -> Inode:
+        player = Player(self.data, self.recorder.calls())
+        while player.more:
+            player.step()
+        return player.disk.names[str(self.file)]
 
-    (inode,) = (one for path, one in player.disk.names.items() if path == str(file))
+
+def test_a_write_that_a_kill_prevented_reaches_no_disk_later(tmp_path: Path) -> None:
+    lives = Lives(tmp_path)
+    cut = f"{lives.write('NEVER')} <unfinished ...>"
+    lives.end([lives.opened, f"{lives.write('old')}) = 3", f"{lives.sync} = 0", cut], "old")
+    lives.end([lives.opened, f"{lives.write('new')}) = 3", f"{lives.sync} = 0"], "new")
+
+    inode = lives.played()
+
     assert (bytes(inode.durable), inode.pending) == (b"new", [])
+
+
+@pytest.mark.parametrize("result", ["?", "0"])
+def test_a_write_in_which_a_kill_came_too_late_is_there(tmp_path: Path, result: str) -> None:
+    """Strace read both of a dying thread whose write the kernel had done."""
+    lives = Lives(tmp_path)
+    lives.end([lives.opened, f"{lives.write('all')}) = {result}"], "all")
+
+    assert bytes(lives.played().cache) == b"all"
+
+
+def test_a_sync_that_a_kill_cut_short_is_no_failed_one(tmp_path: Path) -> None:
+    """After a failed one the pages count as clean; after this one the next sync writes them."""
+    lives = Lives(tmp_path)
+    lives.end([lives.opened, f"{lives.write('new')}) = 3", f"{lives.sync} = ?"], "new")
+    assert bytes(lives.played().durable) == b""
+
+    lives.end([lives.opened, f"{lives.sync} = 0"], "new")
+
+    inode = lives.played()
+    assert (bytes(inode.durable), inode.pending, inode.lost) == (b"new", [], set())
