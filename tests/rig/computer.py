@@ -23,6 +23,9 @@ REPOSITORY = Path(__file__).parents[2]
 _STAND_INS = "/etc/stand-ins"
 _DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
+#: When `hcna down` on M1 returns, the others have said that they stopped, and their supervisors
+#: leave. The rest is for a busy machine, and for the SSH of a `ray up`, which stays for 10 s.
+LEAVES_S = 15.0
 #: A join code as M1 prints it.
 CODE = re.compile(r"HCNA-[0-9A-Z-]{40,}")
 
@@ -231,6 +234,16 @@ class Computer:
         found = [f"process {one}" for one in host.processes() if is_ours(one.command)]
         found += [f"port {port.number}" for port in host.ports() if port.number not in (22,)]
         return found
+
+    def until_clean(self, timeout_s: float, *hosts: Host) -> float:
+        """Wait until nothing of ours is left on these hosts, or on any; return how long it took."""
+        begun = time.monotonic()
+        while left := {
+            host.name: found for host in hosts or self.rig if (found := self.leftovers(host))
+        }:
+            assert time.monotonic() - begun < timeout_s, f"left after {timeout_s:g} s: {left}"
+            time.sleep(0.25)
+        return time.monotonic() - begun
 
 
 _OPEN = ("scheduled", "queued", "running")

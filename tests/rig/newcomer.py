@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.rig.computer import PYTHON, Computer, eventually, launcher_config
+from tests.rig.computer import LEAVES_S, PYTHON, Computer, eventually, launcher_config
 from tests.support.rig import Done, Host, Rig, RigUnavailable
 
 W1 = "HCNA-W1--prod--home--v1.0"
@@ -269,13 +269,7 @@ def _raylets(walk: Walk) -> set[int]:
 
 def stops(walk: Walk) -> str:
     walk.types("m1", "hcna down")
-    # Both have said that they are done; W1's supervisor may take a moment to leave after that.
-    # Where `ray up` was typed, its SSH keeps a connection open for ten seconds more.
-    eventually(
-        lambda: not [one for host in walk.machines for one in walk.computer.leftovers(host)],
-        2,
-        "nothing is left on either machine",
-    )
+    walk.computer.until_clean(LEAVES_S, *walk.machines)
     return "no process and no port is left on either machine"
 
 

@@ -146,16 +146,8 @@ def test_a_worker_less(launcher: Launcher) -> None:
 def test_down_leaves_nothing_on_any_host(launcher: Launcher) -> None:
     begun = time.monotonic()
     launcher.ray("down -y cluster.yaml")
-    eventually(
-        lambda: (
-            not [one for host in launcher.computer.rig for one in launcher.computer.leftovers(host)]
-        ),
-        120,
-        "nothing is left on any host",
-    )
+    launcher.computer.until_clean(120)
 
     measured(f"(a) ray down: all hosts clean after {time.monotonic() - begun:.1f} s")
     time.sleep(10)
-    assert not [
-        one for host in launcher.computer.rig for one in launcher.computer.leftovers(host)
-    ], "something came back"
+    launcher.computer.until_clean(0)  # Nothing came back.

@@ -17,7 +17,7 @@ import yaml
 
 from hcna_ray.supervisor.processes import Marker, scan
 from tests.page.browser import MISSING, Browser, a_browser, found
-from tests.rig.computer import HCNA, HOME, PYTHON, Computer, eventually, measured
+from tests.rig.computer import HCNA, HOME, LEAVES_S, PYTHON, Computer, eventually, measured
 from tests.rig.reach import asked_for_pages, found_by_a_stranger
 from tests.support.rig import Rig
 from tests.support.rig.door import Door
@@ -501,9 +501,5 @@ def test_leave_and_come_again(computer: Computer) -> None:
 def test_down_leaves_nothing_on_any_host(computer: Computer) -> None:
     begun = time.monotonic()
     computer.hcna("m1", "down")
-    eventually(
-        lambda: not [one for host in computer.rig for one in computer.leftovers(host)],
-        2,  # The others have said that they stopped; their supervisors leave after that.
-        "nothing is left on any host",
-    )
+    computer.until_clean(LEAVES_S)
     measured(f"hcna down on M1: all hosts clean after {time.monotonic() - begun:.1f} s")
