@@ -37,6 +37,7 @@ from hcna_ray.client import (
     ApiError,
     ConnectionFailed,
     HcnaClientError,
+    StrangerListens,
     TaskError,
     UnexpectedAnswer,
 )
@@ -134,7 +135,7 @@ def _described(error: Exception) -> tuple[int, str]:
             return error.exit_code, f"{told.rstrip('.')}. Next: {path} --help"
         case CommandFailed():
             return error.code, str(error)
-        case ConnectionFailed() | UnexpectedAnswer():
+        case ConnectionFailed() | UnexpectedAnswer() | StrangerListens():
             return ExitCode.UNREACHABLE, str(error)
         case TaskError():
             return ExitCode.FAILED, f"{error}. Next: hcna why {error.task_id}"

@@ -4,7 +4,9 @@
     key:  argument > HCNA_API_KEY > $HCNA_HOME/keys/client.key  > none
 
 The key file is only used together with an address that came from this machine's own
-``cluster.json`` or the default: a key is never sent to a host that was merely named.
+``cluster.json`` or the default: a key is never sent to a host that was merely named. Nor to another
+user's program that listens there while C1 is down, as far as the system tells whose it is; over
+HTTPS the certificate shows that.
 
 Which certificates are believed and shown with HTTPS: `hcna_ray.client.transport.believed`.
 """
@@ -15,6 +17,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from hcna_ray.client.errors import StrangerListens
+from hcna_ray.listeners import stranger_at
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -33,14 +39,18 @@ def hcna_home(env: Mapping[str, str]) -> Path:
 
 
 def find_endpoint(url: str | None, api_key: str | None, *, env: Mapping[str, str]) -> Endpoint:
-    """Settle address and key from what is known. Reads at most two small files, sends nothing."""
+    """Settle address and key from what is known. Reads a few small files, sends nothing.
+
+    Raises:
+        StrangerListens: Another user's program has the port to which this machine's key would go.
+    """
     home = hcna_home(env)
     named = url or env.get("HCNA_URL")
     local = _url_of_running_cluster(home)
     found = (named or local or DEFAULT_URL).rstrip("/")
     key = api_key or env.get("HCNA_API_KEY")
     if not key and found in {local, DEFAULT_URL}:
-        key = _read_key(home / "keys" / "client.key")
+        key = _read_own_key(home / "keys" / "client.key", found)
     return Endpoint(found, key or None)
 
 
@@ -53,8 +63,14 @@ def _url_of_running_cluster(home: Path) -> str | None:
     return url.rstrip("/") if isinstance(url, str) else None
 
 
-def _read_key(path: Path) -> str | None:
+def _read_own_key(path: Path, url: str) -> str | None:
     try:
-        return path.read_text("utf-8").strip() or None
+        key, owner = path.read_text("utf-8").strip(), path.stat().st_uid
     except OSError:
         return None
+    parts = urlsplit(url)
+    if key and parts.scheme == "http" and parts.hostname and parts.port:
+        stranger = stranger_at(parts.hostname, parts.port, owner)
+        if stranger is not None:
+            raise StrangerListens(url, stranger)
+    return key or None

@@ -3,6 +3,7 @@
 HcnaClientError
 ├── ConnectionFailed          nobody answered; the message names the next command
 │   └── ConnectionsBusy       nobody was asked: this client had no connection free
+├── StrangerListens           refused here: another user's program has C1's port
 ├── UnexpectedAnswer          something answered, and it was not C1
 ├── UnsendablePayload         refused here, before anything was sent
 ├── WaitTimeout               your own ``timeout_s`` passed; the task goes on
@@ -71,6 +72,22 @@ class ConnectionsBusy(ConnectionFailed):
             f"nothing was sent to C1 at {self.url}: this client waited for a connection, and "
             f"{self.reason}. Next: ask for less at once (`map`, or `submit_many` and one wait for "
             "the batch), or use a second client"
+        )
+
+
+class StrangerListens(HcnaClientError):
+    """Another user's program listens where C1 should. Nothing was sent, the key least of all."""
+
+    def __init__(self, url: str, uid: int) -> None:
+        super().__init__(url, uid)
+        self.url = url
+        self.uid = uid
+
+    def __str__(self) -> str:
+        return (
+            f"a program of user id {self.uid} listens at {self.url}, where C1 would be: this "
+            "machine's key is not sent to it. Next: end that program and `hcna up`, or set "
+            "HCNA_URL and HCNA_API_KEY if it is the C1 you mean"
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import time
 from urllib.parse import quote
 
 from hcna_ray.config import Settings
+from hcna_ray.listeners import stranger_at
 from hcna_ray.security.keys import read_client_key
 from hcna_ray.supervisor.gate_protocol import BODY_BYTES_MAX, Json
 
@@ -43,6 +45,10 @@ def ask_c1(
     settings: Settings, method: str, path: str, body: Json | None = None
 ) -> tuple[int, Json]:
     """Return status and JSON object of one request to C1 with the owner's key; 0: no answer."""
+    # While Serve's proxy is started again its port is anybody's.
+    stranger = stranger_at(settings.serve_host, settings.serve_port, os.getuid())
+    if stranger is not None:
+        return 0, {"detail": f"a program of user id {stranger} listens on C1's port"}
     key = read_client_key(settings.keys_dir)
     connection = http.client.HTTPConnection(settings.serve_host, settings.serve_port, timeout=10.0)
     headers = {"Authorization": f"Bearer {key}", "Connection": "close"}

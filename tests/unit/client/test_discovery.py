@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hcna_ray.client import Client, find_endpoint
+from hcna_ray.client import Client, StrangerListens, discovery, find_endpoint
 
 
 @pytest.fixture
@@ -33,6 +33,30 @@ def test_environment_wins_over_files_and_arguments_over_both(home: Path) -> None
 def test_the_owners_key_is_not_sent_to_a_host_merely_named(home: Path) -> None:
     env = {"HCNA_HOME": str(home), "HCNA_URL": "http://elsewhere:8080"}
     assert find_endpoint(None, None, env=env).api_key is None
+
+
+class TestAnotherUserListensThere:
+    @pytest.fixture(autouse=True)
+    def squatted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        where = {("127.0.0.1", 9000): 4711, ("127.0.0.1", 8080): 4711}
+        monkeypatch.setattr(
+            discovery, "stranger_at", lambda host, port, trusted: where.get((host, port))
+        )
+
+    def test_the_owners_key_is_not_sent_to_him(self, home: Path) -> None:
+        with pytest.raises(StrangerListens, match=r"user id 4711 listens at http://127.0.0.1:9000"):
+            find_endpoint(None, None, env={"HCNA_HOME": str(home)})
+        (home / "run" / "cluster.json").unlink()
+        with pytest.raises(StrangerListens, match=r"http://127.0.0.1:8080"):
+            find_endpoint(None, None, env={"HCNA_HOME": str(home)})
+
+    def test_a_key_that_was_named_is_for_whoever_was_meant(self, home: Path) -> None:
+        assert find_endpoint(None, "k", env={"HCNA_HOME": str(home)}).api_key == "k"
+
+    def test_a_certificate_says_who_it_is(self, home: Path) -> None:
+        card = {"url": "https://127.0.0.1:9000"}
+        (home / "run" / "cluster.json").write_text(json.dumps(card))
+        assert find_endpoint(None, None, env={"HCNA_HOME": str(home)}).api_key == "from-file"
 
 
 def test_without_anything_there_is_a_default(tmp_path: Path) -> None:
