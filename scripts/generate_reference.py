@@ -694,8 +694,10 @@ def http_api() -> list[str]:
         `limits.output_bytes`, for 7 days (`limits.outputs_bytes` in all). `GET /tasks/{{id}}/logs`
         fetches them from there: 503 `output_unavailable` while that worker does not answer. With
         `?follow=true` the answer goes on until the attempt has ended; one that breaks off is taken
-        up with `?offset=`, the bytes that came. What looks like an API key of this house is
-        overwritten with stars. Empty: nothing was printed, or it is no longer kept.
+        up with `?offset=`, the bytes that came. Nothing is sent while nothing is printed: give up a
+        connection that is silent for a minute, and ask again. What looks like an API key of this
+        house is overwritten with stars, whatever the offset; what may be half of one at the end is
+        held back while the attempt runs. Empty: nothing was printed, or it is no longer kept.
 
         ## Schedules
 

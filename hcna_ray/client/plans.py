@@ -64,6 +64,9 @@ SPAN_BYTES = 32 * 1024 * 1024
 LONGEST_WAIT_S = 30.0
 #: Silence after which a stream counts as lost, seconds; C1 says something every 15.
 STREAM_SILENCE_S = 45.0
+#: Silence after which a followed output is asked for anew, seconds. Plain text has no room for a
+#: sign of life, so a handler that prints nothing is not to be told from a connection that is gone.
+LOGS_SILENCE_S = 60.0
 #: Most tasks of one batch, and most bytes of its NDJSON that we send at once.
 BATCH_ITEMS_MAX = 10_000
 BATCH_BYTES_MAX = 32 * 1024 * 1024
@@ -770,10 +773,11 @@ class Planner:
                 params["attempt"] = str(number)
             if follow:
                 params["follow"] = "true"
-            silence_s = None if follow else self._timeout_s
+            silence_s = LOGS_SILENCE_S if follow else self._timeout_s
             return Request("GET", path, params, read_timeout_s=silence_s, lasting=True)
 
         while True:
+            asked = self._clock()
             try:
                 answer = yield from self.exchange(ask)
             except NotFound as error:
@@ -786,7 +790,14 @@ class Planner:
                 broken += 1
                 yield Pause(self._patience.delay_s(broken, self._luck()))
                 continue
+            except ConnectionFailed:
+                if not follow or self._clock() - asked < LOGS_SILENCE_S:
+                    raise
+                # Silence before an answer is like silence in it; C1 itself must be there, though.
+                yield from self.get(task_id)
+                continue
             number = int(answer.headers.get("x-attempt", number or 1))
+            began = self._clock()
             while isinstance(piece := (yield Next()), bytes):
                 broken, offset = 0, offset + len(piece)
                 yield Emit(piece)
@@ -798,7 +809,9 @@ class Planner:
                     return
                 number, offset, over = number + 1, 0, False
                 continue
-            broken += 1
+            # One that was there for long, and silent, is no failure that calls for patience.
+            lasted = self._clock() - began > self._patience.backoff_max_s
+            broken = 1 if lasted else broken + 1
             yield Pause(self._patience.delay_s(broken, self._luck()))
             view = yield from self.get(task_id)
             over = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from hcna_ray.api.admission import Sort
-from hcna_ray.api.outputs import MEDIA_TYPE, PIECE_BYTES, chosen, pieces
+from hcna_ray.api.outputs import MEDIA_TYPE, PIECE_BYTES, chosen, look, pieces
 from hcna_ray.api.policy import Check, Policy
 from hcna_ray.api.routing import Call, Routes
 from hcna_ray.api.schemas import OutputQuery
@@ -50,16 +50,16 @@ async def task_logs(call: Call) -> Response:
             return True
         return all(one.ended_at is not None for one in found if one.token == token)
 
-    follow = query.follow and attempt.ended_at is None
     limits = services.settings.limits
     response = StreamResponse(
         pieces(
             read,
             query.offset,
-            first=await read(query.offset),
+            first=await look(read, query.offset),
+            over=attempt.ended_at is not None,
             ended=ended,
             still_good=call.still_good,
-            follow=follow,
+            follow=query.follow,
             life_s=limits.stream_s_max,
         ),
         media_type=MEDIA_TYPE,

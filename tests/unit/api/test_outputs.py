@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from hcna_ray.api import outputs
-from hcna_ray.api.outputs import redacted
+from hcna_ray.api.outputs import KEY_BYTES, redacted
 from hcna_ray.runtime.messages import ReportKind
 from tests.support.asgi_stream import a_stream
 from tests.support.builders import T0
@@ -51,13 +51,41 @@ async def test_who_prints_nothing_has_an_empty_output(c1: Composite) -> None:
 async def test_a_long_output_comes_in_pieces(
     c1: Composite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "PIECE_BYTES", 64)
-    monkeypatch.setattr("hcna_ray.api.routes.outputs.PIECE_BYTES", 64)
-    task_id, _, _ = await started(c1)
-    text = b"0123456789" * 5 + b"hh" + KEY + b"h"
+    monkeypatch.setattr(outputs, "PIECE_BYTES", 128)
+    monkeypatch.setattr("hcna_ray.api.routes.outputs.PIECE_BYTES", 128)
+    task_id, worker, offer = await started(c1)
+    text = b"0123456789" * 5 + b"hh" + KEY + b"h" + b"0123456789" * 16 + KEY + KEY + b"hcna_h"
     c1.outputs.texts[task_id, 1] = text
+    worker.report(worker.ended(offer, ReportKind.COMPLETED, result=b"{}"))
     reply = await c1.http.get(f"/tasks/{task_id}/logs")
     assert reply.content == text.replace(KEY, STARS)
+
+
+@pytest.mark.parametrize("follow", ["false", "true"])
+async def test_no_offset_shows_the_rest_of_a_key(c1: Composite, follow: str) -> None:
+    task_id, worker, offer = await started(c1)
+    text = b"a " + KEY + b" b " + KEY + KEY + b"\n"
+    told = text.replace(KEY, STARS)
+    c1.outputs.texts[task_id, 1] = text
+    worker.report(worker.ended(offer, ReportKind.COMPLETED, result=b"{}"))
+    for offset in range(len(text) + 2):
+        reply = await c1.http.get(
+            f"/tasks/{task_id}/logs", params={"offset": offset, "follow": follow}
+        )
+        assert reply.content == told[offset:], offset
+
+
+async def test_half_of_a_key_is_kept_back_while_the_rest_may_come(c1: Composite) -> None:
+    task_id, worker, offer = await started(c1)
+    path = f"/tasks/{task_id}/logs"
+    c1.outputs.texts[task_id, 1] = b"a " + KEY[:-1]
+    assert (await c1.http.get(path)).content == b"a hcna_"
+    assert (await c1.http.get(path, params={"offset": 20})).content == b""
+    c1.outputs.texts[task_id, 1] += KEY[-1:] + b" b"
+    assert (await c1.http.get(path, params={"offset": 7})).content == b"*" * 43 + b" b"
+    c1.outputs.texts[task_id, 1] += b" hcna_ray"
+    worker.report(worker.ended(offer, ReportKind.COMPLETED, result=b"{}"))
+    assert (await c1.http.get(path)).content == b"a " + STARS + b" b hcna_ray"
 
 
 async def test_attempts_that_are_not_there_are_not_found(c1: Composite) -> None:
@@ -136,7 +164,14 @@ async def read_through(text: bytes, size: int) -> bytes:
         return grown == len(text)
 
     found: AsyncGenerator[bytes, None] = outputs.pieces(
-        read, 0, first=b"", ended=ended, still_good=lambda: True, follow=True, life_s=60.0
+        read,
+        0,
+        first=outputs.Piece(b"", 0),
+        over=False,
+        ended=ended,
+        still_good=lambda: True,
+        follow=True,
+        life_s=60.0,
     )
     return b"".join([piece async for piece in found])
 
@@ -156,5 +191,17 @@ async def test_keys_are_made_unreadable_however_they_come(
 def test_only_keys_are_made_unreadable() -> None:
     assert redacted(KEY[:-1], last=True) == KEY[:-1]
     assert redacted(b"x" + KEY + b"y", last=True) == b"x" + STARS + b"y"
-    assert redacted(b"eh", last=False) == b"e"
-    assert redacted(b"hcna_ray", last=False) == b""
+    assert redacted(b"hcna_ray", last=False) == b"hcna_"
+    assert redacted(b"hcna_ray ", last=False) == b"hcna_ray "
+
+
+def test_keys_that_lie_in_each_other_are_unreadable_from_everywhere() -> None:
+    text = KEY[:30] + KEY[:40] + KEY + b"x" * 60
+    shown = redacted(text, last=True)
+    assert shown == b"hcna_" + b"*" * (30 + 40 + 43) + b"x" * 60
+    for start in range(len(text)):
+        behind = start + KEY_BYTES - 1
+        assert redacted(text[start:], last=True)[KEY_BYTES - 1 :] == shown[behind:]
+    # The end of a whole key may be the beginning of another.
+    text = KEY[:-5] + b"hcna_"
+    assert redacted(text, last=False) == STARS
