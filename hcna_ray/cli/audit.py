@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -94,13 +95,14 @@ def verify(
 ) -> None:
     """Follow the chain of the audit log. Exit code 5 if a line was changed, removed or moved.
 
-    Beside the store, the moderator's own file (logs/audit.log) is compared if it is there. Note
-    the last line that this prints: with it, a later check finds a log that was cut or written anew.
+    Beside the store, the moderator's own files (logs/audit.log and what it has put aside) are
+    compared if they are there. Note the last line that this prints: with it, a later check finds a
+    log that was cut or written anew.
     """
     from dataclasses import asdict
 
     from hcna_ray.config import load_settings
-    from hcna_ray.store.audit import verify_file, verify_store
+    from hcna_ray.store.audit import kept_files, verify_file, verify_store
 
     expected = None if expect is None else _point(expect)
     if alone and file is None:
@@ -112,7 +114,13 @@ def verify(
         settings = load_settings()
         beside = file or (settings.audit_file if settings.audit_file.is_file() else None)
         with _reader() as reader:
-            reports[settings.store_name] = verify_store(reader, expected=expected, file=beside)
+            reports[settings.store_name] = verify_store(
+                reader,
+                expected=expected,
+                file=beside,
+                beside=kept_files(settings.audit_file),
+                pruned_before=time.time() - settings.limits.audit_retention_s,
+            )
         file = beside
     if file is not None:
         reports[str(file)] = verify_file(file, expected=expected if alone else None)

@@ -21,6 +21,8 @@ SCHEMA = "hcna.audit.v1"
 GENESIS = "0" * 64
 #: Action of the line by which a database server that has lost commits is put on record.
 WENT_BACK = "store.went_back"
+#: Action of the line with which the log goes on after a restore.
+RESTORED = "store.restore"
 #: Lines that one call may add, and how long their texts may be.
 ENTRIES_MAX = 1000
 TEXT_CHARS_MAX = 200
@@ -78,8 +80,8 @@ class ChainCheck:
         """Begin behind a point.
 
         Args:
-            anchor: What the first line has to follow. Lines up to it that are still there were
-                written before there was a chain.
+            anchor: What the first line has to follow. With the hash `GENESIS`, lines up to it that
+                are still there were written before there was a chain.
             expected: A line that was noted elsewhere, where nobody could change it.
         """
         self.anchor, self._expected = anchor, expected
@@ -93,13 +95,18 @@ class ChainCheck:
         self.head = anchor
         #: None behind a gap: what the next line followed is not known.
         self._previous: str | None = anchor.hash
+        #: Whether the line that was noted has been compared.
+        self._met = False
         if expected is not None and expected.number == anchor.number:
             self._compare(anchor)
 
     def follow(self, number: int, entry: AuditEntry, digest: str | None) -> None:
         """Take the next line."""
         if number <= self.anchor.number and digest is None:
-            self.unchained += 1
+            if self.anchor.hash == GENESIS:
+                self.unchained += 1
+            else:  # Old lines go before the first one with a hash does: none is kept beside it.
+                self._report(f"line {number} has no hash")
             return
         self.lines += 1
         if number <= self.head.number:
@@ -136,8 +143,15 @@ class ChainCheck:
         if last > self.head.number:
             self._gone(self.head.number + 1, last)
         expected = self._expected
-        if expected is not None and expected.number > self.head.number:
+        if expected is None or self._met:
+            return
+        if expected.number > self.head.number:
             self._report(f"the log ends before line {expected.number}, which was noted elsewhere")
+        else:
+            self._report(
+                f"line {expected.number}, which was noted elsewhere, is not there any more: "
+                "it was pruned or taken out"
+            )
 
     def _follows(self, number: int, entry: AuditEntry, digest: str | None) -> bool:
         previous = self._previous
@@ -145,7 +159,10 @@ class ChainCheck:
 
     def _compare(self, point: AuditPoint) -> None:
         expected = self._expected
-        if expected is not None and expected.number == point.number and expected.hash != point.hash:
+        if expected is None or expected.number != point.number:
+            return
+        self._met = True
+        if expected.hash != point.hash:
             self._report(f"line {point.number} has another hash than the one that was noted")
 
     def _gone(self, first: int, last: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hcna_ray.core.audit import AuditPoint, chain_hash
 from hcna_ray.core.errors import HcnaError
-from hcna_ray.store.audit import PAGE, first_line, line_text
+from hcna_ray.store.audit import EARLIER, PAGE, first_line, line_text
 from hcna_ray.store.base import StoredAudit, TaskReader
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ FILE_BYTES_MAX = 16 * 1024 * 1024
 FILES_KEPT = 9
 #: The end of a file that is looked at for its last line.
 _TAIL_BYTES = 1 << 18
-#: In the names of files of another log than the one that is followed.
-_EARLIER = ".earlier-"
 #: Pause between two looks if nobody says that there is something new.
 LOOK_S = 30.0
 
@@ -136,12 +134,12 @@ class AuditLog:
         taken = {file.name for file in self._path.parent.iterdir()} if there else set()
         number = 1
         while any(
-            name == (kept := f"{self._path.name}{_EARLIER}{number}") or name.startswith(f"{kept}.")
+            name == (kept := f"{self._path.name}{EARLIER}{number}") or name.startswith(f"{kept}.")
             for name in taken
         ):
             number += 1
         for file, end in there:
-            os.replace(file, self._path.with_name(f"{self._path.name}{_EARLIER}{number}{end}"))
+            os.replace(file, self._path.with_name(f"{self._path.name}{EARLIER}{number}{end}"))
 
     def _put_aside(self) -> None:
         for number in range(FILES_KEPT, 0, -1):

@@ -1,8 +1,10 @@
-"""What the audit log is told of refusals between M1 and its workers: in bounds, and in full.
+"""What the audit log is told of refusals between machines: in bounds, and in full.
 
 Whoever can send messages can have them refused, as often as he likes. So one line stands for many:
-a worker has one for each kind in a minute, all workers together have `DAY_MAX` in a day, and what
-is not written yet is counted, so that the lines add up. What is counted is lost with the process.
+who sends has one for each kind in a minute, all together have `DAY_MAX` in a day, and what is not
+written yet is counted, so that the lines add up. What is counted is lost with the process.
+
+M1 has a book of what its workers and it refuse each other, and the gate one of whom it refused.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ OTHERS = "(others)"
 class Refusals(NamedTuple):
     """Refusals for which one line is to be written."""
 
+    #: Who was refused, or refused M1: a worker's name, at the gate an address.
     worker: str
     action: str
     times: int
@@ -32,15 +35,16 @@ class Refusals(NamedTuple):
 
 
 class RefusalBook:
-    """Counts refusals, and says when a line is due. On one event loop."""
+    """Counts refusals, and says when a line is due. One thread at a time."""
 
-    def __init__(self, elapsed: Callable[[], float]) -> None:
+    def __init__(self, elapsed: Callable[[], float], *, keys_max: int = KEYS_MAX) -> None:
         """Begin without any.
 
         Args:
             elapsed: A clock that never steps.
+            keys_max: Workers and kinds that are told apart, and lines in a minute.
         """
-        self._elapsed = elapsed
+        self._elapsed, self._keys_max = elapsed, keys_max
         self._written: dict[tuple[str, str], float] = {}
         self._held: dict[tuple[str, str], tuple[int, str]] = {}
         self._day, self._lines = elapsed(), 0
@@ -48,7 +52,7 @@ class RefusalBook:
     def add(self, worker: str, action: str, count: int, why: str) -> None:
         """Count refusals; `due` says when they are to be written."""
         key = (worker, action)
-        if key not in self._held and len(self._held) >= KEYS_MAX:
+        if key not in self._held and len(self._held) >= self._keys_max:
             key = (OTHERS, action)
         self._held[key] = self._held.get(key, (0, ""))[0] + count, why
 
@@ -80,7 +84,7 @@ class RefusalBook:
         self._written = {key: at for key, at in self._written.items() if now - at < TELL_S}
 
     def _room(self) -> bool:
-        return self._lines < DAY_MAX and len(self._written) < KEYS_MAX
+        return self._lines < DAY_MAX and len(self._written) < self._keys_max
 
     def _count(self, key: tuple[str, str]) -> None:
         self._written[key] = self._elapsed()

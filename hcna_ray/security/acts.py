@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 #: So many wait at most; who could make more of them must not fill the disk.
 WAITING_MAX = 10_000
+#: Of these, so many may be refusals, which any stranger can bring about, and so many what machines
+#: did. The rest is left for the owner's own acts.
+REFUSED_MAX = 5_000
+MACHINES_MAX = 9_000
 #: A file that is longer is none of ours.
 _FILE_BYTES_MAX = 64 * 1024
 
@@ -70,9 +74,11 @@ def leave(
         detail=detail,
     )
     path = folder / f"{at_ns:020}-{secrets.token_hex(4)}.json"
+    most = WAITING_MAX if principal == OWNER else MACHINES_MAX
+    most = REFUSED_MAX if outcome == "refused" else most
     try:
-        if folder.is_dir() and len(os.listdir(folder)) >= WAITING_MAX:
-            raise OSError(f"{WAITING_MAX} acts wait in {folder} already")
+        if folder.is_dir() and len(os.listdir(folder)) >= most:
+            raise OSError(f"{most} acts wait in {folder} already")
         write_private(path, json.dumps({"schema": SCHEMA, **asdict(clipped(entry))}) + "\n")
     except OSError as error:
         log.error(

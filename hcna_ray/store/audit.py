@@ -8,19 +8,31 @@ at the end of an export (not of the moderator's own file) where it ended::
     {"end":{"number":1,"hash":"5f2..."}}
 
 Who can write the store can also write a chain anew, from any line to its end. So what counts is
-also kept elsewhere: the moderator's file, an export, or a number and a hash on paper.
+also kept elsewhere: the moderator's files, an export, or a number and a hash on paper. The
+moderator puts its files aside when the store does not go on where they end, so those are compared
+too: only a restore, or commits that a server has lost, may have parted them from the store.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hcna_ray.core.audit import SCHEMA, AuditPoint, ChainCheck
+from hcna_ray.core.audit import (
+    RESTORED,
+    SCHEMA,
+    WENT_BACK,
+    AuditPoint,
+    ChainCheck,
+    chain_hash,
+)
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.store.base import StoredAudit, TaskReader
@@ -29,6 +41,15 @@ from hcna_ray.store.base import StoredAudit, TaskReader
 PAGE = 1000
 #: Longer lines are none of ours.
 LINE_CHARS_MAX = 65536
+#: In the names of files of another log than the one that is followed.
+EARLIER = ".earlier-"
+_ROTATED = re.compile(r"\.(\d+)")
+_EARLIER = re.compile(re.escape(EARLIER) + r"(\d+)(?:\.(\d+))?")
+#: Actions of lines behind which the log may be another one than before.
+_REASONS = (RESTORED, WENT_BACK)
+_TOO_YOUNG = (
+    "is gone, and was too new to be pruned (unless limits.audit_retention_s was raised since)"
+)
 
 
 class AuditFileBroken(HcnaError):
@@ -65,8 +86,34 @@ class AuditReport:
         return not self.problem_count
 
 
+class _Copy(NamedTuple):
+    """A line as a file has it."""
+
+    at: float
+    mark: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parting:
+    """The first line of some files that the store does not have."""
+
+    name: str
+    line: StoredAudit
+    #: The store's line of that number, or else the next one.
+    there: StoredAudit | None
+    #: Whether the store has lines of these files before it.
+    shares: bool
+    #: Whether it is missing where lines were pruned, and is too new for that.
+    is_young: bool
+
+
 def verify_store(
-    reader: TaskReader, *, expected: AuditPoint | None = None, file: Path | None = None
+    reader: TaskReader,
+    *,
+    expected: AuditPoint | None = None,
+    file: Path | None = None,
+    beside: Sequence[Sequence[Path]] = (),
+    pruned_before: float = math.inf,
 ) -> AuditReport:
     """Follow the chain in a store, beside whoever writes and prunes.
 
@@ -74,32 +121,155 @@ def verify_store(
         reader: Of the store.
         expected: A line that was noted elsewhere.
         file: A file of the log; what it holds must be what the store holds.
+        beside: Other files of the log, as `kept_files` returns them. The store may have left them
+            where its own line tells why.
+        pruned_before: What is younger may not have been pruned.
 
     Raises:
         AuditFileBroken: The file is none of ours.
     """
-    kept = {} if file is None else {line.number: line.hash for line in read_file(file)}
+    kept = {} if file is None else {line.number: _copy(line) for line in read_file(file)}
+    last_kept = max(kept, default=0)
+    # Before the store is read to its end, so that it has the reasons by then.
+    notes: list[str] = []
+    partings = [_parting(reader, files, pruned_before, notes) for files in beside]
     state = reader.audit_state()
     check = ChainCheck(state.anchor, expected=expected)
+    pruned_to = state.anchor.number
     differ: list[int] = []
+    reasons: list[int] = []
     after = 0
     while lines := reader.audit_after(after, PAGE):
         if lines[0].number > check.head.number + 1:
             moved = reader.audit_state().anchor
             if moved.number > check.head.number and moved.number < lines[0].number:
                 check.skip_to(moved)  # They were pruned while this went on.
+                pruned_to = moved.number
         for line in lines:
             check.follow(*line)
-            if line.hash is not None and kept.get(line.number, line.hash) != line.hash:
+            copy = kept.pop(line.number, None)
+            if copy is not None and copy.mark != _mark(line):
                 differ.append(line.number)
+            if line.entry.action in _REASONS:
+                reasons.append(line.number)
         after = lines[-1].number
     check.end(state.last)
     more: list[str] = []
     if differ:
         more.append(f"{len(differ)} lines, from {differ[0]} on, are other ones than in {file}")
-    if kept and max(kept) > max(check.head.number, state.last):
-        more.append(f"the log ends with line {check.head.number}, {file} with line {max(kept)}")
-    return _report(check, more)
+    young = [
+        number for number, copy in kept.items() if number <= pruned_to and copy.at >= pruned_before
+    ]
+    if young:
+        more.append(f"line {min(young)} of {file} {_TOO_YOUNG}; there are {len(young)} such lines")
+    if last_kept > max(check.head.number, state.last):
+        more.append(f"the log ends with line {check.head.number}, {file} with line {last_kept}")
+    for parting in partings:
+        if parting is not None:
+            explained, words = _judge(parting, reasons)
+            (notes if explained else more).append(words)
+    return _report(check, more, notes)
+
+
+def kept_files(path: Path) -> list[list[Path]]:
+    """Return the files that the moderator has put aside from its file of the log.
+
+    Those of one log together, the oldest lines first.
+    """
+    found: dict[int, list[tuple[int, Path]]] = {}
+    for one in sorted(path.parent.glob(f"{path.name}.*")):
+        end = one.name[len(path.name) :]
+        if match := _ROTATED.fullmatch(end):
+            found.setdefault(0, []).append((int(match[1]), one))
+        elif match := _EARLIER.fullmatch(end):
+            found.setdefault(int(match[1]), []).append((int(match[2] or 0), one))
+    return [
+        [file for _age, file in sorted(files, reverse=True)]
+        for _log, files in sorted(found.items())
+    ]
+
+
+def _parting(
+    reader: TaskReader, files: Sequence[Path], pruned_before: float, notes: list[str]
+) -> _Parting | None:
+    """Return where a log's files and the store part, or None if they do not."""
+    try:
+        return _first_other(reader, files, pruned_before)
+    except (AuditFileBroken, OSError) as error:
+        # As after a power failure. What could be read of it is in the store.
+        notes.append(f"not all of {files[-1].name} can be compared: {error}")
+        return None
+
+
+def _first_other(
+    reader: TaskReader, files: Sequence[Path], pruned_before: float
+) -> _Parting | None:
+    store: Iterator[StoredAudit] | None = None
+    there: StoredAudit | None = None
+    shares, anchor, name = False, AuditPoint(), ""
+    for name, line in chain.from_iterable(map(_named, files)):
+        if store is None:
+            store = _lines_behind(reader, line.number - 1)
+            there = next(store, None)
+        while there is not None and there.number < line.number:
+            there = next(store, None)
+        if there is not None and there.number == line.number and _mark(there) == _mark(line):
+            shares = True
+            continue
+        if line.number > anchor.number:
+            anchor = reader.audit_state().anchor
+        is_old, is_gone = line.entry.at < pruned_before, line.number <= anchor.number
+        # If the two have nothing in common yet, what has parted them may be pruned as well.
+        if is_old and (is_gone or not shares):
+            continue
+        return _Parting(name=name, line=line, there=there, shares=shares, is_young=is_gone)
+    return None
+
+
+def _judge(parting: _Parting, reasons: Collection[int]) -> tuple[bool, str]:
+    """Return whether the store tells why it left some files, and what to say of it.
+
+    Args:
+        parting: Where it left them.
+        reasons: Numbers of the store's lines that tell of restores and lost commits.
+    """
+    number, there = parting.line.number, parting.there
+    if parting.is_young:
+        return False, f"line {number} of {parting.name} {_TOO_YOUNG}"
+    if there is not None and there.number in reasons:
+        told = there.number
+    else:
+        # They may be of a log that had itself begun with a restore, or begin behind the reason.
+        own = parting.line.entry.action in _REASONS
+        later = [each for each in reasons if (own and each > number)]
+        earlier = [each for each in reasons if not parting.shares and each <= number]
+        told = min([*later, *earlier], default=0)
+    if told:
+        return True, f"{parting.name} is of another log from line {number} on, as line {told} tells"
+    has = "none" if there is None or there.number != number else "another"
+    return False, (
+        f"{parting.name} has a line {number}, the store {has}, and no line tells of a restore or "
+        "of lost commits there"
+    )
+
+
+def _named(path: Path) -> Iterator[tuple[str, StoredAudit]]:
+    return ((path.name, line) for line in read_file(path))
+
+
+def _lines_behind(reader: TaskReader, number: int) -> Iterator[StoredAudit]:
+    while lines := reader.audit_after(number, PAGE):
+        yield from lines
+        number = lines[-1].number
+
+
+def _copy(line: StoredAudit) -> _Copy:
+    return _Copy(line.entry.at, _mark(line))
+
+
+def _mark(line: StoredAudit) -> str:
+    """Return what is the same in two copies of a line, also of one without a hash."""
+    return line.hash or chain_hash("", line.number, line.entry)
 
 
 def verify_file(path: Path, *, expected: AuditPoint | None = None) -> AuditReport:
@@ -116,10 +286,10 @@ def verify_file(path: Path, *, expected: AuditPoint | None = None) -> AuditRepor
     more = []
     if end is not None and end.number == check.head.number and end != check.head:
         more.append(f"line {end.number} has another hash than the end of the file says")
-    return _report(check, more)
+    return _report(check, more, [])
 
 
-def _report(check: ChainCheck, more: list[str]) -> AuditReport:
+def _report(check: ChainCheck, more: list[str], notes: list[str]) -> AuditReport:
     return AuditReport(
         anchor=check.anchor,
         head=check.head,
@@ -127,7 +297,7 @@ def _report(check: ChainCheck, more: list[str]) -> AuditReport:
         unchained=check.unchained,
         problems=(*check.problems, *more),
         problem_count=check.problem_count + len(more),
-        notes=tuple(check.notes),
+        notes=(*check.notes, *notes),
     )
 
 

@@ -24,6 +24,7 @@ import msgspec
 
 from hcna_ray import failpoints
 from hcna_ray.config import Settings, load_settings, without_secrets
+from hcna_ray.core.audit import RESTORED
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.durable import make_private_dir, sync_dir, sync_file, write_private
 from hcna_ray.runtime.policy import Policy
@@ -784,7 +785,7 @@ class _Plan:
         note = AuditEntry(
             at=now,
             principal="owner",
-            action="store.restore",
+            action=RESTORED,
             target=self._archive.name,
             outcome="done",
             detail=f"{why}; last fact {point.last_fact}, generation {point.generation} is now "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from hcna_ray.config import Settings
+from hcna_ray.core.audit import RESTORED
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.runtime.policy import Policy
 from hcna_ray.runtime.restore import EndedLeases, end_leases
@@ -70,7 +71,7 @@ def take_over(settings: Settings, *, now: float) -> TakenOver:
         note = AuditEntry(
             at=now,
             principal="owner",
-            action="store.restore",
+            action=RESTORED,
             target=settings.store_name,
             outcome="done",
             detail=f"{why}; generation {before} is now {generation}",

@@ -290,13 +290,15 @@ def _port_of(ports: Range) -> str:
 
 
 def words_on_open_ports(told: Mapping[str, Any]) -> str:
-    """Return that Ray's ports are open and why, in one sentence; '' if they are not.
+    """Return whom Ray's ports are open to and why, in one sentence; '' if all is as it should be.
 
     Args:
         told: What `Firewall.describe` told, as ``run/state.json`` holds it.
     """
     if told.get("mode") in (None, "off") or not told.get("trouble"):
         return ""
+    if told.get("table"):
+        return f"Ray's ports are open to the machines of before: {told['trouble']}"
     return f"Ray's ports are open to whoever reaches this machine: {told['trouble']}"
 
 
@@ -364,14 +366,26 @@ def why_not(
 
 
 def run_nft(arguments: Sequence[str], script: str = "") -> str:
-    """Run ``nft``; return what is wrong, or ''.
+    """Run ``nft``; return what is wrong, or ''."""
+    problem, _said = _nft(arguments, script)
+    return problem
+
+
+def show_table(table: str) -> str:
+    """Return a table as ``nft`` lists it, without its counters; '' if it cannot be listed."""
+    problem, said = _nft(["-s", *_listing(table)])
+    return "" if problem else said
+
+
+def _nft(arguments: Sequence[str], script: str = "") -> tuple[str, str]:
+    """Run ``nft``; return what is wrong, or '', and what it says.
 
     The supervisor collects every child that ends, so the exit code may be somebody else's by the
     time it is asked for. nft says nothing on its standard error when all went well.
     """
     program = nft_program()
     if program is None:
-        return "there is no nft (package nftables)"
+        return "there is no nft (package nftables)", ""
     try:
         done = subprocess.run(
             [program, *arguments],
@@ -382,11 +396,11 @@ def run_nft(arguments: Sequence[str], script: str = "") -> str:
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+        return str(error), ""
     said = done.stderr.strip().splitlines()
     if said:
-        return said[0]
-    return "" if done.returncode == 0 else f"nft ended with code {done.returncode}"
+        return said[0], ""
+    return "" if done.returncode == 0 else f"nft ended with code {done.returncode}", done.stdout
 
 
 def is_there(settings: Settings) -> bool:
@@ -409,7 +423,8 @@ def _listing(table: str) -> list[str]:
 class Firewall:
     """The table of one instance. Owns no other; any thread may call it.
 
-    It is in place, or `trouble` says why it is not.
+    It is in place with the addresses of now, or `trouble` says why it is not; `look_after` then
+    tries again.
     """
 
     def __init__(
@@ -419,6 +434,7 @@ class Firewall:
         log: Logger,
         *,
         nft: Callable[[Sequence[str], str], str] = run_nft,
+        show: Callable[[str], str] = show_table,
         may: Callable[[], str] = why_not,
     ) -> None:
         """Prepare; nothing is set before `let_in`.
@@ -428,16 +444,20 @@ class Firewall:
             role: What it is.
             log: The supervisor's log.
             nft: Runs ``nft`` with arguments and a script; returns what is wrong, or ''.
+            show: Returns what a table holds, the same text as long as nobody changes it, or ''.
             may: Returns why this process cannot set rules, or ''.
         """
         self.settings, self.role, self.log = settings, role, log
         self.table = table_of(settings)
         self.trouble = ""
-        self._nft, self._may = nft, may
+        self._nft, self._show, self._may = nft, show, may
         self._plan = port_plan(settings, role)
         self._lock = threading.Lock()
         self._members: tuple[Address, ...] | None = None
+        #: Whether a table of ours is there, be it one for other addresses, and what it held when
+        #: it was set last.
         self._is_set = False
+        self._shown = ""
         self._written = ""
 
     def open_for(self, hosts: Collection[str]) -> None:
@@ -457,7 +477,10 @@ class Firewall:
             raise FirewallRefused(self.trouble)
 
     def let_in(self, hosts: Collection[str]) -> None:
-        """Let these addresses in and no others. Nothing is done if that is so already."""
+        """Let these addresses in and no others.
+
+        Nothing is done if that is so already, or if it has just failed: see `look_after`.
+        """
         if self.settings.ray.firewall == "off":
             return
         members = addresses_of(hosts)
@@ -468,17 +491,21 @@ class Firewall:
             self._apply()
 
     def look_after(self) -> None:
-        """Set the rules again if somebody has flushed them, or if they could not be set."""
+        """Set the rules again if somebody has changed them, or if they could not be set."""
         with self._lock:
             if self._members is None:
                 return
-            if self._is_set and not self._nft(_listing(self.table), ""):
-                return
-            if self._is_set:
-                self.log.warning(
-                    "the firewall's rules are gone, they are set again",
-                    extra={"action": "firewall.gone", "table": self.table},
-                )
+            if not self.trouble:
+                # A table may be there and be empty: that one lets everybody in.
+                shown = self._show(self.table)
+                if shown and shown == self._shown:
+                    return
+                if shown != self._shown:
+                    self._is_set = False  # Who knows what the table lets in.
+                    self.log.warning(
+                        "the firewall's rules are not those that were set, they are set again",
+                        extra={"action": "firewall.gone", "table": self.table},
+                    )
             self._apply()
 
     def remove(self) -> None:
@@ -520,7 +547,7 @@ class Firewall:
         problem = self._may() or self._nft(["-f", "-"], text)
         # After a failure what was set before is still there: nft does all or nothing.
         if not problem:
-            self._is_set = True
+            self._is_set, self._shown = True, self._show(self.table)
             self.log.info(
                 "Ray's ports are closed to all but the cluster's machines",
                 extra={"action": "firewall.set", "table": self.table, "let_in": len(self._members)},

@@ -20,6 +20,7 @@ from typing import Any
 from hcna_ray import failpoints
 from hcna_ray.config import LOOPBACK, Settings, shared_part
 from hcna_ray.core.errors import HcnaError
+from hcna_ray.runtime.refusals import RefusalBook
 from hcna_ray.security.acts import leave
 from hcna_ray.security.authority import (
     CertificateRefused,
@@ -57,7 +58,7 @@ from hcna_ray.supervisor.gate_protocol import (
     own_versions,
     parse_versions,
 )
-from hcna_ray.supervisor.gate_server import CONNECTIONS_MAX, GateServer
+from hcna_ray.supervisor.gate_server import GateServer
 from hcna_ray.supervisor.invites import Invite, InviteRefused, check_invite, redeem
 from hcna_ray.supervisor.membership import (
     Member,
@@ -89,7 +90,8 @@ _CONNECT_BACK_S = 2.0
 #: How long M1 listens on ports that it opened for a check.
 _OPENED_S = 15.0
 _DRAIN_S_MAX = 3600.0
-_SAME_REFUSAL_S = 60.0
+#: Addresses and reasons of refusals that are told apart, and lines of them in a minute.
+_REFUSALS_MAX = 64
 #: A machine that showed a join code may reach Ray's ports for this long, so that it can check them.
 _GUEST_S = 600.0
 _GUESTS_MAX = 256
@@ -216,7 +218,7 @@ class Gate:
         self._guests: dict[str, float] = {}
         #: Machines that are to get another certificate, and the one they have.
         self._renewing: dict[str, str] = {}
-        self._refused: dict[tuple[str, str], float] = {}
+        self._refusals = RefusalBook(monotonic, keys_max=_REFUSALS_MAX)
         #: Credentials are given before a round is announced or after it, never in between.
         self._rotating = threading.Lock()
         self._opening = threading.Lock()
@@ -770,28 +772,41 @@ class Gate:
                 self._changed.notify_all()
 
     def refused(self, error: GateRefused, path: str, peer: str) -> None:
-        """Log a refusal; the same one again only after a while."""
-        now = self.monotonic()
+        """Log a refusal; of many that are the same, one a minute."""
         with self._changed:
-            last = self._refused.get((peer, error.code))
-            if last is not None and now - last < _SAME_REFUSAL_S:
-                return
-            if len(self._refused) >= CONNECTIONS_MAX:
-                self._refused.clear()
-            self._refused[peer, error.code] = now
-        leave(
-            self.settings.acts_dir,
-            "gate.refused",
-            path[:100],
-            principal=peer,
-            outcome="refused",
-            detail=error.code,
-        )
-        self.log.warning(
-            "refused: %s",
-            error.message,
-            extra={"action": "gate.refused", "code": error.code, "peer": peer, "path": path[:100]},
-        )
+            self._refusals.add(peer, error.code, 1, path[:100])
+        self._tell_refusals({(peer, error.code): error.message})
+
+    def tell_refusals(self) -> None:
+        """Put on record the refusals that have waited long enough."""
+        self._tell_refusals({})
+
+    def _tell_refusals(self, messages: Mapping[tuple[str, str], str]) -> None:
+        with self._changed:
+            due = self._refusals.due()
+        for peer, code, times, path in due:
+            told = leave(
+                self.settings.acts_dir,
+                "gate.refused",
+                path,
+                principal=peer,
+                outcome="refused",
+                detail=code if times == 1 else f"{code}, {times} times",
+            )
+            if not told:
+                with self._changed:
+                    self._refusals.add(peer, code, times, path)
+            self.log.warning(
+                "refused: %s",
+                messages.get((peer, code), code),
+                extra={
+                    "action": "gate.refused",
+                    "code": code,
+                    "peer": peer,
+                    "path": path,
+                    "times": times,
+                },
+            )
 
     # -- who asks -----------------------------------------------------------------------------
 

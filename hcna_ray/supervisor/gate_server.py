@@ -45,6 +45,10 @@ class Answering(Protocol):
         """Note a refusal that is about to be sent."""
         ...
 
+    def tell_refusals(self) -> None:
+        """Put on record the refusals that have waited long enough."""
+        ...
+
     def renew(self, context: ssl.SSLContext) -> None:
         """Put another certificate into the context, if the one there nears its end."""
         ...
@@ -111,12 +115,13 @@ class GateServer(socketserver.ThreadingTCPServer):
         )
 
     def service_actions(self) -> None:
-        """Cut off whoever takes too long to say what he wants; look after the certificate."""
+        """Cut off whoever takes too long to say what he wants; see to what is due by the clock."""
         now = self.gate.monotonic()
         with self._lock:
             late = [one for one, by in self._deadlines.items() if by is not None and by < now]
         for connection in late:
             _cut(connection)
+        self.gate.tell_refusals()
         if now >= self._renew_at:
             self._renew_at = now + _RENEW_CHECK_S
             self.gate.renew(self.context)

@@ -16,7 +16,7 @@ import apsw
 import psycopg
 import pytest
 
-from hcna_ray.core.audit import GENESIS, AuditPoint
+from hcna_ray.core.audit import GENESIS, AuditPoint, chain_hash
 from hcna_ray.store.audit import (
     AuditFileBroken,
     AuditReport,
@@ -158,10 +158,15 @@ def test_an_untouched_log_is_whole(opened: Opened) -> None:
             "INSERT INTO audit_anchor VALUES (2, 'f00'); DELETE FROM audit WHERE number < 3",
             "line 3 is not what was written",
         ),
+        (
+            "INSERT INTO audit_anchor SELECT number, hash FROM audit WHERE number = 3; "
+            "UPDATE audit SET detail = 'x', hash = NULL WHERE number <= 3",
+            "line 1 has no hash",
+        ),
     ],
     ids=[
         *("text", "time", "last", "removed", "beginning", "tail", "all", "hash", "swapped"),
-        *("closed gap", "anchor"),
+        *("closed gap", "anchor", "no hashes"),
     ],
 )
 def test_tampering_is_found(opened: Opened, sql: str, problem: str) -> None:
@@ -199,6 +204,67 @@ def test_a_tail_that_was_cut_with_its_count_shows_by_what_was_noted(
     )
     assert opened.verify(file=copy).problems == (
         f"2 lines, from 5 on, are other ones than in {copy}",
+    )
+
+
+def test_a_beginning_that_claims_to_be_older_than_the_chain_shows_elsewhere(
+    opened: Opened, tmp_path: Path
+) -> None:
+    """All is written anew: the first lines without a hash, the others behind them."""
+    reader = opened.home.reader()
+    lines = reader.audit_after(0, 9)
+    copy = tmp_path / "export.jsonl"
+    copy.write_text("".join(f"{line}\n" for line in export_lines(reader)))
+    opened.home.close()
+    opened.execute(f"INSERT INTO audit_anchor VALUES (3, '{GENESIS}')")
+    opened.execute("UPDATE audit SET detail = 'x', hash = NULL WHERE number <= 3")
+    digest = GENESIS
+    for number, entry, _ in lines[3:]:
+        digest = chain_hash(digest, number, entry)
+        opened.execute(f"UPDATE audit SET hash = '{digest}' WHERE number = {number}")
+    opened.home.reopen()
+    report = opened.verify()
+    assert (report.whole, report.unchained) == (True, 3)  # By itself it cannot know.
+    assert opened.verify(file=copy).problems == (
+        f"6 lines, from 1 on, are other ones than in {copy}",
+    )
+    for number in (2, 5):
+        noted = AuditPoint(number, str(lines[number - 1].hash))
+        assert opened.verify(expected=noted).problem_count == 1
+
+
+def test_a_beginning_that_was_taken_out_is_no_pruned_one(opened: Opened, tmp_path: Path) -> None:
+    lines = opened.home.reader().audit_after(0, 9)
+    copy = tmp_path / "export.jsonl"
+    copy.write_text("".join(f"{line}\n" for line in export_lines(opened.home.reader())))
+    opened.home.close()
+    opened.execute(f"INSERT INTO audit_anchor VALUES (3, '{lines[2].hash}')")
+    opened.execute("DELETE FROM audit WHERE number <= 3")
+    opened.home.reopen()
+    assert opened.verify(file=copy, pruned_before=T0 + 1).whole  # So old lines are pruned.
+    (problem,) = opened.verify(file=copy, pruned_before=T0 - 1).problems
+    assert problem.startswith(f"line 1 of {copy} is gone, and was too new to be pruned")
+    assert problem.endswith("there are 3 such lines")
+    noted = AuditPoint(2, str(lines[1].hash))
+    assert opened.verify(expected=noted).problems == (
+        "line 2, which was noted elsewhere, is not there any more: it was pruned or taken out",
+    )
+
+
+def test_lines_from_before_the_chain_are_compared_with_an_export(
+    opened: Opened, tmp_path: Path
+) -> None:
+    opened.home.close()
+    _without_chain(opened.execute)
+    opened.home.reopen()
+    write(opened.home.store, "a7")
+    copy = tmp_path / "export.jsonl"
+    copy.write_text("".join(f"{line}\n" for line in export_lines(opened.home.reader())))
+    assert opened.verify(file=copy).whole
+    opened.execute("UPDATE audit SET detail = 'x' WHERE number = 2")
+    assert opened.verify().whole
+    assert opened.verify(file=copy).problems == (
+        f"1 lines, from 2 on, are other ones than in {copy}",
     )
 
 

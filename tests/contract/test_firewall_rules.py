@@ -184,6 +184,11 @@ one.let_in(["10.0.0.2", "fd00::3"]); look()
 one.look_after(); look()
 subprocess.run([firewall.nft_program(), "flush", "ruleset"], check=False); look()
 one.look_after(); look()
+# Its table stays without what is in it.
+whole = firewall.show_table(one.table)
+subprocess.run([firewall.nft_program(), "flush", "table", "inet", one.table], check=False)
+one.look_after()
+same = firewall.show_table(one.table) == whole
 one.remove(); look()
 one.open_for([]); look()
 # The supervisor is killed.
@@ -193,7 +198,7 @@ one.look_after(); look()
 off = load_settings(home=Path(sys.argv[1]), env={"HCNA_RAY__FIREWALL": "off"})
 for _ in range(2):
     firewall.Firewall(off, "head", logging.getLogger("test")).open_for(["10.0.0.2"]); look()
-print(json.dumps(seen))
+print(json.dumps([same, *seen]))
 """
 
 
@@ -218,6 +223,7 @@ def test_the_supervisors_table_comes_and_goes(tmp_path: Path) -> None:
 
     seen = shell(tmp_path, *namespace())
 
+    assert seen.pop(0) is True
     left = seen.pop(7)
     assert seen == [there, there, there, gone, there, gone, there, "", gone, there, gone, gone]
     assert left == [f"table inet {table} is there, and no supervisor looks after it"]
@@ -232,6 +238,7 @@ def test_without_the_right_nothing_is_set_and_it_is_said(tmp_path: Path) -> None
 
     seen = shell(tmp_path, *before)
 
+    assert seen.pop(0) is True  # There is none, before and after.
     assert seen.pop(8) == ""
     assert seen.pop(7) == []  # Nothing is left, or this process cannot know.
     assert all(trouble == "" or "CAP_NET_ADMIN" in trouble for _, trouble in seen)

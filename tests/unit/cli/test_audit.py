@@ -63,6 +63,17 @@ def test_a_cut_tail_shows_by_the_moderators_file(home: Path, hcna: Hcna) -> None
     assert "the log ends with line 2" in ran.out.replace("\n", " ")
 
 
+def test_what_m1_has_put_aside_is_compared(home: Path, hcna: Hcna) -> None:
+    log = home / "logs" / "audit.log"
+    log.rename(log.with_name("audit.log.earlier-1"))
+    assert hcna("audit", "verify").code == 0
+    tamper(home, "DELETE FROM audit WHERE number = 3")
+    tamper(home, "UPDATE number SET value = 2 WHERE name = 'last_audit'")
+    ran = hcna("audit", "verify")
+    assert ran.code == 5
+    assert "audit.log.earlier-1 has a line 3, the store none" in ran.out.replace("\n", " ")
+
+
 def test_an_export_is_checked_alone(home: Path, hcna: Hcna, tmp_path: Path) -> None:
     copy = tmp_path / "copy.jsonl"
     assert hcna("audit", "export", str(copy)).code == 0

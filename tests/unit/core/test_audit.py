@@ -149,6 +149,24 @@ def test_a_noted_line_may_be_the_anchor() -> None:
     assert checked([], AuditPoint(3, "a"), expected=AuditPoint(3, "b")).problem_count == 1
 
 
+def test_a_noted_line_that_is_not_kept_any_more_is_no_line_that_fits() -> None:
+    lines = a_chain(5)
+    anchor = AuditPoint(3, str(lines[2][2]))
+    gone = ["line 2, which was noted elsewhere, is not there any more: it was pruned or taken out"]
+    for digest in (lines[1][2], GENESIS):
+        assert checked(lines[3:], anchor, expected=AuditPoint(2, str(digest))).problems == gone
+    noted = AuditPoint(3, str(lines[2][2]))
+    assert checked([*lines[:2], *lines[3:]], expected=noted).problem_count == 2
+
+
+def test_a_line_without_a_hash_is_wrong_before_an_anchor_that_has_one() -> None:
+    lines = a_chain(5)
+    bare: list[Line] = [(number, an_entry("written anew"), None) for number, _, _ in lines[:3]]
+    check = checked([*bare, *lines[3:]], AuditPoint(3, str(lines[2][2])))
+    assert check.problems == [f"line {number} has no hash" for number in (1, 2, 3)]
+    assert (check.unchained, check.lines) == (0, 2)
+
+
 def test_lines_that_a_server_lost_have_their_reason() -> None:
     lines = a_chain(2)
     entry = an_entry("the server has lost 3 confirmed commits", audit.WENT_BACK)

@@ -11,7 +11,13 @@ import pytest
 
 from hcna_ray.core.audit import WENT_BACK
 from hcna_ray.runtime.audit_log import FILES_KEPT, AuditLog
-from hcna_ray.store.audit import AuditFileBroken, verify_file, verify_store
+from hcna_ray.store.audit import (
+    AuditFileBroken,
+    AuditReport,
+    kept_files,
+    verify_file,
+    verify_store,
+)
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import T0, an_audit_entry
 
@@ -34,6 +40,13 @@ def write(store: MemoryTaskStore, *actions: str, at: float = T0) -> None:
 def actions(path: Path) -> list[str]:
     lines = map(json.loads, path.read_text().splitlines())
     return [line["action"] for line in lines if "action" in line]
+
+
+def checked(store: MemoryTaskStore, path: Path, pruned_before: float = T0) -> AuditReport:
+    """Return what ``hcna audit verify`` finds."""
+    return verify_store(
+        store.reader(), file=path, beside=kept_files(path), pruned_before=pruned_before
+    )
 
 
 def test_the_file_follows_the_store(store: MemoryTaskStore, path: Path) -> None:
@@ -98,6 +111,9 @@ def test_behind_a_prune_another_file_is_begun(store: MemoryTaskStore, path: Path
     assert actions(path) == ["a3"]
     assert verify_file(path).whole
     assert actions(path.with_name("audit.log.earlier-1")) == ["a1"]
+    assert checked(store, path, pruned_before=T0 + 1).whole
+    (problem,) = checked(store, path, pruned_before=T0).problems
+    assert problem.startswith("line 1 of audit.log.earlier-1 is gone, and was too new")
 
 
 def test_a_file_that_has_all_that_was_pruned_goes_on(store: MemoryTaskStore, path: Path) -> None:
@@ -108,6 +124,7 @@ def test_a_file_that_has_all_that_was_pruned_goes_on(store: MemoryTaskStore, pat
     write(store, "a3")
     AuditLog(path, store.reader()).catch_up()
     assert actions(path) == ["a1", "a2", "a3"]
+    assert checked(store, path, pruned_before=T0 + 1).whole
 
 
 def test_beside_a_restored_store_another_file_is_begun(path: Path) -> None:
@@ -120,7 +137,101 @@ def test_beside_a_restored_store_another_file_is_begun(path: Path) -> None:
     AuditLog(path, restored.reader()).catch_up()
     assert actions(path) == ["a1", "store.restore"]
     assert actions(path.with_name("audit.log.earlier-1")) == ["a1", "a2", "a3"]
-    assert verify_store(restored.reader(), file=path).whole
+    report = checked(restored, path)
+    assert report.problems == ()
+    assert report.notes == (
+        "audit.log.earlier-1 is of another log from line 2 on, as line 2 tells",
+    )
+
+
+def test_a_tail_that_was_written_anew_while_m1_was_down_is_found(path: Path) -> None:
+    honest, forged = MemoryTaskStore(), MemoryTaskStore()
+    for store in (honest, forged):
+        write(store, "a1", "store.restore")
+    write(honest, "evidence", "a4")
+    write(forged, "harmless", "a4")
+    AuditLog(path, honest.reader()).catch_up()
+    for _ in range(2):  # Also when M1 has put the evidence aside.
+        assert checked(forged, path).problem_count == 1
+        AuditLog(path, forged.reader()).catch_up()
+    assert actions(path.with_name("audit.log.earlier-1"))[2] == "evidence"
+    assert checked(forged, path).problems == (
+        "audit.log.earlier-1 has a line 3, the store another, and no line tells of a restore or of "
+        "lost commits there",
+    )
+    # Nor does it help that older files are those of a log before a restore.
+    write(forged, "store.restore")
+    AuditLog(path, forged.reader()).catch_up()
+    assert checked(forged, path).problem_count == 1
+
+
+def test_a_tail_that_was_cut_while_m1_was_down_is_found(path: Path) -> None:
+    honest, cut = MemoryTaskStore(), MemoryTaskStore()
+    for store in (honest, cut):
+        write(store, "a1")
+    write(honest, "a2")
+    AuditLog(path, honest.reader()).catch_up()
+    AuditLog(path, cut.reader()).catch_up()
+    assert checked(cut, path).problems == (
+        "audit.log.earlier-1 has a line 2, the store none, and no line tells of a restore or of "
+        "lost commits there",
+    )
+
+
+def test_every_file_that_is_full_is_compared(store: MemoryTaskStore, path: Path) -> None:
+    follower = AuditLog(path, store.reader(), bytes_max=600)
+    for number in range(20):
+        write(store, f"a{number}")
+        follower.catch_up()
+    assert checked(store, path).whole
+    ((_oldest, *_, newest),) = kept_files(path)
+    assert newest.name == "audit.log.1"
+    text = newest.read_text().splitlines()
+    changed = json.loads(text[1]) | {"hash": "0" * 64}
+    newest.write_text("\n".join([text[0], json.dumps(changed), *text[2:]]) + "\n")
+    (problem,) = checked(store, path).problems
+    assert problem.startswith(f"audit.log.1 has a line {changed['number']}, the store another")
+
+
+def test_files_of_logs_that_a_later_restore_has_left_are_explained(path: Path) -> None:
+    """First an old backup was restored, then a newer one of before that."""
+    stores = [MemoryTaskStore() for _ in range(3)]
+    for store in stores:
+        write(store, "a1")
+    write(stores[0], "a2", "a3")
+    write(stores[1], "store.restore", "b3")
+    write(stores[2], "a2", "store.restore")
+    for store in stores:
+        AuditLog(path, store.reader()).catch_up()
+    report = checked(stores[2], path)
+    assert report.problems == ()
+    assert report.notes == (
+        "audit.log.earlier-1 is of another log from line 3 on, as line 3 tells",
+        "audit.log.earlier-2 is of another log from line 2 on, as line 3 tells",
+    )
+
+
+def test_what_only_pruned_lines_could_explain_is_no_problem(path: Path) -> None:
+    lost, restored = MemoryTaskStore(), MemoryTaskStore()
+    write(lost, "a1", "a2", "a3", "a4", "a5")
+    AuditLog(path, lost.reader()).catch_up()
+    write(restored, "a1", "store.restore", "b3")
+    write(restored, "b4", "b5", at=T0 + 9)
+    AuditLog(path, restored.reader()).catch_up()
+    with restored.transaction():
+        restored.prune_audit(T0 + 1, 9)
+    assert checked(restored, path, pruned_before=T0 + 1).whole
+
+
+def test_a_file_that_begins_behind_a_restore_is_explained_by_it(path: Path) -> None:
+    lost, restored = MemoryTaskStore(), MemoryTaskStore()
+    write(lost, "a1", "a2", "a3", "a4")
+    AuditLog(path, lost.reader()).catch_up()
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([text[0], *text[3:]]) + "\n")  # Older files are deleted.
+    write(restored, "a1", "store.restore", "b3", "b4")
+    AuditLog(path, restored.reader()).catch_up()
+    assert checked(restored, path).problems == ()
 
 
 def test_a_file_of_somebody_else_is_put_aside(store: MemoryTaskStore, path: Path) -> None:
@@ -129,6 +240,9 @@ def test_a_file_of_somebody_else_is_put_aside(store: MemoryTaskStore, path: Path
     AuditLog(path, store.reader()).catch_up()
     assert actions(path) == ["a1"]
     assert "SYSCALL" in path.with_name("audit.log.earlier-1").read_text()
+    report = checked(store, path)
+    assert report.whole
+    assert report.notes[0].startswith("not all of audit.log.earlier-1 can be compared: ")
 
 
 def test_a_gap_in_the_store_is_a_gap_in_the_file(store: MemoryTaskStore, path: Path) -> None:
@@ -160,6 +274,7 @@ def test_lines_that_a_server_has_lost_raise_no_alarm(path: Path) -> None:
     assert actions(path) == ["a1", WENT_BACK, "a5"]
     assert verify_file(path).whole
     assert verify_store(server.reader(), file=path).whole
+    assert checked(server, path).whole
     assert actions(path.with_name("audit.log.earlier-1")) == ["a1", "a2", "a3"]
     assert verify_file(path.with_name("audit.log.earlier-1")).whole
 

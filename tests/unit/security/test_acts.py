@@ -64,12 +64,21 @@ def test_a_file_that_is_no_act_is_told_as_one(tmp_path: Path, text: str) -> None
     assert one.entry.outcome == "refused"
 
 
-def test_there_is_a_most_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acts, "WAITING_MAX", 2)
+def test_there_is_a_most_that_waits_and_the_owner_has_places_of_his_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, most in (("REFUSED_MAX", 2), ("MACHINES_MAX", 3), ("WAITING_MAX", 4)):
+        monkeypatch.setattr(acts, name, most)
 
-    assert [leave(tmp_path, "gate.refused", "/v1/join") for _ in range(3)] == [True, True, False]
+    def refuse() -> bool:
+        return leave(tmp_path, "gate.refused", "/", principal="192.0.2.1", outcome="refused")
 
-    assert len(waiting(tmp_path, 10)) == 2
+    assert [refuse() for _ in range(3)] == [True, True, False]
+    joined = [leave(tmp_path, "member.joined", "W1", principal="W1") for _ in range(2)]
+    assert joined == [True, False]
+    assert [leave(tmp_path, "key.revoked", "lab") for _ in range(2)] == [True, False]
+
+    assert len(waiting(tmp_path, 10)) == 4
 
 
 def test_a_disk_that_refuses_does_not_undo_what_was_done(tmp_path: Path) -> None:

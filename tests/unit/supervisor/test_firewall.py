@@ -340,20 +340,23 @@ class Nft:
     def __init__(self) -> None:
         self.scripts: list[str] = []
         self.problem = ""
-        self.flushed = False
+        self.table = ""
 
     def __call__(self, arguments: Sequence[str], script: str) -> str:
         if arguments[0] == "list":
-            return "No such file or directory" if self.flushed else ""
+            return "" if self.table else "No such file or directory"
         if not self.problem:
             self.scripts.append(script)
-            self.flushed = False
+            self.table = script
         return self.problem
+
+    def show(self, table: str) -> str:
+        return self.table
 
 
 def firewall(home: Path, nft: Nft, mode: str = "auto", why: str = "") -> Firewall:
     settings = settings_of(home, HCNA_RAY__FIREWALL=mode)
-    return Firewall(settings, "head", LOG, nft=nft, may=lambda: why)
+    return Firewall(settings, "head", LOG, nft=nft, show=nft.show, may=lambda: why)
 
 
 def test_it_is_set_anew_only_when_somebody_else_is_let_in(tmp_path: Path) -> None:
@@ -389,9 +392,45 @@ def test_what_somebody_flushed_is_set_again(tmp_path: Path) -> None:
 
     one.look_after()
     assert len(nft.scripts) == 1
-    nft.flushed = True
+    for left in ("", "table inet hcna {}"):  # Deleted, or there without its rules.
+        nft.table = left
+        one.look_after()
+        one.look_after()
+        assert nft.table == nft.scripts[0]
+    assert nft.scripts == [nft.scripts[0]] * 3
+
+
+def test_an_update_that_failed_once_is_made_up_for(tmp_path: Path) -> None:
+    nft = Nft()
+    one = firewall(tmp_path, nft)
+    one.open_for(["10.0.0.2", "10.0.0.3"])
+
+    nft.problem = "nft timed out"
+    one.let_in(["10.0.0.3"])
+    assert one.trouble == "nft timed out"
+    assert words_on_open_ports(one.describe()).startswith("Ray's ports are open to the machines of")
+    nft.problem = ""
+    one.let_in(["10.0.0.3"])
+    assert "10.0.0.2" in nft.table  # Not at every look, but once a minute.
     one.look_after()
-    assert nft.scripts[0] == nft.scripts[1]
+
+    assert "10.0.0.2" not in nft.table
+    assert "10.0.0.3" in nft.table
+    assert one.trouble == ""
+    one.look_after()
+    assert len(nft.scripts) == 2
+
+
+def test_rules_that_cannot_be_listed_are_set_again_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nft = Nft()
+    one = firewall(tmp_path, nft)
+    one._show = lambda table: ""
+    one.open_for(["10.0.0.2"])
+    one.look_after()
+    assert len(nft.scripts) == 2
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
 
 
 def test_where_it_may_not_the_ports_stay_open_and_it_is_said_once(
@@ -435,7 +474,6 @@ def test_on_means_that_it_must_be_possible(tmp_path: Path) -> None:
 
 def test_off_means_that_nothing_is_done(tmp_path: Path) -> None:
     nft = Nft()
-    nft.flushed = True
     one = firewall(tmp_path, nft, "off")
 
     one.open_for(["10.0.0.2"])

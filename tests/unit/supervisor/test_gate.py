@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from hcna_ray.config import load_settings
+from hcna_ray.runtime.refusals import DAY_MAX
 from hcna_ray.security.acts import waiting
 from hcna_ray.security.authority import install_node, list_issued, request_node
 from hcna_ray.security.certs import load_cert, make_request, new_key
@@ -22,7 +24,12 @@ from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from hcna_ray.supervisor import c1_calls, gate_server
 from hcna_ray.supervisor.c1_calls import drain_worker, forget_worker
 from hcna_ray.supervisor.gate_client import pinned_context
-from hcna_ray.supervisor.gate_protocol import BODY_BYTES_MAX, GATE_NAME, Versions
+from hcna_ray.supervisor.gate_protocol import (
+    BODY_BYTES_MAX,
+    GATE_NAME,
+    GateRefused,
+    Versions,
+)
 from hcna_ray.supervisor.invites import decode_code, revoke_invite
 from hcna_ray.supervisor.membership import read_members, remove_member
 from hcna_ray.supervisor.reach import Listeners
@@ -654,6 +661,85 @@ def test_the_same_refusal_is_logged_once(rig: GateRig, caplog: pytest.LogCapture
         rig.refusal("/v1/beat", "Member x", time=0.0)
 
     assert len([line for line in caplog.records if "refused" in line.message]) == 1
+
+
+def told_refusals(rig: GateRig) -> list[tuple[str, str]]:
+    left = [one.entry for one in waiting(rig.settings.acts_dir, 10_000)]
+    return [(one.principal, one.detail) for one in left if one.action == "gate.refused"]
+
+
+def test_the_same_refusal_is_on_record_once_a_minute_and_counted(rig: GateRig) -> None:
+    for _ in range(5):
+        rig.gate.refused(GateRefused(401, "unknown", "who?"), "/v1/beat", "192.0.2.1")
+    assert told_refusals(rig) == [("192.0.2.1", "unknown")]
+
+    rig.passed_s += 61.0
+    rig.gate.tell_refusals()
+    rig.gate.tell_refusals()
+    assert told_refusals(rig) == [("192.0.2.1", "unknown"), ("192.0.2.1", "unknown, 4 times")]
+
+
+def test_a_flood_of_refusals_from_many_addresses_has_few_lines_and_adds_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcna_ray.supervisor.gate.leave", lines := Leave())
+    rig = GateRig(settings=load_settings(home=tmp_path, env={}))
+    count = 0
+    for minute in range(2):
+        for _ in range(2):
+            for number in range(33 * 8):
+                error = GateRefused(401, f"code{number % 8}", "who?")
+                rig.gate.refused(error, "/", f"192.0.2.{number // 8}")
+                count += 1
+        assert len(lines.told) <= 64 * (minute + 1)
+        rig.passed_s += 61.0
+    for _ in range(30):
+        rig.gate.tell_refusals()
+        rig.passed_s += 61.0
+    assert sum(lines.told) == count
+    assert "(others)" in lines.principals
+
+
+def test_refusals_have_so_many_lines_in_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcna_ray.supervisor.gate.leave", lines := Leave())
+    rig = GateRig(settings=load_settings(home=tmp_path, env={}))
+    for _ in range(40):
+        for number in range(64):
+            rig.gate.refused(GateRefused(401, "unknown", "who?"), "/", f"192.0.2.{number}")
+        rig.passed_s += 61.0
+    assert len(lines.told) == DAY_MAX
+
+
+def test_a_refusal_that_found_no_place_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcna_ray.supervisor.gate.leave", lines := Leave(full=True))
+    rig = GateRig(settings=load_settings(home=tmp_path, env={}))
+    rig.gate.refused(GateRefused(401, "unknown", "who?"), "/", "192.0.2.1")
+    lines.full = False
+    rig.gate.tell_refusals()
+    assert lines.told == []
+    rig.passed_s += 61.0
+    rig.gate.tell_refusals()
+    assert lines.told == [1]
+
+
+class Leave:
+    """Stands where acts are left: keeps of how many refusals each line tells."""
+
+    def __init__(self, full: bool = False) -> None:
+        self.full = full
+        self.told: list[int] = []
+        self.principals: set[str] = set()
+
+    def __call__(self, *_: Any, principal: str, detail: str, **__: Any) -> bool:
+        if not self.full:
+            _code, _, times = detail.partition(", ")
+            self.told.append(int(times.removesuffix(" times") or 1))
+            self.principals.add(principal)
+        return not self.full
 
 
 def test_a_taken_port_is_an_error(rig: GateRig, tmp_path: Path) -> None:
