@@ -527,7 +527,11 @@ class LimitSettings(_Section):
         default=8 * MIB, ge=KIB, le=64 * MIB, description="Size of one part of an upload."
     )
     artifact_uploads_max: int = Field(
-        default=64, ge=1, le=100_000, description="Uploads that are begun and not yet complete."
+        default=64,
+        ge=1,
+        le=100_000,
+        description="Uploads that are begun and not yet complete. One owner may have a quarter of "
+        "them; another quarter is kept for workers and for keys that see everything.",
     )
     upload_idle_s: float = Field(
         default=86400.0, gt=0, le=30 * 86400, description="An unfinished upload is kept this long."
