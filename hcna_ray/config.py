@@ -17,6 +17,7 @@ import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import unquote
 
 import yaml
 from pydantic import (
@@ -135,13 +136,29 @@ def without_secrets(url: str) -> str:
         return url
     place, _, options = rest.partition("?")
     credentials, at, host = place.rpartition("@")
-    kept = [
-        pair
-        for pair in options.split("&")
-        if pair and pair.partition("=")[0].lower() not in ("password", "sslpassword")
-    ]
+    kept = [pair for pair in options.split("&") if pair and not _is_secret(pair.partition("=")[0])]
     user = credentials.partition(":")[0]
     return f"{scheme}://{user}{at}{host}{'?' if kept else ''}{'&'.join(kept)}"
+
+
+def secrets_of(url: str) -> tuple[str, ...]:
+    """Return the passwords in a store's URL, raw and decoded, longest first."""
+    found: set[str] = set()
+    authority = url.partition("://")[2].partition("?")[0]
+    credentials, at, _host = authority.rpartition("@")
+    if at:
+        found.add(credentials.partition(":")[2])
+    for pair in url.partition("?")[2].split("&"):
+        name, _, value = pair.partition("=")
+        if _is_secret(name):
+            found.add(value)
+    found |= {unquote(secret) for secret in found}
+    return tuple(sorted(filter(None, found), key=len, reverse=True))
+
+
+def _is_secret(option: str) -> bool:
+    """Whether an option of a store's URL is a password; libpq decodes names as well as values."""
+    return unquote(option).lower() in ("password", "sslpassword")
 
 
 def short_name(node_id: str) -> str:
@@ -527,7 +544,11 @@ class LimitSettings(_Section):
         default=8 * MIB, ge=KIB, le=64 * MIB, description="Size of one part of an upload."
     )
     artifact_uploads_max: int = Field(
-        default=64, ge=1, le=100_000, description="Uploads that are begun and not yet complete."
+        default=64,
+        ge=1,
+        le=100_000,
+        description="Uploads that are begun and not yet complete. One owner may have a quarter of "
+        "them; another quarter is kept for workers and for keys that see everything.",
     )
     upload_idle_s: float = Field(
         default=86400.0, gt=0, le=30 * 86400, description="An unfinished upload is kept this long."

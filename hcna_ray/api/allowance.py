@@ -3,8 +3,10 @@
 Both are counted in the replica, of which C1 has one, on M1. A rate is a token bucket: it holds
 ``burst`` requests and is filled with ``rate`` of them a second. A quota is held against the tasks
 of the key's owner that have not ended, as the store has them, and those on their way there from
-here, and those of which nobody knows whether they arrived; so it is never passed, and while
-requests overlap, or after an answer was lost, it may be reached a little early.
+here, and those of which nobody knows whether they arrived; so requests never pass it, and while
+they overlap, or after an answer was lost, it may be reached a little early. The moderator holds
+schedules against it by itself (`hcna_ray.runtime.schedules.KeyAuthority`) and knows nothing of what
+is on its way from here: for a second the two may accept a few tasks too many together.
 """
 
 from __future__ import annotations

@@ -274,8 +274,6 @@ _WITHHELD: Json = {
     "schedule": None,
     "depends_on": [],
 }
-#: Reasons whose words quote the submitter.
-_QUOTING = frozenset({"ordering_key", "concurrency_key"})
 
 
 def outline(view: Json) -> Json:
@@ -286,11 +284,12 @@ def outline(view: Json) -> Json:
         bare["progress"] = bare["progress"] | {"message": ""}
     if bare["error"] is not None:
         bare["error"] = bare["error"] | {"message": "", "type": None}
-    if bare["pending_reason"] is not None and bare["pending_reason"]["code"] in _QUOTING:
-        bare["pending_reason"] = bare["pending_reason"] | {"message": "another task comes first"}
-    if "why" in bare:
-        code = bare["why"]["code"]
-        bare["why"] = bare["why"] | {"message": TASK[code].means}
+    # Words about the task at hand quote its submitter: its keys, labels and the worker it names.
+    for told in ("pending_reason", "why"):
+        if bare.get(told) is not None:
+            code = bare[told]["code"]
+            fix = TASK[code].fix.replace("ID", view["task_id"])
+            bare[told] = {"code": code, "message": TASK[code].means, "fix": fix}
     if "attempts" in bare:
         bare["attempts"] = [
             attempt

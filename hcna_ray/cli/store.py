@@ -93,9 +93,8 @@ def migrate(
     """
     import os
 
-    from hcna_ray.config import POSTGRES_SCHEMES, load_settings, without_password
+    from hcna_ray.config import POSTGRES_SCHEMES, load_settings, secrets_of, without_password
     from hcna_ray.store.migrate import CopiedTable, copy_back, copy_store
-    from hcna_ray.store.postgres_session import secrets_of
 
     for option, value in (("--to", to), ("--from", source)):
         if value is not None and secrets_of(value):

@@ -57,7 +57,7 @@ WAITING: Mapping[str, Advice] = {
         "No worker takes tasks now.", "hcna workers says how each is; wake, mend or uncordon one"
     ),
     "unplaceable": Advice(
-        "No worker has what it needs; says which need excludes which worker.",
+        "No worker has what it needs.",
         "join a worker that has it, or drop the need",
     ),
     "no_room": Advice(

@@ -33,6 +33,7 @@ from hcna_ray.core.errors import (
     Invalid,
     ModeratorUnavailable,
     NotFound,
+    Overloaded,
     StaleAttempt,
     StoreUnavailable,
 )
@@ -329,15 +330,21 @@ class WorkerArtifacts:
                 if not part:
                     raise Invalid("invalid_request", f"{path.name} became shorter on its way")
                 try:
-                    received = int(
-                        self._link.call(
-                            "write", sha256, total, received, part, timeout_s=_PART_TIMEOUT_S
-                        )
-                    )
+                    received = self._send_part(sha256, total, received, part)
                 except OffsetMismatch as elsewhere:
                     # Somebody sends the same file; what is there is there.
                     received = elsewhere.received
         return sha256, total
+
+    def _send_part(self, sha256: str, total: int, offset: int, part: bytes) -> int:
+        """Send a part, for a while also if too many uploads are open: others end meanwhile."""
+        call = partial(self._link.call, "write", sha256, total, offset, part)
+        for _ in range(ASK_TRIES - 1):
+            try:
+                return int(call(timeout_s=_PART_TIMEOUT_S))
+            except Overloaded:
+                self._pause(ASK_PAUSE_S)
+        return int(call(timeout_s=_PART_TIMEOUT_S))
 
     def _fetch(self, sha256: str, total: int, attempt: AttemptKey) -> Path:
         """Copy an artifact into this worker's cache, checked by its digest."""

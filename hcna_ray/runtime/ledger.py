@@ -79,6 +79,8 @@ class Ledger:
         self.seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         #: New tasks by type and queue: counters to be.
         self.accepted: Tally[tuple[str, str]] = Tally()
+        #: Tasks that this batch has opened minus those that it has ended, by principal.
+        self.opened: Tally[str] = Tally()
         self.dependencies: list[tuple[str, tuple[str, ...]]] = []
         self.dropped_dependents: list[tuple[str, list[str]]] = []
         self.pushed_settlements: list[tuple[str, bool]] = []
@@ -183,6 +185,7 @@ class Ledger:
         self._tasks[spec.id] = task
         self._record(step)
         self.accepted[spec.task_type, spec.queue] += 1
+        self.opened[spec.principal] += not task.terminal
 
     def step(self, task: Task, event: Event) -> Step:
         """Advance a task that was got from this ledger, and note what follows."""
@@ -192,6 +195,8 @@ class Ledger:
         spec = task.spec
         self.before.setdefault(spec.id, task)
         self._tasks[spec.id] = step.task
+        if step.task.terminal != task.terminal:
+            self.opened[spec.principal] += -1 if step.task.terminal else 1
         if spec.concurrency_key is not None:
             change = (step.task.lease is not None) - (task.lease is not None)
             self.lease_delta[spec.concurrency_key] += change

@@ -63,8 +63,14 @@ class Refusal(NamedTuple):
 class Authority(Protocol):
     """Says on whose word a schedule submits tasks, and whether that word still holds."""
 
-    def refusal(self, schedule: Schedule, now: float) -> Refusal | None:
-        """Return why its task must not be submitted, or ``None``."""
+    def refusal(self, schedule: Schedule, now: float, opened: int) -> Refusal | None:
+        """Return why its task must not be submitted, or ``None``.
+
+        Args:
+            schedule: The schedule.
+            now: The instant.
+            opened: Tasks of its principal that this batch has opened minus those it has ended.
+        """
         ...
 
 
@@ -83,7 +89,7 @@ class KeyAuthority:
         self._keys, self._open_reader = keys, open_reader
         self._reader: TaskReader | None = None
 
-    def refusal(self, schedule: Schedule, now: float) -> Refusal | None:
+    def refusal(self, schedule: Schedule, now: float, opened: int) -> Refusal | None:
         """Return why its task must not be submitted, or ``None``."""
         key = next((one for one in self._keys() if one.sha256 == schedule.key_sha256), None)
         spec = schedule.spec
@@ -93,13 +99,15 @@ class KeyAuthority:
             return Refusal(f"key_{state}", f"the key {key.name!r} is {state}")
         if key.rank < ROLES.index("submitter") or not key.covers(spec.task_type, spec.queue):
             return Refusal("out_of_scope", f"the key {key.name!r} does not cover its task any more")
-        return None if key.quota is None else self._used_up(spec.principal, key.quota)
+        return None if key.quota is None else self._used_up(spec.principal, key.quota, opened)
 
-    def _used_up(self, principal: str, quota: int) -> Refusal | None:
+    def _used_up(self, principal: str, quota: int, opened: int) -> Refusal | None:
+        # The store has nothing yet of this batch, and is asked for no more than makes a difference.
+        most = quota - opened
         try:
             if self._reader is None:
                 self._reader = self._open_reader()
-            used_up = self._reader.open_of(principal, quota) >= quota
+            used_up = most <= 0 or self._reader.open_of(principal, most) >= most
         except HcnaError as error:
             return Refusal(error.code, str(error), True)
         message = f"{quota} tasks of {principal!r} have not ended"
@@ -109,7 +117,7 @@ class KeyAuthority:
 class Anybody:
     """An authority that lets every schedule submit."""
 
-    def refusal(self, schedule: Schedule, now: float) -> Refusal | None:
+    def refusal(self, schedule: Schedule, now: float, opened: int) -> Refusal | None:
         """Return ``None``."""
         return None
 
@@ -223,7 +231,9 @@ class ScheduleDesk:
         task_id = task_id_of(schedule, at)
         if turn.ledger.get(task_id) is not None:
             return None, rules.known(choice)
-        refusal = self._authority.refusal(schedule, turn.now) or self._unknown_type(turn, schedule)
+        opened = turn.ledger.opened[schedule.spec.principal]
+        refusal = self._authority.refusal(schedule, turn.now, opened)
+        refusal = refusal or self._unknown_type(turn, schedule)
         if refusal is None:
             try:
                 self._submit(turn, schedule, task_id, at)

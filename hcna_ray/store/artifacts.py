@@ -55,6 +55,12 @@ _CHUNK = 1024 * 1024
 MAKERS_MAX = 100
 #: Seconds after which a full disk is worth another try.
 DISK_RETRY_S = 30
+#: One owner may have one part in so many of all uploads, and as much is kept for those without an
+#: owner: workers, and who sees everything. Else one key could keep everybody from uploading.
+SHARES = 4
+#: An upload without a new part for this long may make room for another one of its owner. A slow
+#: client's part of 8 MiB is given 35 minutes.
+GIVEN_UP_S = 3600.0
 
 
 class ArtifactTooLarge(HcnaError):
@@ -143,7 +149,8 @@ class ArtifactStore:
             root: Directory; made with mode 0700.
             artifact_bytes_max: Size of one artifact.
             part_bytes_max: Size of one part, or of an artifact sent whole.
-            uploads_max: Uploads begun and not complete.
+            uploads_max: Uploads begun and not complete. One owner may have a quarter of them, and
+                a quarter is kept for those without an owner.
             upload_idle_s: An upload without a new part for this long is thrown away.
             disk_free_bytes_min: Writes are refused when they would leave less than this.
             now: Wall clock, seconds since the epoch.
@@ -348,7 +355,7 @@ class ArtifactStore:
             OffsetMismatch: the upload stands elsewhere.
             ArtifactTooLarge: the part or the whole.
             Invalid: ``digest_mismatch``; the upload is thrown away and starts anew.
-            Overloaded: too many uploads are open.
+            Overloaded: too many uploads are open, of theirs or of all.
             DiskFull: too little space.
             StoreUnavailable: the disk fails.
         """
@@ -366,7 +373,7 @@ class ArtifactStore:
         if not part.exists():
             if offset:
                 raise OffsetMismatch(name, offset, 0)
-            self._make_room()
+            self._make_room(owner)
         self._check_space(length)
         done = functools.partial(self._is_done, target, owner)
         with _opened_for_append(part, done) as (descriptor, received):
@@ -431,15 +438,43 @@ class ArtifactStore:
             raise Invalid("invalid_request", "an empty artifact is sent whole, not in parts")
         return _digest_name(sha256)
 
-    def _make_room(self) -> None:
-        if self.uploads() >= self._uploads_max:
+    def _make_room(self, owner: str | None) -> None:
+        """See to it that one more upload may begin.
+
+        Who has as many as he may loses the one that stood still for longest, if it did for
+        `GIVEN_UP_S`. It is never somebody else's.
+        """
+        if self._crowded(owner) is not None:
             self.sweep()
-        if self.uploads() >= self._uploads_max:
-            raise Overloaded(
-                f"{self._uploads_max} uploads are open, the most allowed; "
-                "finish one, or try again later",
-                10,
-            )
+        if self._crowded(owner) is not None:
+            self._drop_idle(owner)
+        if (crowd := self._crowded(owner)) is not None:
+            raise Overloaded(f"{crowd}, the most allowed; finish one, or try again later", 10)
+
+    def _crowded(self, owner: str | None) -> str | None:
+        """Say which bound keeps a new upload out; ``None`` if there is room."""
+        share = self._uploads_max // SHARES
+        everyone = list(self._open_uploads())
+        if len(everyone) >= self._uploads_max:
+            return f"{len(everyone)} uploads are open"
+        if owner is None:
+            return None
+        own = sum(_is_of(path, owner) for path in everyone)
+        if own >= max(1, share):
+            return f"{own} uploads of {owner!r} are open"
+        owned = sum(not _is_of(path, None) for path in everyone)
+        return f"{owned} uploads are open" if owned >= self._uploads_max - share else None
+
+    def _drop_idle(self, owner: str | None) -> None:
+        """Throw an owner's longest idle upload away, if nobody is coming back to it."""
+        oldest = self._now() - GIVEN_UP_S
+        found: list[tuple[float, Path]] = []
+        for path in self._open_uploads():
+            with suppress(FileNotFoundError):
+                if _is_of(path, owner) and (at := path.stat().st_mtime) < oldest:
+                    found.append((at, path))
+        if found:
+            _drop_unused(min(found)[1])
 
     def _check_space(self, size: int) -> None:
         free = self._disk_free(self._root)
@@ -589,6 +624,27 @@ def put_makers(root: Path, makers: Makers) -> None:
 
 def _makers_file(root: Path, name: str) -> Path:
     return root / "makers" / name[:2] / name
+
+
+def _is_of(part: Path, owner: str | None) -> bool:
+    """Whether an upload is theirs."""
+    named = _PART.match(part.name)
+    whose = "" if owner is None else f".{_folder_of(owner)}"
+    return named is not None and (named[3] or "") == whose
+
+
+def _drop_unused(part: Path) -> None:
+    """Delete an upload, unless a part is being added to it just now."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(part, os.fstat(descriptor)):
+                part.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _folder_of(owner: str) -> str:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote
 
 import psycopg
 from psycopg import adapt, conninfo, pq
@@ -20,6 +19,7 @@ from psycopg.abc import Buffer, PQGen
 from psycopg.types.numeric import FloatBinaryDumper, Int8BinaryDumper
 from psycopg.types.string import BytesBinaryDumper
 
+from hcna_ray.config import secrets_of
 from hcna_ray.core.clock import boottime
 from hcna_ray.core.errors import HcnaError, StoreFull, StoreUnavailable
 from hcna_ray.store.rows import Row
@@ -368,21 +368,6 @@ _ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05", "25P03")
 #: repeated (40), a read-only server (25006), an object in use (55), a statement that took too long
 #: (57014), an I/O error of the server, which it has rolled back (58).
 _FOR_NOW = ("53", "40", "25006", "55", "57014", "58")
-
-
-def secrets_of(url: str) -> tuple[str, ...]:
-    """Return the passwords in a URL, raw and decoded, longest first."""
-    found: set[str] = set()
-    authority = url.partition("://")[2].partition("?")[0]
-    credentials, at, _host = authority.rpartition("@")
-    if at:
-        found.add(credentials.partition(":")[2])
-    for pair in url.partition("?")[2].split("&"):
-        name, _, value = pair.partition("=")
-        if name.lower() in ("password", "sslpassword"):
-            found.add(value)
-    found |= {unquote(secret) for secret in found}
-    return tuple(sorted(filter(None, found), key=len, reverse=True))
 
 
 # -- values ----------------------------------------------------------------------------------------

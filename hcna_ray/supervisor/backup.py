@@ -19,11 +19,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import msgspec
+import yaml
 
 from hcna_ray import failpoints
-from hcna_ray.config import Settings, load_settings, without_secrets
+from hcna_ray.config import (
+    POSTGRES_SCHEMES,
+    Settings,
+    load_settings,
+    secrets_of,
+    without_secrets,
+)
 from hcna_ray.core.audit import RESTORED
 from hcna_ray.core.models import AuditEntry
 from hcna_ray.durable import make_private_dir, sync_dir, sync_file, write_private
@@ -99,8 +108,8 @@ CLOCK_BEHIND_S = 300.0
 #: Open invitations let in whoever has the code: an archive must not open one again.
 _NEVER_SEALED = frozenset({"invites.json"})
 _SEALED_NAME = re.compile(r"(?:keys|cluster)/[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-#: A user and password inside a URL.
-_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+#: A user and password inside a URL, or a password among its options.
+_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@|[?&](ssl)?password=", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +260,7 @@ def _add_settings(writer: ArchiveWriter, settings: Settings, *, sealed: bool) ->
     source = settings.source
     if source is not None:
         text = source.read_bytes()
-        if not _PASSWORD.search(text.decode("utf-8", "replace")):
+        if not holds_password(text):
             writer.add_bytes(CONFIG, text)
         elif not sealed:
             notes.append(f"{source} holds a password, so it is left out without --with-keys")
@@ -415,9 +424,37 @@ def _secrets(settings: Settings) -> dict[str, bytes]:
     source = settings.source
     if source is not None:
         text = source.read_bytes()
-        if _PASSWORD.search(text.decode("utf-8", "replace")):
+        if holds_password(text):
             found[CONFIG] = text
     return found
+
+
+def holds_password(config: bytes) -> bool:
+    """Return whether a file of settings holds a password, be it in a comment."""
+    text = config.decode("utf-8", "replace")
+    try:
+        # What YAML makes of it counts as well: a URL may be written with escapes, or over lines.
+        texts = [text, *_texts(yaml.safe_load(text))]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return True  # Nobody can say.
+    return any(
+        _PASSWORD.search(one)
+        or _PASSWORD.search(unquote(one))
+        or (one.startswith(POSTGRES_SCHEMES) and secrets_of(one))
+        for one in texts
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in what YAML was read as."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
 
 
 # -- restore ---------------------------------------------------------------------------------------

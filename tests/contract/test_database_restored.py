@@ -455,5 +455,6 @@ class TestArchive:
 def test_no_secret_stays_in_a_command() -> None:
     url = "postgresql://me:p%40ss@h,g:5433/d?sslmode=require&password=x&sslpassword=y&options=-cz"
     assert without_secrets(url) == "postgresql://me@h,g:5433/d?sslmode=require&options=-cz"
+    assert without_secrets("postgresql://h/d?pass%77ord=x&user=u") == "postgresql://h/d?user=u"
     assert without_secrets("postgresql:///d?host=/run") == "postgresql:///d?host=/run"
     assert without_secrets("sqlite:///x/y") == "sqlite:///x/y"

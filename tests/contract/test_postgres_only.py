@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcna_ray.config import secrets_of
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import SchemaTooNew, StoreFull, StoreUnavailable
 from hcna_ray.core.models import Hold, LaneKey, Needs, Task, TaskFilter, TaskState
@@ -55,7 +56,6 @@ from hcna_ray.store.postgres_session import (
     Session,
     StoreUnfit,
     escaped,
-    secrets_of,
     texts,
     unescaped,
 )
@@ -191,6 +191,7 @@ class TestOpening:
             ("postgresql://u@h/d", ()),
             ("postgresql://h/d?user=u", ()),
             ("postgresql://u:p/q@r@h/d", ("p/q@r",)),
+            ("postgresql://h/d?user=u&pass%77ord=p%40", ("p%40", "p@")),
         ],
     )
     def test_secrets_are_found_in_a_url(self, url: str, expected: tuple[str, ...]) -> None:

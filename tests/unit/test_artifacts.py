@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -463,3 +464,77 @@ def test_idle_uploads_of_owners_are_swept_and_counted(tmp_path: Path) -> None:
         os.utime(path, (now.at, now.at))
     now.at += 3601
     assert store.sweep() == 2
+
+
+# -- how many uploads there may be -----------------------------------------------------------------
+
+
+def begin(store: ArtifactStore, number: int, owner: str | None = None) -> None:
+    """Begin the upload of a file of its own."""
+    store.append(f"{number:064x}", offset=0, size=10, pieces=[b"x"], owner=owner)
+
+
+def test_one_owner_cannot_keep_others_from_uploading(tmp_path: Path) -> None:
+    store = a_store(tmp_path, uploads_max=64)
+    for number in range(16):
+        begin(store, number, "anna")
+    with pytest.raises(Overloaded, match="16 uploads of 'anna' are open"):
+        begin(store, 16, "anna")
+
+    begin(store, 17, "ben")
+    begin(store, 18)
+    begin(store, 0, "ben")  # The same bytes: anna's is not in the way.
+    assert store.uploads() == 19
+
+
+def test_room_is_kept_for_uploads_of_nobody(tmp_path: Path) -> None:
+    store = a_store(tmp_path, uploads_max=8)
+    for number in range(6):
+        begin(store, number, f"user{number // 2}")
+    with pytest.raises(Overloaded, match="6 uploads are open"):
+        begin(store, 6, "anna")
+
+    begin(store, 7)
+    begin(store, 8)
+    with pytest.raises(Overloaded, match="8 uploads are open"):
+        begin(store, 9)
+
+
+def test_an_upload_that_stands_still_makes_room_for_its_owner_alone(tmp_path: Path) -> None:
+    now = Now()
+    store = a_store(tmp_path, uploads_max=4, upload_idle_s=86400.0, now=now)
+    parts = tmp_path / "artifacts" / "parts"
+    for number, owner in enumerate(("anna", "ben", None, None)):
+        begin(store, number, owner)
+        (part,) = parts.glob(f"{number:064x}*")
+        os.utime(part, (now.at + number, now.at + number))
+    now.at += 3600
+    with pytest.raises(Overloaded):
+        begin(store, 4)
+    now.at += 60
+    with pytest.raises(Overloaded):
+        begin(store, 5, "carl")  # Of his own nothing stands still.
+
+    begin(store, 6)
+    assert not list(parts.glob(f"{2:064x}*"))
+    begin(store, 7, "anna")
+    assert not list(parts.glob(f"{0:064x}*"))
+    assert store.uploads() == 4
+    found = store.progress(f"{1:064x}", 10, owner="ben")
+    assert isinstance(found, Upload)
+    assert found.received == 1
+
+
+def test_an_upload_to_which_a_part_is_being_added_makes_no_room(tmp_path: Path) -> None:
+    now = Now()
+    store = a_store(tmp_path, uploads_max=4, upload_idle_s=86400.0, now=now)
+    begin(store, 1, "anna")
+    (part,) = (tmp_path / "artifacts" / "parts").iterdir()
+    os.utime(part, (now.at, now.at))
+    now.at += 3601
+    with part.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Overloaded):
+            begin(store, 2, "anna")
+    begin(store, 2, "anna")
+    assert store.uploads() == 1

@@ -24,6 +24,8 @@ from hcna_ray.api.routing import Route
 from hcna_ray.core.models import (
     Fact,
     FailureKind,
+    Hold,
+    Needs,
     Progress,
     Task,
     TaskError,
@@ -141,7 +143,7 @@ class World:
     ids: set[str] = field(default_factory=set)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1_000_000))
 
-    def task(self, state: TaskState) -> str:
+    def task(self, state: TaskState, **more: Any) -> str:
         """Put a task of Alice into the store; return its id."""
         number = next(self.numbers)
         error = TaskError(
@@ -163,6 +165,7 @@ class World:
             schedule=CANARY,
             schedule_at=T0,
             finished_at=T0 if ended else None,
+            **more,
         )
         store = self.c1.moderator.desk.memory
         with store.transaction():
@@ -508,7 +511,7 @@ async def test_an_outline_holds_nothing_that_was_written(world: World, state: Ta
     assert bare["why"]["code"] == whole["why"]["code"]
     assert bare["why"]["message"]
     assert CANARY not in str(bare)
-    hidden = {*WITHHELD, "payload", "progress", "error", "attempts", "why"}
+    hidden = {*WITHHELD, "payload", "progress", "error", "attempts", "why", "pending_reason"}
     assert {n: v for n, v in bare.items() if n not in hidden} == {
         n: v for n, v in whole.items() if n not in hidden
     }
@@ -516,6 +519,38 @@ async def test_an_outline_holds_nothing_that_was_written(world: World, state: Ta
     schemas.TasksOut.model_validate(listed)
     assert CANARY not in str(listed)
     assert task_id in str(listed)
+
+
+#: Tasks that wait for what their submitter wrote, and why.
+WAITS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("unplaceable", {"needs": Needs(labels=(("project", CANARY),))}),
+    ("unplaceable", {"needs": Needs(labels=((CANARY, "1"),))}),
+    ("unplaceable", {"needs": Needs(resources=((CANARY, 1.0),))}),
+    ("waiting_worker", {"needs": Needs(worker=CANARY)}),
+    ("waiting_worker_return", {"pinned_to": CANARY}),
+    ("ordering_key", {"ordering_key": CANARY, "hold": Hold.ORDERING}),
+    ("concurrency_key", {"concurrency_key": CANARY, "hold": Hold.CONCURRENCY}),
+)
+
+
+@pytest.mark.parametrize(("code", "task"), WAITS)
+async def test_an_outline_says_why_a_task_waits_in_words_of_ours(
+    world: World, code: str, task: dict[str, Any]
+) -> None:
+    task_id = world.task(TaskState.QUEUED, **task)
+    path = f"/tasks/{task_id}"
+    whole = await _get(world, "operator", path)
+    bare = await _get(world, "watcher", path)
+    listed = await _get(world, "watcher", "/tasks")
+
+    assert CANARY in whole["pending_reason"]["message"] + whole["pending_reason"]["fix"]
+    for told in (bare["pending_reason"], bare["why"]):
+        assert told["code"] == code
+        assert told["message"]
+        assert told["fix"]
+    schemas.TaskOut.model_validate(bare)
+    assert task_id in str(listed)
+    assert CANARY not in str(bare) + str(listed)
 
 
 async def test_a_listing_holds_ones_own(world: World) -> None:

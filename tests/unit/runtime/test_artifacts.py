@@ -19,6 +19,7 @@ from hcna_ray.core.errors import (
     ModeratorUnavailable,
     NoAnswer,
     NotFound,
+    Overloaded,
     StaleAttempt,
     StoreUnavailable,
 )
@@ -151,6 +152,21 @@ def test_what_is_there_is_not_sent_again(site: Site) -> None:
 
     assert site.remote.put(site.file, HOUSE) == (SHA, len(DATA))
     assert site.link.calls == ["write", "made"]
+
+
+def test_a_worker_waits_while_too_many_uploads_are_open(site: Site) -> None:
+    store = site.server._store
+    for number in range(64):
+        store.append(f"{number:064x}", offset=0, size=2, pieces=[b"x"])
+    with pytest.raises(Overloaded):
+        site.remote.put(site.file, HOUSE)
+    assert len(site.pauses) == ASK_TRIES - 1
+
+    def one_ends(_pause_s: float) -> None:
+        next(iter((site.m1.artifacts_dir / "parts").iterdir())).unlink()
+
+    patient = WorkerArtifacts(site.w1, pause=one_ends)
+    assert patient.put(site.file, HOUSE) == (SHA, len(DATA))
 
 
 def test_two_who_send_the_same_file_get_along(site: Site) -> None:

@@ -354,13 +354,15 @@ def test_a_cron_line_that_means_nothing_any_more_is_told_and_tried_again(desk: D
 class TestAuthority:
     KEY = ApiKey(name="alice", role="submitter", sha256="aa", created_at=T0)
 
-    def refusal(self, *keys: ApiKey, now: float = T0, **changes: Any) -> Refusal | None:
+    def refusal(
+        self, *keys: ApiKey, now: float = T0, opened: int = 0, **changes: Any
+    ) -> Refusal | None:
         store = MemoryTaskStore()
         with store.transaction():
             store.insert([a_task(principal="alice")])
         authority = KeyAuthority(lambda: keys, store.reader)
         spec = a_spec("", principal="alice", queue="q")
-        return authority.refusal(a_schedule(key_sha256="aa", spec=spec, **changes), now)
+        return authority.refusal(a_schedule(key_sha256="aa", spec=spec, **changes), now, opened)
 
     def test_a_good_key_may(self) -> None:
         assert self.refusal(self.KEY) is None
@@ -384,12 +386,44 @@ class TestAuthority:
         assert refusal is not None
         assert (refusal.code, refusal.passes) == (code, passes)
 
+    @pytest.mark.parametrize(("quota", "opened", "used_up"), [(2, 1, True), (1, -1, False)])
+    def test_what_the_batch_has_opened_and_ended_counts(
+        self, quota: int, opened: int, used_up: bool
+    ) -> None:
+        refusal = self.refusal(_changed(self.KEY, quota=quota), opened=opened)
+        assert (refusal is not None) is used_up
+
+    def with_quota(self, desk: Desk, quota: int) -> None:
+        key = _changed(self.KEY, quota=quota)
+        desk.authority = KeyAuthority(lambda: [key], desk.store.reader)  # type: ignore[attr-defined]
+        desk.restart()
+
+    def test_many_schedules_of_one_minute_keep_to_the_quota(self, desk: Desk) -> None:
+        self.with_quota(desk, 3)
+        for number in range(10):
+            create(desk, f"s{number}", key_sha256="aa")
+        until(desk, HOUR)
+        assert len(tasks(desk)) == 3
+
+        w1 = PaperWorker(desk)
+        (offer,) = w1.granted()
+        w1.exchange(0, w1.ended(offer))
+        until(desk, HOUR + OFFER_AGAIN_S)
+        assert sum(not task.terminal for task in tasks(desk)) == 3
+
+    def test_a_schedule_that_catches_up_keeps_to_the_quota(self, desk: Desk) -> None:
+        self.with_quota(desk, 2)
+        create(desk, key_sha256="aa", overlap=Overlap.ALLOW, catch_up_s=86400.0)
+        desk.clock.advance(HOUR + 5 * 3600 - desk.clock.now())
+        desk.tick()
+        assert len(tasks(desk)) == 2
+
     def test_a_store_that_cannot_say_is_asked_again(self) -> None:
         def away() -> Any:
             raise StoreUnavailable("away", 5)
 
         key = _changed(self.KEY, quota=1)
-        refusal = KeyAuthority(lambda: [key], away).refusal(a_schedule(key_sha256="aa"), T0)
+        refusal = KeyAuthority(lambda: [key], away).refusal(a_schedule(key_sha256="aa"), T0, 0)
         assert refusal is not None
         assert refusal.passes
 

@@ -320,6 +320,44 @@ class TestSecrets:
         restore(spare, sealed, passphrase=WORDS, now=T0)
         assert (spare.home / "hcna.yaml").read_text() == text
 
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql://h/d?user=u&password=canary-pass",
+            "postgresql://h/d?sslpassword=canary-pass&user=u",
+            "postgresql://h/d?PASSWORD=canary-pass",
+            "postgresql://h/d?pass%77ord=canary-pass",
+            '"postgresql://h/d?\\x70assword=canary-pass"',
+            '"postgresql://h/d?user=u&pass\\\n    word=canary-pass"',
+            "postgresql://u:canary-pass/x@h/d",
+            "postgresql://u:canary-pass@h/d",
+            "postgresql://h/d  # not postgresql://h/d?password=canary-pass",
+        ],
+    )
+    def test_a_password_is_found_wherever_a_url_holds_it(
+        self, spare: Settings, tmp_path: Path, url: str
+    ) -> None:
+        spare.home.mkdir()
+        (spare.home / "hcna.yaml").write_text(f"store:\n  url: {url}\n")
+        settings = load_settings(spare.home)
+        assert settings.store_path is None
+        report = backup(settings, to=tmp_path / "plain", now=T0)
+        assert b"canary-pass" not in unpacked(Path(report.path))
+        assert "holds a password" in report.notes[0]
+        sealed = Path(backup(settings, to=tmp_path / "sealed", passphrase=WORDS, now=T0).path)
+        assert b"canary-pass" not in unpacked(sealed)
+
+    @pytest.mark.parametrize(
+        "url", ["postgresql://u@h/d?passfile=/p&sslmode=require", "postgresql://h:1/d?user=u"]
+    )
+    def test_a_url_without_a_password_is_no_secret(
+        self, spare: Settings, tmp_path: Path, url: str
+    ) -> None:
+        spare.home.mkdir()
+        (spare.home / "hcna.yaml").write_text(f"store:\n  url: {url}\n")
+        report = backup(load_settings(spare.home), to=tmp_path / "plain", now=T0)
+        assert url.encode() in unpacked(Path(report.path))
+
     def test_keys_certificates_and_members_come_back_with_the_passphrase(
         self, m1: Settings, spare: Settings, with_keys: Path
     ) -> None:
