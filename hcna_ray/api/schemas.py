@@ -801,6 +801,12 @@ class StatusOut(BaseModel):
     versions: dict[str, str]
     started_at: Time
     moderator: JsonObject | None
+    moderator_waits_for_store: bool = Field(
+        description="`moderator` is null because M1 cannot use its task store; else it is silent."
+    )
+    store_readable: bool = Field(
+        description="C1 can read the task store; if not, `queues` is empty whatever there is."
+    )
     workers: list[JsonObject]
     queues: dict[str, dict[str, int]]
     totals: dict[str, int] | None

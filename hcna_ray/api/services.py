@@ -113,16 +113,18 @@ class ClusterCache:
 
     async def _ask_glance(self) -> None:
         self._glance = None
-        self.store_away = False
+        # What the last look found stays until this one has: who asks meanwhile reads it.
+        store_away = False
         try:
             async with asyncio.timeout(PROBE_S):
                 status = await self._moderator.status()
                 glance = Glance(status, await self._moderator.workers())
             self._glance = (self._clock.elapsed(), glance)
         except StoreUnavailable:
-            self.store_away = True
+            store_away = True
         except (HcnaError, TimeoutError):
             log.debug("moderator does not answer", extra={"action": "api.moderator_silent"})
+        self.store_away = store_away
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,6 +252,8 @@ def _head(url: str, reading: Reading, now: float) -> list[Text]:
     if reading.trouble:
         age = age_in_words(max(0.0, now - reading.at))
         first.append(f"{reading.short}, last known {age} ago", style="bold red")
+    elif status.moderator_waits_for_store:
+        first.append("M1 waits for its task store", style="bold red")
     elif status.moderator is None:
         first.append("M1 does not answer; tasks are kept", style="bold red")
     else:
@@ -307,6 +309,8 @@ def _queues(status: ClusterStatus) -> list[Text]:
     for queue, states in sorted(status.queues.items(), key=lambda item: (_minus(item[1]), item[0])):
         held = "paused" if queue in status.paused else ""
         rows.append((queue, *(str(states.get(name, 0)) for name in names), held))
+    if not status.store_readable:
+        return [*_columns(rows), Text("C1 cannot read the task store", style="bold red")]
     if len(rows) == 1:
         return [*_columns(rows), Text("no queue holds a task")]
     return _columns(rows)

@@ -438,7 +438,9 @@ class ClusterStatus:
 
     Attributes:
         node_id: C1's name.
-        moderator: M1's own figures, or ``None`` while it does not answer.
+        moderator: M1's own figures, or ``None`` while it does not answer or waits for its store.
+        moderator_waits_for_store: M1 has said that it cannot use its task store.
+        store_readable: C1 can read the task store; if not, ``queues`` is empty whatever there is.
         workers: Every worker on record.
         queues: Tasks by queue and status.
         paused: Queues that are held.
@@ -448,6 +450,8 @@ class ClusterStatus:
 
     node_id: str
     moderator: Json | None
+    moderator_waits_for_store: bool
+    store_readable: bool
     workers: tuple[Worker, ...]
     queues: dict[str, dict[str, int]]
     paused: tuple[str, ...]
@@ -464,6 +468,9 @@ class ClusterStatus:
         return cls(
             node_id=str(raw.get("node_id") or ""),
             moderator=raw.get("moderator"),
+            moderator_waits_for_store=bool(raw.get("moderator_waits_for_store")),
+            # An older C1 does not say.
+            store_readable=raw.get("store_readable") is not False,
             workers=tuple(Worker.from_json(item) for item in raw.get("workers") or ()),
             queues={str(name): dict(states) for name, states in (raw.get("queues") or {}).items()},
             paused=tuple(raw.get("paused") or ()),

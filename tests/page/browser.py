@@ -70,6 +70,7 @@ class Browser:
         self.size(WIDE)
         self.scheme("light")
         self.offline(False)
+        self.cut()
 
     def sign_in(self, key: str) -> None:
         """Open the page and sign in with the keyboard."""
@@ -180,6 +181,16 @@ class Browser:
             downloadThroughput=-1,
             uploadThroughput=-1,
         )
+
+    def cut(self, *urls: str) -> None:
+        """Let nothing through to these addresses (``*`` is any text), and to all others again."""
+        self.tell("Network.enable")
+        self.tell("Network.setBlockedURLs", urls=list(urls))
+
+    def kept(self) -> dict[str, str]:
+        """Return what this tab keeps."""
+        found: dict[str, str] = self.driver.execute_script("return {...sessionStorage}")
+        return found
 
     def picture(self, name: str, *, whole: bool = False) -> None:
         """Keep a screenshot: of what the screen shows, or of the whole page."""

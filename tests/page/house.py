@@ -20,6 +20,7 @@ from hcna_ray.api.ids import UlidIds
 from hcna_ray.core.models import FailureKind, Progress, TaskError, Token
 from hcna_ray.runtime.messages import Grant, Heartbeat, Offer, Report, ReportKind
 from hcna_ray.runtime.requests import Pending
+from hcna_ray.store.base import TaskReader
 from tests.support.c1 import Composite, a_composite
 from tests.support.paper_worker import PaperClock, PaperWorker
 
@@ -163,6 +164,25 @@ class House:
             self._worker.hello()
 
         self.do(again)
+
+    def lose_store(self) -> None:
+        """Let C1 be unable to read the store; M1 has its own way to it."""
+
+        def gone() -> TaskReader:
+            raise OSError("the disk is gone")
+
+        self._read_with(gone)
+
+    def find_store(self) -> None:
+        """Let C1 read the store again."""
+        self._read_with(self._desk.memory.reader)
+
+    def _read_with(self, open_reader: Callable[[], TaskReader]) -> None:
+        def opened_anew() -> None:
+            reads = self.c1.services.reads
+            reads._reader, reads._open_reader = None, open_reader
+
+        self.do(opened_anew)
 
     # -- on the loop -----------------------------------------------------------------------------
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
+from hcna_ray.api.admission import Sort
+from hcna_ray.core.errors import RateLimited, StoreUnavailable
 from hcna_ray.core.models import FailureKind
+from hcna_ray.security.keys import ApiKey
 from tests.page.browser import PHONE, WIDE, Browser
 from tests.page.house import OPERATOR_KEY, VIEWER_KEY, House, a_house
 from tests.support.c1 import ADMIN_KEY, USER_KEY
@@ -257,6 +262,190 @@ def test_while_c1_is_out_of_reach_what_is_shown_has_its_age(browser: Browser) ->
     browser.see_no("C1 is unreachable")
     browser.see("online", "[data-machine=W1]")
     assert all("ERR_INTERNET_DISCONNECTED" in one for one in browser.complaints())
+
+
+# -- refused for now -------------------------------------------------------------------------------
+
+
+def test_while_the_store_cannot_be_read_it_says_so_and_how_old_the_rest_is(
+    browser: Browser, house: House
+) -> None:
+    task_id = submit(house, queue="night", run_at="2031-01-01T00:00:00Z")
+    browser.sign_in(ADMIN_KEY)
+    browser.see(task_id, "tbody")
+    house.lose_store()
+    told = "Refused: the store cannot be read (OSError)"
+    browser.see(told, ".refusal")
+    browser.see("Code store_unavailable. What is refused is shown as last known", ".refusal")
+    browser.see(" s ago. C1 is asked again by itself.", ".refusal")
+    assert len(browser.all(".refusal")) == 1  # Once, however many paths are refused.
+    assert told in browser.find("#spoken").get_property("textContent")
+    assert task_id in browser.text("tbody")
+    browser.see("C1 cannot read the task store", ".banner")
+    browser.see("Which tasks there are is not known now", ".empty")
+    assert "No task has been submitted yet" not in browser.text()
+    browser.see("answers", "[data-machine=M1]")  # It has its own way to the store.
+    for where in ("#/tasks", "#/failed", f"#/tasks/{task_id}"):
+        browser.open(where)
+        browser.see("The store cannot be read (OSError).", "main .empty")
+        browser.see("Nothing is known of it yet.", ".refusal")
+        assert "Asking C1" not in browser.text("main")
+    house.find_store()
+    browser.see("Waits", ".story")
+    browser.see_no("Refused")
+    browser.see_no("cannot read")
+    assert browser.find("#spoken").get_property("textContent").startswith("C1 gives what")
+    browser.open("#/")
+    browser.see(task_id, "tbody")
+    assert all("503" in one for one in browser.complaints())
+
+
+def test_that_m1_waits_for_its_store_is_not_told_as_silence(browser: Browser, house: House) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.see("answers", "[data-machine=M1]")
+    house.c1.moderator.refuses = StoreUnavailable("M1 cannot open its task store", 5)
+    browser.see("M1 waits for its task store", ".banner")
+    browser.see("waits", "[data-machine=M1] .badge")
+    browser.see("for its task store; last known", "[data-machine=M1]")
+    browser.see("not known", "[data-machine=W1]")
+    assert "M1 does not answer" not in browser.text()
+    house.c1.moderator.refuses = None
+    browser.see("answers", "[data-machine=M1]")
+    browser.see_no("M1 waits")
+
+
+def fill_up(house: House) -> Callable[[], None]:
+    """Let C1 have no room for another read; return what makes room again."""
+    admission = house.c1.services.admission
+    before = admission.budgets
+    admission.budgets = {**before, Sort.READ: 0}
+    return partial(setattr, admission, "budgets", before)
+
+
+def break_workers(house: House) -> Callable[[], None]:
+    """Let C1 stumble over what it asks M1; return what mends it."""
+    cache = house.c1.services.cache
+
+    async def stumble() -> None:
+        raise RuntimeError("a bug")
+
+    cache.glance = stumble  # type: ignore[method-assign,assignment]
+    return partial(delattr, cache, "glance")
+
+
+def use_up(house: House) -> Callable[[], None]:
+    """Let every key have made all the requests that it may; return what lets it make more."""
+    keys = house.c1.keys
+    verify = keys.verify
+
+    def spent(_: ApiKey) -> None:
+        raise RateLimited("the key may make 3 requests a second", 1)
+
+    def with_a_rate(presented: str) -> ApiKey | None:
+        key = verify(presented)
+        return key and replace(key, rate=3.0)
+
+    house.c1.services.rates.take = spent  # type: ignore[method-assign]
+    keys.verify = with_a_rate  # type: ignore[method-assign]
+    return partial(delattr, keys, "verify")
+
+
+@pytest.mark.parametrize(
+    ("befalls", "status", "words"),
+    [
+        (fill_up, "503", "Code overloaded."),
+        (break_workers, "500", "Code internal."),
+        (use_up, "429", "Code rate_limited."),
+    ],
+    ids=["overloaded", "internal", "rate_limited"],
+)
+def test_what_is_refused_for_now_keeps_its_age_and_is_asked_again(
+    browser: Browser,
+    house: House,
+    befalls: Callable[[House], Callable[[], None]],
+    status: str,
+    words: str,
+) -> None:
+    browser.sign_in(ADMIN_KEY)
+    browser.see("online", "[data-machine=W1]")
+    over = befalls(house)
+    browser.see(words, ".refusal")
+    browser.see("What is refused is shown as last known", ".refusal")
+    browser.see("not known", "[data-machine=W1]")
+    assert "Running" not in browser.text("[data-machine=W1]")
+    assert "C1 is unreachable" not in browser.text()
+    for scheme, size in (("light", PHONE), ("dark", WIDE)):
+        browser.scheme(scheme)
+        browser.size(size)
+        assert browser.barriers() == []
+        assert browser.cut_off() == []
+        browser.picture(f"refused-{status}-{scheme}")
+    over()
+    browser.see_no("Refused")
+    browser.see("online", "[data-machine=W1]")
+    assert all(status in one for one in browser.complaints())
+
+
+def test_a_key_is_kept_while_c1_cannot_be_asked_whose_it_is(browser: Browser, house: House) -> None:
+    browser.sign_in(ADMIN_KEY)
+    over = fill_up(house)
+    browser.driver.refresh()
+    browser.see("Code overloaded. Your key is kept, and C1 is asked again", "#key-problem")
+    assert browser.kept() == {"hcna.key": ADMIN_KEY}
+    browser.size(PHONE)
+    assert browser.barriers() == []
+    assert browser.cut_off() == []
+    browser.picture("key-kept")
+    over()
+    browser.see("Machines", "h2")  # Nothing was typed.
+
+    browser.cut("*/whoami")
+    browser.driver.refresh()
+    browser.see("C1 does not answer. Your key is kept", "#key-problem")
+    assert browser.kept() == {"hcna.key": ADMIN_KEY}
+    browser.cut()
+    browser.see("Machines", "h2")
+    assert all("503" in one or "ERR_BLOCKED" in one for one in browser.complaints())
+
+
+def test_a_kept_key_is_forgotten_when_told_or_when_it_is_none(browser: Browser) -> None:
+    browser.cut("*/whoami")
+    browser.open()
+    browser.find("#key").send_keys(ADMIN_KEY, Keys.ENTER)
+    browser.see("Your key is kept", "#key-problem")
+    browser.press("Forget the key")
+    browser.see_no("Your key is kept")
+    assert browser.kept() == {}
+    assert browser.focused() == "API key"
+
+    browser.type("hcna_nobody", "#key")
+    browser.press("Sign in")
+    browser.see("Your key is kept", "#key-problem")
+    browser.cut()
+    browser.see("the key is not valid", "#key-problem")
+    assert browser.kept() == {}
+    assert "Forget the key" not in browser.buttons()
+    assert all("401" in one or "ERR_BLOCKED" in one for one in browser.complaints())
+
+
+def test_another_key_takes_the_place_of_one_that_is_kept(browser: Browser) -> None:
+    browser.cut("*/whoami")
+    browser.open()
+    browser.find("#key").send_keys("hcna_nobody", Keys.ENTER)
+    browser.see("Your key is kept", "#key-problem")
+    browser.cut()
+    browser.type(VIEWER_KEY, "#key")
+    browser.keys(Keys.ENTER)
+    browser.see("watcher, viewer", ".who")
+    assert browser.kept() == {"hcna.key": VIEWER_KEY}
+    assert all("401" in one or "ERR_BLOCKED" in one for one in browser.complaints())
+
+
+def test_what_no_request_can_carry_is_no_key(browser: Browser) -> None:
+    browser.open()
+    browser.find("#key").send_keys("ключ", Keys.ENTER)
+    browser.see("the key is not valid", "#key-problem")
+    assert browser.kept() == {}
 
 
 # -- why ---------------------------------------------------------------------------------------

@@ -268,6 +268,8 @@ class FakeC1:
         return {
             "node_id": "HCNA-C1--prod--home--v1.0",
             "moderator": {"node_id": "HCNA-M1--prod--home--v1.0", "live_attempts": 0},
+            "moderator_waits_for_store": False,
+            "store_readable": True,
             "workers": [self.worker()],
             "queues": queues,
             "totals": totals,

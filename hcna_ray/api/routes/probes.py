@@ -156,6 +156,8 @@ async def status(call: Call) -> Response:
         | {name: _version(name) for name in _VERSIONS},
         "started_at": iso(services.started_at),
         "moderator": None if glance is None else _moderator(glance, full=full),
+        "moderator_waits_for_store": glance is None and services.cache.store_away,
+        "store_readable": depth is not None,
         "workers": await worker_views(services, caller, () if glance is None else glance.workers),
         "queues": queues,
         "totals": totals,

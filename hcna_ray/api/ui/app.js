@@ -3,7 +3,7 @@
 import { now } from "./c1.js";
 import { Component, createRef, html, render } from "./lib.js";
 import { Machines } from "./machines.js";
-import { begin, dismiss, known, refresh, signIn, signOut, state } from "./state.js";
+import { begin, dismiss, known, refresh, refusals, signIn, signOut, state } from "./state.js";
 import { Submit, Task, taskNeeds } from "./task.js";
 import { Failed, LIVE, LiveTasks, Queues, Tasks, failedPath, listPath } from "./tasks.js";
 import { ago } from "./words.js";
@@ -61,16 +61,20 @@ const inFront = () => VIEWS[route.name] || null;
 
 class SignIn extends Component {
   componentDidUpdate(before) {
-    if (this.props.problem && this.props.problem !== before.problem) {
-      document.getElementById("key").focus();
-    }
+    const { problem, kept } = this.props;
+    // Where C1 is asked again by itself nothing is to be typed, and the focus stays where it is.
+    if (problem && !kept && problem !== before.problem) document.getElementById("key").focus();
   }
 
-  render({ problem, busy }) {
+  render({ problem, kept, busy }) {
     const send = (event) => {
       event.preventDefault();
       const said = new FormData(event.target).get("key").trim();
       if (said) signIn(said);
+    };
+    const forget = () => {
+      signOut();
+      document.getElementById("key").focus();
     };
     return html`
       <main class="sign-in">
@@ -79,7 +83,7 @@ class SignIn extends Component {
           <div>
             <label>API key
               <input id="key" name="key" type="password" required autocomplete="off"
-                aria-describedby="key-hint key-problem" aria-invalid=${Boolean(problem)} /></label>
+                aria-describedby="key-hint key-problem" aria-invalid=${Boolean(problem && !kept)} /></label>
             <p id="key-problem" class="problem" role="alert">${problem}</p>
           </div>
           <p id="key-hint" class="hint">On M1 <code>hcna env</code> prints yours
@@ -87,6 +91,8 @@ class SignIn extends Component {
             or close it.</p>
           <button type="submit" aria-disabled=${busy}
             >${busy ? "Signing in …" : "Sign in"}</button>
+          ${kept && html`<button type="button" class="quiet" onClick=${forget}
+            >Forget the key</button>`}
         </form>
       </main>
     `;
@@ -94,17 +100,29 @@ class SignIn extends Component {
 }
 
 function Banner() {
-  const status = known("status");
+  const status = known("status")?.value;
   if (!state.contact.ok) {
     const last = state.contact.at ? `, last known ${ago(now() - state.contact.at)}` : "";
     return html`<p class="banner bad">C1 is unreachable${last}. It is asked again by itself.</p>`;
   }
-  if (status?.value && status.value.moderator === null) {
-    return html`<p class="banner bad">M1 does not answer: nothing is started now, and nothing can be
-      changed. What was accepted is on disk. It is started again by itself.</p>`;
-  }
-  return null;
+  return html`
+    ${status?.moderator === null && (status.moderator_waits_for_store
+      ? html`<p class="banner bad">M1 waits for its task store: nothing is started now, and nothing
+          can be changed. It tries the store again by itself.</p>`
+      : html`<p class="banner bad">M1 does not answer: nothing is started now, and nothing can be
+          changed. What was accepted is on disk. It is started again by itself.</p>`)}
+    ${status?.store_readable === false && html`
+      <p class="banner bad">C1 cannot read the task store: which tasks there are is not known now.
+      It tries again by itself.</p>`}
+  `;
 }
+
+/** What C1 refuses to tell just now. It is said once to those who listen, without a growing age. */
+const Refusals = () =>
+  refusals().map(({ code, text, at }) => html`
+    <p key=${code} class="banner bad refusal">${text} ${at
+      ? `What is refused is shown as last known ${ago(now() - at)}.`
+      : "Nothing is known of it yet."} C1 is asked again by itself.</p>`);
 
 function Notice() {
   if (!state.notice) return null;
@@ -159,7 +177,8 @@ class App extends Component {
     const title = state.who === null ? "Sign in" : found ? found.title() : "Nothing here";
     document.title = `${title} – hcna`;
     if (state.who === null) {
-      return html`<${SignIn} problem=${state.signInProblem} busy=${state.signing} />`;
+      return html`<${SignIn} problem=${state.signInProblem} kept=${state.keyKept}
+        busy=${state.signing} />`;
     }
     const { owner, role } = state.who;
     return html`
@@ -175,6 +194,7 @@ class App extends Component {
           <button type="button" class="quiet" onClick=${() => signOut()}>Sign out</button></p>
       </header>
       <div role="status"><${Banner} /></div>
+      <div><${Refusals} /></div>
       <div role=${state.notice && !state.notice.good ? "alert" : "status"}><${Notice} /></div>
       <main id="main" class=${state.contact.ok ? "" : "stale"}>
         <h1 ref=${this.title} tabindex="-1">${found?.heading ? found.heading() : title}</h1>

@@ -2,7 +2,7 @@
 
 import { ask, now } from "./c1.js";
 import { html } from "./lib.js";
-import { Act, AskThenAct, Badge, Gauge, When } from "./parts.js";
+import { Act, AskThenAct, Badge, Gauge, Unknown, When } from "./parts.js";
 import { act, known, state } from "./state.js";
 import { ago, bytes, shortName, workerInWords } from "./words.js";
 
@@ -15,27 +15,31 @@ let lastM1 = null;
 export function Machines() {
   const status = known("status");
   const workers = known("workers");
-  if (!status?.value || !workers?.value) return html`<p class="empty">Asking C1 …</p>`;
+  if (!status?.value) return html`<${Unknown} path="status" />`;
   const moderator = status.value.moderator;
   if (moderator !== null) lastM1 = { value: moderator, at: status.at };
   return html`
     <ul class="machines">
-      <${Moderator} there=${moderator !== null} last=${lastM1} />
+      <${Moderator} status=${status} last=${lastM1} />
       <${Composite} status=${status} />
-      ${workers.value.workers.map((worker) => html`
+      ${workers?.value?.workers.map((worker) => html`
         <${Worker} key=${worker.name} worker=${worker} answer=${workers}
-          untold=${!workers.value.moderator_connected} />`)}
-      ${workers.value.workers.length === 0 && html`
+          untold=${workers.refusal || !workers.value.moderator_connected} />`)}
+      ${workers?.value?.workers.length === 0 && html`
         <li class="machine w"><div class="top"><h3><span class="name">W1</span></h3></div>
           <p>No worker has joined. On another machine: <code>hcna join CODE</code>; on this one
           <code>hcna up</code> starts one.</p></li>`}
+      ${!workers?.value && html`<li class="machine w"><${Unknown} path="workers" /></li>`}
     </ul>
   `;
 }
 
+/** Words for what was so once, and may be otherwise by now. */
+const OLD = new Set(["unreachable", "not known", "waits"]);
+
 /** A machine: what it is, how it is (`mark`, `word` and a text), what it does, what can be done. */
 const Card = ({ kind, name, role, mark, word, text, id, children, acts }) => html`
-  <li class=${`machine ${kind} ${word === "unreachable" || word === "not known" ? "old" : ""}`}
+  <li class=${`machine ${kind} ${OLD.has(word) ? "old" : ""}`}
     data-machine=${name}>
     <div class="top">
       <h3><span class="name">${name}</span> <span class="role">${role}</span></h3>
@@ -50,9 +54,17 @@ const Card = ({ kind, name, role, mark, word, text, id, children, acts }) => htm
 const reached = { mark: "good", word: "answers" };
 const unreachable = (text) => ({ mark: "bad", word: "unreachable", text });
 
-function Moderator({ there, last }) {
+function moderatorInWords(status, last) {
   const text = last ? `last known ${ago(ageOf(last))}` : "nothing is known of it yet";
-  const how = there && state.contact.ok ? reached : unreachable(text);
+  if (!state.contact.ok) return unreachable(text);
+  if (status.refusal) return { mark: "bad", word: "not known", text };
+  if (status.value.moderator !== null) return reached;
+  if (!status.value.moderator_waits_for_store) return unreachable(text);
+  return { mark: "bad", word: "waits", text: `for its task store; ${text}` };
+}
+
+function Moderator({ status, last }) {
+  const how = moderatorInWords(status, last);
   const it = last?.value;
   return html`
     <${Card} kind="m" name=${it ? shortName(it.node_id) : "M1"} role="decides" ...${how}

@@ -2,8 +2,8 @@
 
 import { now } from "./c1.js";
 import { Component, createRef, html } from "./lib.js";
-import { state } from "./state.js";
-import { ago, clockTime } from "./words.js";
+import { known, state } from "./state.js";
+import { ago, clockTime, sentence } from "./words.js";
 
 const SIGNS = { good: "✓", bad: "✕", wait: "…", run: "▶", off: "–" };
 
@@ -40,6 +40,13 @@ export function Act({ name, onClick, children, quiet = false, danger = false, di
     <button type="button" class=${kind} data-act=${name} aria-disabled=${busy || disabled}
       onClick=${() => !busy && !disabled && onClick()}>${children}${busy ? " …" : ""}</button>
   `;
+}
+
+/** What stands where nothing is known of a path: that C1 is asked, or why it does not tell. */
+export function Unknown({ path }) {
+  const answer = known(path);
+  const why = answer?.refusal || answer?.missing;
+  return html`<p class="empty">${why ? sentence(why.message) : "Asking C1 …"}</p>`;
 }
 
 const classOf = (column, cell) => {

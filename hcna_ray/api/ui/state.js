@@ -11,6 +11,8 @@ const PAUSE_MAX = 10_000;
 const NEWS = 100;
 const BETWEEN_NEWS = 1000;
 const FOLLOW_AGAIN = 5000;
+// What a field of a request can hold, and C1 looks at: nothing else is a key.
+const KEY_LIKE = /^[!-~]{1,512}$/;
 
 /** Everything that is shown. Views read it; only this module and actions change it. */
 export const state = {
@@ -20,9 +22,15 @@ export const state = {
   signing: false,
   /** Why the last sign-in failed, or ended. */
   signInProblem: "",
+  /** Whether there is a key although C1 has not said yet whose it is: it is asked again. */
+  keyKept: false,
   /** Whether C1 answers, and when it last did. */
   contact: { ok: true, at: 0 },
-  /** Answers by path: `{value, at, missing}`. */
+  /**
+   * What C1 has said, by path: `{value, at, missing, refusal}`. `missing` is an answer, that there
+   * is nothing for this key; `refusal` is none: why what is known is not newer. `at` is 0, and both
+   * others null, while C1 has not answered.
+   */
   known: new Map(),
   /** What came of the last action: `{good, text}`. */
   notice: null,
@@ -46,10 +54,9 @@ export function begin({ draw, needs }) {
   redraw = draw;
   wanted = needs;
   document.addEventListener("visibilitychange", () => {
-    if (state.who === null) return;
     if (document.hidden) hush();
     else {
-      listen();
+      if (state.who !== null) listen();
       refresh();
     }
   });
@@ -60,36 +67,74 @@ export function begin({ draw, needs }) {
   if (key.get() !== null) signIn(key.get());
 }
 
-/** Return what C1 has said at a path, or undefined: `{value, at, missing}`. */
+/** Return what C1 has said at a path, or undefined: `{value, at, missing, refusal}`. */
 export const known = (path) => state.known.get(path);
+
+/**
+ * Why what is in front is not newer, although C1 answers: `[{code, text, at}]`, each code once;
+ * `at` is the instant of the oldest that is shown because of it, 0 if nothing is.
+ */
+export function refusals() {
+  const found = new Map();
+  for (const { at, refusal } of state.known.values()) {
+    if (!refusal) continue;
+    // Of the same trouble C1 may say something else at each path, as where its log tells of it.
+    const code = refusal.code || String(refusal.status);
+    const one = found.get(code) || { code, text: inWords(refusal), at: 0 };
+    if (at && (!one.at || at < one.at)) one.at = at;
+    found.set(code, one);
+  }
+  return [...found.values()];
+}
 
 /** Say something to those who listen instead of looking. */
 export function say(text) {
   document.getElementById("spoken").textContent = text;
 }
 
+/** Sign in with a key. If C1 does not say whether it is one, it is kept, and C1 asked again. */
 export async function signIn(said) {
-  key.set(said);
-  state.signing = true;
-  state.signInProblem = "";
+  clearTimeout(timer);
+  tries = notBefore = 0;
+  Object.assign(state, { signing: true, signInProblem: "", keyKept: false });
   redraw();
+  if (KEY_LIKE.test(said)) {
+    key.set(said);
+    await askWho();
+  } else {
+    signOut("the key is not valid");
+  }
+}
+
+async function askWho() {
+  const mine = {};
+  session = mine;
   try {
     const who = await ask("GET", "whoami");
-    state.who = who;
+    if (mine !== session) return; // It is about a key that is no longer here.
     state.rights = rights(who);
+    state.who = who;
     state.contact = { ok: true, at: now() };
-    session = {};
+    tries = notBefore = 0;
     if (!document.hidden) listen();
     refresh();
     say(`Signed in as ${who.owner}, role ${who.role}.`);
   } catch (error) {
-    key.forget();
-    state.signInProblem =
-      error instanceof Refused ? error.message : "C1 does not answer. Try again in a moment.";
-  } finally {
-    state.signing = false;
-    redraw();
+    if (mine !== session) return;
+    const refused = error instanceof Refused;
+    if (refused && error.status === 401) {
+      signOut(error.message);
+      return;
+    }
+    const why = refused ? inWords(error) : "C1 does not answer.";
+    state.signInProblem = `${why} Your key is kept, and C1 is asked again by itself.`;
+    state.keyKept = true;
+    tries += 1;
+    holdBack(refused ? [error] : []);
+    soon();
   }
+  state.signing = false;
+  redraw();
 }
 
 export function signOut(why = "") {
@@ -97,9 +142,12 @@ export function signOut(why = "") {
   session = null;
   hush();
   clearTimeout(timer);
+  tries = notBefore = 0;
   Object.assign(state, {
     who: null,
     rights: null,
+    signing: false,
+    keyKept: false,
     signInProblem: why,
     notice: null,
   });
@@ -124,8 +172,18 @@ function soon() {
   timer = setTimeout(look, Math.max(pause, notBefore - Date.now()));
 }
 
+/** Ask nothing before C1 wants to be asked again. */
+function holdBack(refused) {
+  const later = Math.max(0, ...refused.map((error) => error.retryAfterS));
+  notBefore = later ? Date.now() + Math.min(later, 60) * 1000 : 0;
+}
+
 async function look() {
-  if (state.who === null || document.hidden) return; // It looks when it is seen again.
+  if (document.hidden) return; // It looks when it is seen again.
+  if (state.who === null) {
+    if (state.keyKept) await askWho();
+    return;
+  }
   if (round !== null) {
     // What is asked now may be too old for whoever asked for this look.
     await round;
@@ -152,21 +210,31 @@ async function lookNow() {
     return;
   }
   const at = now();
+  const before = refusals();
   [...paths].forEach((path, place) => {
     const one = found[place];
     if (one.status === "fulfilled") {
       state.known.set(path, { value: one.value, at, missing: null });
-    } else if (one.reason instanceof Refused && one.reason.status < 500) {
-      const busy = one.reason.status === 429;
-      if (!busy) state.known.set(path, { value: null, at, missing: one.reason });
+    } else if (one.reason instanceof Refused) {
+      const { status } = one.reason;
+      const answered = status < 500 && status !== 429;
+      const last = state.known.get(path) || { value: null, at: 0, missing: null };
+      state.known.set(
+        path,
+        answered
+          ? { value: null, at, missing: one.reason }
+          : { ...last, refusal: one.reason },
+      );
     }
   });
   for (const path of state.known.keys()) {
     if (!paths.has(path)) state.known.delete(path);
   }
   const silent = bad.some((error) => error instanceof Unreachable);
-  const later = Math.max(0, ...refused.map((error) => error.retryAfterS));
-  notBefore = later ? Date.now() + Math.min(later, 60) * 1000 : 0;
+  holdBack(refused);
+  const [reason] = refusals();
+  if (reason && !before.length) say(`${reason.text} What is refused is shown as last known.`);
+  if (!reason && before.length) say("C1 gives what it is asked for again.");
   if (silent && state.contact.ok) say("C1 does not answer. What is shown is what was last known.");
   if (!silent && !state.contact.ok) say("C1 answers again.");
   if (silent) {

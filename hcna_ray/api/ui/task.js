@@ -2,7 +2,7 @@
 
 import { ask, now, onceOnly, parse } from "./c1.js";
 import { Component, html } from "./lib.js";
-import { Act, AskThenAct, Json, Status, When } from "./parts.js";
+import { Act, AskThenAct, Json, Status, Unknown, When } from "./parts.js";
 import { act, known, say, state } from "./state.js";
 import { replay } from "./tasks.js";
 import { ENDED, story } from "./words.js";
@@ -23,13 +23,13 @@ export class Task extends Component {
 
   render({ id }) {
     const answer = known(taskPath(id));
-    if (!answer) return html`<p class="empty">Asking C1 …</p>`;
-    if (answer.missing) {
+    if (answer?.missing) {
       return html`<p class="empty" role="alert">${
         answer.missing.status === 404
           ? `There is no task ${id}, or it is not yours to see.`
           : answer.missing.message}</p>`;
     }
+    if (!answer?.value) return html`<${Unknown} path=${taskPath(id)} />`;
     const task = answer.value;
     return html`
       <div class="summary">
@@ -100,8 +100,8 @@ const SAID = { good: "", bad: "Trouble: ", wait: "Waiting: ", run: "", off: "" }
 
 function Story({ task }) {
   const history = known(historyPath(task.task_id));
-  if (!history) return html`<p class="empty">Asking C1 …</p>`;
-  if (history.missing) return html`<p class="empty" role="alert">${history.missing.message}</p>`;
+  if (history?.missing) return html`<p class="empty" role="alert">${history.missing.message}</p>`;
+  if (!history?.value) return html`<${Unknown} path=${historyPath(task.task_id)} />`;
   const workers = known("workers");
   const heardMs = (name) => {
     const found = workers?.value?.workers.find((one) => one.name === name);
@@ -160,7 +160,9 @@ export class Submit extends Component {
   }
 
   render(_, { problem }) {
-    const types = (known("status")?.value?.task_types || []).filter(state.rights.type);
+    const status = known("status")?.value;
+    if (!status) return html`<${Unknown} path="status" />`;
+    const types = status.task_types.filter(state.rights.type);
     const workers = known("workers")?.value?.workers || [];
     const change = (name) => (event) => {
       form[name] = event.target.value;

@@ -2,7 +2,7 @@
 
 import { ask } from "./c1.js";
 import { Component, html } from "./lib.js";
-import { Act, AskThenAct, Badge, Status, Table, When } from "./parts.js";
+import { Act, AskThenAct, Badge, Status, Table, Unknown, When } from "./parts.js";
 import { act, known, refresh, state } from "./state.js";
 import { sentence } from "./words.js";
 
@@ -15,7 +15,11 @@ const SHOWN = ["scheduled", "queued", "running", "completed", "failed"];
 
 export function Queues() {
   const status = known("status")?.value;
-  if (!status) return html`<p class="empty">Asking C1 …</p>`;
+  if (!status) return html`<${Unknown} path="status" />`;
+  if (!status.store_readable) {
+    return html`<p class="empty">Which tasks there are is not known now: C1 cannot read the task
+      store.</p>`;
+  }
   const names = [...new Set([...Object.keys(status.queues), ...status.paused])].sort();
   const acts = names.some((name) => state.rights.queue(name));
   return html`
@@ -98,7 +102,7 @@ export function TaskTable({ tasks, caption, empty }) {
 
 export function LiveTasks() {
   const tasks = known(LIVE)?.value;
-  if (!tasks) return html`<p class="empty">Asking C1 …</p>`;
+  if (!tasks) return html`<${Unknown} path=${LIVE} />`;
   return html`
     <${TaskTable} tasks=${tasks.tasks} caption="Tasks that wait or run, newest first"
       empty="Nothing waits and nothing runs." />
@@ -196,7 +200,7 @@ export function Tasks({ route }) {
         ? html`<${TaskTable} tasks=${answer.value.tasks} caption="Tasks, newest first"
             empty=${some ? "There is no such task." : "No task has been submitted yet."} />
             <${Pages} route=${route} next=${answer.value.next_cursor} />`
-        : html`<p class="empty">Asking C1 …</p>`}
+        : html`<${Unknown} path=${listPath(route)} />`}
   `;
 }
 
@@ -231,7 +235,7 @@ export class Failed extends Component {
   render({ route }) {
     const answer = known(failedPath(route));
     if (answer?.missing) return refusedList(answer);
-    if (!answer?.value) return html`<p class="empty">Asking C1 …</p>`;
+    if (!answer?.value) return html`<${Unknown} path=${failedPath(route)} />`;
     const { tasks, next_cursor: next } = answer.value;
     const acts = state.rights.work;
     const filtered = route.query.get("task_type") || route.query.get("queue");

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from hcna_ray.api.admission import Sort
 from hcna_ray.api.app import declared_routes
 from hcna_ray.api.policy import Check, rank_of
 from hcna_ray.api.routing import Routes
+from hcna_ray.core.errors import StoreUnavailable
 from hcna_ray.runtime.messages import Goodbye, Heartbeat
 from tests.support.c1 import USER_KEY, Composite, a_composite
 
@@ -156,6 +158,44 @@ async def test_status_shows_everything_at_a_glance(c1: Composite) -> None:
         "accepted": 1,
         **dict.fromkeys(("completed", "failed", "cancelled", "expired"), 0),
     }
+
+
+async def test_status_tells_a_store_that_cannot_be_read_from_one_that_is_empty(
+    c1: Composite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = (await c1.http.get("/status")).json()
+    assert (status["queues"], status["store_readable"]) == ({}, True)
+    await c1.submit(queue="q")
+
+    def gone(_: object) -> None:
+        raise StoreUnavailable("the store cannot be read")
+
+    with monkeypatch.context() as away:
+        away.setattr(c1.services.reads, "_call", gone)
+        reply = await c1.http.get("/status")
+    schemas.StatusOut.model_validate(reply.json())
+    told = [reply.json()[name] for name in ("store_readable", "queues", "totals")]
+    assert (reply.status_code, told) == (200, [False, {}, None])
+    assert reply.json()["moderator"] is not None  # M1 has its own way to the store.
+    assert (await c1.http.get("/status")).json()["store_readable"] is True
+
+
+async def test_status_tells_a_silent_m1_from_one_that_waits_for_its_store(c1: Composite) -> None:
+    async def told() -> tuple[bool, bool]:
+        c1.services.cache.forget()
+        status = (await c1.http.get("/status")).json()
+        return status["moderator"] is not None, status["moderator_waits_for_store"]
+
+    assert await told() == (True, False)
+    c1.moderator.refuses = StoreUnavailable("M1 cannot open its task store", 5)
+    assert await told() == (False, True)
+    # Many ask at once, and each finds what the last look has found.
+    assert await asyncio.gather(*(told() for _ in range(20))) == [(False, True)] * 20
+    c1.moderator.refuses = None
+    c1.moderator.kill()
+    assert await told() == (False, False)
+    c1.moderator.revive()
+    assert await told() == (True, False)
 
 
 async def test_totals_are_not_for_strangers(c1: Composite) -> None:

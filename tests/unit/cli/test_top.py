@@ -101,6 +101,12 @@ def test_what_is_paused_away_or_in_trouble_is_said() -> None:
     shown = lines(Reading(status=ClusterStatus.from_json({"workers": [one]})))
     assert re.search(r"W1 +asleep +3 min .*disk full", shown)
     assert "no queue holds a task" in shown
+    away = {"moderator": None, "moderator_waits_for_store": True, "store_readable": False}
+    shown = lines(Reading(status=status(queues=0, **away)))
+    assert "M1 waits for its task store" in shown
+    assert "M1 does not answer" not in shown
+    assert "C1 cannot read the task store" in shown
+    assert "no queue holds a task" not in shown
 
 
 def test_a_c1_that_is_away_leaves_what_was_last_known(c1: FakeC1) -> None:

@@ -6,7 +6,7 @@ import sys
 import httpx
 import pytest
 
-from hcna_ray.client import Client, WaitTimeout
+from hcna_ray.client import Client, ClusterStatus, WaitTimeout
 from hcna_ray.client.notebook import Picture, table, track, watch
 from tests.support.fake_c1 import FakeC1
 from tests.support.fake_time import FakeTime
@@ -222,3 +222,6 @@ def test_the_status_is_one_value(client: Client, c1: FakeC1) -> None:
     assert status.totals is not None
     assert status.totals["accepted"] == 1
     assert [worker.name for worker in status.workers] == ["W1"]
+    assert (status.store_readable, status.moderator_waits_for_store) == (True, False)
+    older = {name: value for name, value in status.raw.items() if name != "store_readable"}
+    assert ClusterStatus.from_json(older).store_readable
