@@ -18,15 +18,17 @@ from hcna_ray.core.errors import Invalid
 from hcna_ray.core.models import (
     ACCEPTING,
     TERMINAL,
+    UNHEARD,
     Attempt,
     Hold,
+    Lease,
     Outcome,
     Task,
     TaskError,
     TaskState,
     WorkerView,
 )
-from hcna_ray.core.placement import PendingReason, explain, state_in_words
+from hcna_ray.core.placement import PendingReason, age_in_words, explain, state_in_words
 from hcna_ray.core.schedules import Schedule
 from hcna_ray.core.why import why
 from hcna_ray.runtime.cron import parsed
@@ -197,13 +199,11 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
     stands ready is held against the workers.
     """
     if task.state is TaskState.SCHEDULED:
-        return _scheduled(task, now)
+        return _scheduled(task, cluster, now)
     if task.state is not TaskState.QUEUED:
         return None
     if task.lease is not None:
-        return PendingReason(
-            "granted", f"granted to {task.lease.worker}, which is about to start it", "wait"
-        )
+        return _granted(task, task.lease, cluster, now)
     if task.hold & Hold.ORDERING:
         return PendingReason(
             "ordering_key",
@@ -222,11 +222,7 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
             "queue_paused", f"the queue {queue!r} is paused", f"POST /admin/queues/{queue}/resume"
         )
     if not cluster.moderator_answers:
-        return PendingReason(
-            "moderator_unavailable",
-            "M1 does not answer, so nothing is placed now; the task is stored and keeps its place",
-            "wait: M1 is started again by itself (hcna status shows it)",
-        )
+        return _MODERATOR_AWAY
     if task.pinned_to is not None:
         found = [one for one in cluster.workers if one.name == task.pinned_to]
         if not found or found[0].state not in ACCEPTING:
@@ -247,7 +243,38 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
     )
 
 
-def _scheduled(task: Task, now: float) -> PendingReason:
+_MODERATOR_AWAY = PendingReason(
+    "moderator_unavailable",
+    "M1 does not answer, so nothing is placed now; the task is stored and keeps its place",
+    "wait: M1 is started again by itself (hcna status shows it)",
+)
+
+
+def _granted(task: Task, lease: Lease, cluster: Cluster, now: float) -> PendingReason:
+    """Say what keeps a worker from starting what it was given.
+
+    A worker that is not in the cluster's view has just joined: what it held would be gone with it.
+    """
+    name = lease.worker
+    if task.cancel_requested_at is not None:
+        asked = age_in_words(max(0.0, now - task.cancel_requested_at))
+        return PendingReason(
+            "granted",
+            f"was cancelled {asked} ago; {name}, to which it is granted, is told to drop it",
+            f"wait: it ends when {name} gives it back, or with its lease",
+        )
+    worker = next((one for one in cluster.workers if one.name == name), None)
+    if worker is not None and worker.state in UNHEARD:
+        return PendingReason(
+            "granted",
+            f"granted to {name}, which {state_in_words(worker)}; when its lease ends it is queued "
+            "again",
+            TASK["worker_silent"].fix,
+        )
+    return PendingReason("granted", f"granted to {name}, which is about to start it", "wait")
+
+
+def _scheduled(task: Task, cluster: Cluster, now: float) -> PendingReason:
     if task.unmet:
         total = len(task.spec.depends_on)
         return PendingReason(
@@ -255,6 +282,8 @@ def _scheduled(task: Task, now: float) -> PendingReason:
             f"waits for {task.unmet} of the {total} task{'s' * (total != 1)} it depends on",
             "look at the tasks in depends_on",
         )
+    if task.due_at <= now and not cluster.moderator_answers:
+        return _MODERATOR_AWAY
     if task.failures and task.due_at > (task.spec.run_at or 0.0):
         return PendingReason(
             "backoff",

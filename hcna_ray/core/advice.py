@@ -31,7 +31,7 @@ WAITING: Mapping[str, Advice] = {
         "An attempt failed; the pause before the next one is not over.",
         "wait, or look at the error of the last attempt: hcna task ID",
     ),
-    "granted": Advice("A worker has it and is about to start it.", "wait"),
+    "granted": Advice("A worker has it and has not started it.", "wait"),
     "ordering_key": Advice(
         "An earlier task of the same ordering key has not ended.", "wait for it, or cancel it"
     ),
@@ -54,11 +54,12 @@ WAITING: Mapping[str, Advice] = {
     ),
     "no_workers": Advice("No worker has joined yet.", "start one: hcna up"),
     "no_healthy_workers": Advice(
-        "No worker takes tasks now.", "hcna workers says how each is; wake, mend or uncordon one"
+        "No worker that has what it needs takes tasks now.",
+        "hcna workers says how each is; wake, mend or uncordon one",
     ),
     "unplaceable": Advice(
-        "No worker has what it needs.",
-        "join a worker that has it, or drop the need",
+        "No worker, online or not, has what it needs.",
+        "join a worker that has it, install the package of a missing task type, or drop the need",
     ),
     "no_room": Advice(
         "A worker could run it, but has too little free now.",
@@ -87,7 +88,8 @@ RUNNING: Mapping[str, Advice] = {
         "see what it waits for; if it hangs, hcna task cancel ID",
     ),
     "worker_silent": Advice(
-        "Its worker is not heard of. When its lease ends the task is queued again.",
+        "Its worker is not heard of. When its lease ends the task is queued again, waits for that "
+        "worker (`on_disconnect: wait`), or fails if that is the last of its `max_losses`.",
         "wait, or wake that machine (hcna up there); hcna workers says how it is",
     ),
     "running_unseen": Advice(
@@ -138,7 +140,7 @@ ENDED: Mapping[str, Advice] = {
     ),
     "cancelled": Advice("Somebody cancelled it.", "submit it again if it is wanted after all"),
     "expired": Advice(
-        "Its `expires_at` passed before a start.",
+        "Its `expires_at` passed before a start, or before the one after a failed or lost attempt.",
         "submit it again with a later expires_at; hcna workers shows who is there",
     ),
 }

@@ -373,6 +373,8 @@ class WorkerState(StrEnum):
 ACCEPTING = frozenset({WorkerState.ONLINE})
 #: States of a worker that nobody can reach and that holds no lease.
 AWAY = frozenset({WorkerState.ASLEEP, WorkerState.GONE})
+#: States of a worker of which nothing is heard; it may hold leases still.
+UNHEARD = AWAY | {WorkerState.SUSPECT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

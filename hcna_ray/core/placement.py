@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from hcna_ray.core.models import (
     ACCEPTING,
-    AWAY,
+    UNHEARD,
     LaneKey,
     Needs,
     Task,
@@ -126,7 +126,7 @@ def age_in_words(seconds: float) -> str:
 
 def state_in_words(worker: WorkerView) -> str:
     """Return what a worker is, as follows its name: ``is asleep, last seen 3 min ago``."""
-    if worker.state in (WorkerState.SUSPECT, *AWAY):
+    if worker.state in UNHEARD:
         return f"is {worker.state.value}, last seen {age_in_words(worker.last_seen_age_s)} ago"
     return f"is {worker.state.value}"
 
@@ -324,7 +324,8 @@ def explain(
     found = [(worker, exclusion(needs, task_type, worker)) for worker in workers]
     able = [worker for worker, why in found if why is None]
     if not able:
-        return _explain_excluded(needs, [(w, why) for w, why in found if why is not None])
+        excluded = [(worker, why) for worker, why in found if why is not None]
+        return _explain_excluded(needs, task_type, excluded)
     names = ", ".join(worker.name for worker in able)
     if running_max is not None and running >= running_max:
         return PendingReason(
@@ -351,9 +352,13 @@ def _free(needs: Needs, worker: WorkerView) -> str:
 
 
 def _explain_excluded(
-    needs: Needs, excluded: Sequence[tuple[WorkerView, Exclusion]]
+    needs: Needs, task_type: str, excluded: Sequence[tuple[WorkerView, Exclusion]]
 ) -> PendingReason:
-    """Every worker is excluded: group them by the clause that did it."""
+    """Every worker is excluded: say who could run it and is away, else what they all lack.
+
+    What a worker lacks comes before its state: a task that needs a GPU is not helped by waking a
+    worker without one.
+    """
     if needs.worker is not None:
         named = [pair for pair in excluded if needs.worker in (pair[0].name, pair[0].node_id)]
         if not named:
@@ -364,32 +369,69 @@ def _explain_excluded(
                 f"join {needs.worker}, or drop requires.worker",
             )
         excluded = named
+    away: list[tuple[WorkerView, Exclusion]] = []
+    lacking: list[WorkerView] = []
     clauses: dict[str, list[str]] = {}
     for worker, why in excluded:
-        clauses.setdefault(why.clause, []).append(f"{worker.name} {why.detail}")
-    if set(clauses) == {"state=online"}:
-        return PendingReason(
-            "no_healthy_workers",
-            f"No healthy workers available: {'; '.join(clauses['state=online'])}",
-            _fix_for_states([worker for worker, _ in excluded]),
-        )
+        lack = shortcoming(needs, task_type, worker)
+        if lack is None:
+            away.append((worker, why))
+        else:
+            lacking.append(worker)
+            clauses.setdefault(lack.clause, []).append(f"{worker.name} {lack.detail}")
     parts = [
         f"needs {clause}: excludes {len(who)} of {len(excluded)} "
         f"worker{'s' if len(excluded) > 1 else ''} ({'; '.join(who)})"
         for clause, who in clauses.items()
     ]
-    wanted = " and ".join(clause for clause in clauses if clause != "state=online")
+    if not away:
+        return PendingReason(
+            "unplaceable",
+            "waiting: " + "; ".join(parts),
+            _fix_for_needs(needs, task_type, lacking),
+        )
+    which = " that have what it needs" if lacking else ""
+    states = "; ".join(f"{worker.name} {why.detail}" for worker, why in away)
     return PendingReason(
-        "unplaceable",
-        "waiting: " + "; ".join(parts),
-        f"join a worker with {wanted}, or drop the need",
+        "no_healthy_workers",
+        "; ".join((f"No healthy workers available{which}: {states}", *parts)),
+        _fix_for_states([worker for worker, _ in away]),
     )
+
+
+def _fix_for_needs(needs: Needs, task_type: str, workers: Sequence[WorkerView]) -> str:
+    """Return what helps where every worker lacks something. A type is installed, not joined."""
+    lacks = {
+        worker.name: shortcoming(
+            needs, task_type, replace(worker, task_types=frozenset({task_type}))
+        )
+        for worker in workers
+    }
+    package = f"install the package that has {task_type}"
+    untaught = [name for name, lack in lacks.items() if lack is None]
+    wanted = dict.fromkeys(
+        lack.clause
+        for worker in workers
+        if (lack := lacks[worker.name]) is not None and task_type in worker.task_types
+    )
+    steps: list[str] = []
+    if untaught:
+        steps.append(f"{package} on {' or '.join(untaught)}, then hcna down and hcna up there")
+    if wanted:
+        steps += [f"join a worker with {' and '.join(wanted)}", "drop the need"]
+    if not steps:
+        # Who lacks the type lacks more than that.
+        others = dict.fromkeys(lack.clause for lack in lacks.values() if lack is not None)
+        steps.append(f"{package} on a worker with {' and '.join(others)}")
+    return ", or ".join(steps)
 
 
 def _fix_for_states(workers: Sequence[WorkerView]) -> str:
     states = {worker.state for worker in workers}
-    if states & {WorkerState.CORDONED, WorkerState.DRAINING}:
-        return "let it take work again: hcna workers uncordon NAME"
+    held = {WorkerState.CORDONED, WorkerState.DRAINING}
+    if states & held:
+        name = next(worker.name for worker in workers if worker.state in held)
+        return f"let {name} take work again: hcna workers uncordon {name}"
     if states & ACCEPTING:
         return "put its machine right (free space on its disk), or join another worker"
     if states == {WorkerState.GONE}:

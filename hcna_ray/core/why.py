@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from hcna_ray.core.advice import TASK
 from hcna_ray.core.models import (
     TERMINAL,
+    UNHEARD,
     Attempt,
     FailureKind,
     OnDisconnect,
     Outcome,
     Task,
     TaskState,
-    WorkerState,
     WorkerView,
 )
 from hcna_ray.core.placement import PendingReason, age_in_words, state_in_words
@@ -70,11 +70,18 @@ def _before(task: Task, attempts: Sequence[Attempt], now: float) -> str:
         waited_s = now - task.queued_at
         if waited_s >= LONG_S:
             told += f"; queued {age_in_words(waited_s)} ago"
-    last = attempts[-1] if attempts else None
-    if last is not None and last.outcome is not None and last.error is not None:
-        verb = "was lost" if last.outcome is Outcome.LOST else "failed"
-        told += f"; attempt {last.token.attempt} {verb} on {last.worker}: {last.error.message}"
+    if mishap := _last_mishap(attempts):
+        told += f"; {mishap}"
     return told
+
+
+def _last_mishap(attempts: Sequence[Attempt]) -> str:
+    """Return how the last attempt failed or was lost; empty if it did not, or if there is none."""
+    last = attempts[-1] if attempts else None
+    if last is None or last.outcome is None or last.error is None:
+        return ""
+    verb = "was lost" if last.outcome is Outcome.LOST else "failed"
+    return f"attempt {last.token.attempt} {verb} on {last.worker}: {last.error.message}"
 
 
 def _running(
@@ -96,18 +103,8 @@ def _running(
     if workers is None:
         return _say("running_unseen", task, f"ran on {lease.worker}; M1 does not answer now")
     worker = next((one for one in workers if one.name == lease.worker), None)
-    if worker is None or worker.state in _UNHEARD:
-        how = "is not on record" if worker is None else state_in_words(worker)
-        then = (
-            f"it waits for {lease.worker}"
-            if task.spec.on_disconnect is OnDisconnect.WAIT
-            else "it is queued again"
-        )
-        return _say(
-            "worker_silent",
-            task,
-            f"ran on {lease.worker}, which {how}; when its lease ends {then}",
-        )
+    if worker is None or worker.state in UNHEARD:
+        return _silent(task, lease.worker, worker)
     if ran_s >= max(LONG_S, NEARLY * task.spec.timeout_s):
         limit = age_in_words(task.spec.timeout_s)
         return _say("near_timeout", task, f"{where} of at most {limit}; then it is stopped")
@@ -122,7 +119,22 @@ def _running(
     return _say("running", task, where + told)
 
 
-_UNHEARD = frozenset({WorkerState.SUSPECT, WorkerState.ASLEEP, WorkerState.GONE})
+def _silent(task: Task, name: str, worker: WorkerView | None) -> Why:
+    """Say what becomes of a task whose worker is not heard of, as `machine.on_lost` decides it."""
+    how = "is not on record" if worker is None else state_in_words(worker)
+    where = f"ran on {name}, which {how}; when its lease ends"
+    loss, most = task.losses + 1, task.spec.max_losses
+    if loss >= most:
+        return _say(
+            "worker_silent",
+            task,
+            f"{where} it fails: that is loss {loss} of {most} (max_losses)",
+            "wake that machine before that (hcna up there), or hcna task retry ID when it has "
+            "failed",
+        )
+    waits = task.spec.on_disconnect is OnDisconnect.WAIT
+    then = f"it waits for {name}" if waits else "it is queued again"
+    return _say("worker_silent", task, f"{where} {then}")
 
 
 def _ended(task: Task, attempts: Sequence[Attempt]) -> Why:
@@ -133,7 +145,7 @@ def _ended(task: Task, attempts: Sequence[Attempt]) -> Why:
             where += f" in {max(0.0, last.ended_at - last.started_at) * 1000:.0f} ms"
         return _say("completed", task, f"completed{where}")
     if task.state is TaskState.EXPIRED:
-        return _say("expired", task, "expired: its expires_at passed before a start")
+        return _expired(task, attempts)
     if task.state is TaskState.CANCELLED:
         reason = f": {task.cancel_reason}" if task.cancel_reason else ""
         return _say("cancelled", task, f"was cancelled{reason}")
@@ -143,6 +155,22 @@ def _ended(task: Task, attempts: Sequence[Attempt]) -> Why:
     tries = f"after {task.attempt} attempt{'s' * (task.attempt != 1)}"
     when = tries if task.attempt else "before its first attempt"
     return _say(_failure(task, attempts), task, f"failed {when}: {named}{error.message}")
+
+
+def _expired(task: Task, attempts: Sequence[Attempt]) -> Why:
+    mishap = _last_mishap(attempts)
+    if not mishap:
+        return _say("expired", task, "expired: its expires_at passed before a start")
+    told = f"expired: its expires_at passed before the next attempt; {mishap}"
+    if attempts[-1].outcome is Outcome.LOST:
+        return _say("expired", task, told)
+    return _say(
+        "expired",
+        task,
+        told,
+        "hcna task ID shows the error; mend the cause, then submit it again with a later "
+        "expires_at",
+    )
 
 
 def _failure(task: Task, attempts: Sequence[Attempt]) -> str:
@@ -157,6 +185,6 @@ def _failure(task: Task, attempts: Sequence[Attempt]) -> str:
     return kind.value
 
 
-def _say(code: str, task: Task, message: str) -> Why:
-    """Add the next step, with the task's own id in it."""
-    return Why(code, message, TASK[code].fix.replace("ID", task.id))
+def _say(code: str, task: Task, message: str, fix: str | None = None) -> Why:
+    """Add the next step, the code's own unless another is given, with the task's own id in it."""
+    return Why(code, message, (TASK[code].fix if fix is None else fix).replace("ID", task.id))

@@ -20,7 +20,15 @@ from hcna_ray.core.models import (
     WorkerState,
     WorkerView,
 )
-from hcna_ray.core.placement import Assignment, Opening, assign, exclusion, explain, occupy
+from hcna_ray.core.placement import (
+    Assignment,
+    Opening,
+    assign,
+    exclusion,
+    explain,
+    occupy,
+    shortcoming,
+)
 from tests.property.judge import able, amounts, broken_promises, totals
 
 TYPES = ("echo", "sleep", "qegg.generate")
@@ -207,25 +215,25 @@ COUNTED = re.compile(r"needs (\S+(?: \S+)?): excludes (\d+) of (\d+) workers? \(
 def test_an_explanation_names_each_excluding_need_and_counts_every_worker(
     workers: tuple[WorkerView, ...], needs: Needs, task_type: str
 ) -> None:
+    """Who has all that is needed is said to be away; it is `unplaceable` where nobody has."""
     reason = explain(needs, task_type, workers)
 
     meant = [w for w in workers if needs.worker in (None, w.name, w.node_id)]
-    excluded = [why for w in meant if (why := exclusion(needs, task_type, w)) is not None]
+    lacks = [lack for w in meant if (lack := shortcoming(needs, task_type, w)) is not None]
+    away = [w for w in meant if shortcoming(needs, task_type, w) is None]
     found = COUNTED.findall(reason.message)
-    if len(excluded) < len(meant):
+    if any(exclusion(needs, task_type, worker) is None for worker in meant):
         assert reason.code in ("waiting_turn", "no_room")
     elif not workers:
         assert reason.code == "no_workers"
     elif not meant:
         assert reason.code == "waiting_worker"
-    elif {why.clause for why in excluded} == {"state=online"}:
-        assert reason.code == "no_healthy_workers"
-        assert all(worker.name in reason.message for worker in meant)
     else:
-        assert reason.code == "unplaceable"
-        assert {clause for clause, _, _ in found} == {why.clause for why in excluded}
-        assert sum(int(count) for _, count, _ in found) == len(meant)
-        assert {int(total) for _, _, total in found} == {len(meant)}
+        assert reason.code == ("no_healthy_workers" if away else "unplaceable")
+        assert all(worker.name in reason.message for worker in meant)
+        assert {clause for clause, _, _ in found} == {lack.clause for lack in lacks}
+        assert sum(int(count) for _, count, _ in found) == len(lacks)
+        assert {int(total) for _, _, total in found} <= {len(meant)}
     assert reason.fix
 
 

@@ -173,13 +173,9 @@ async def get_task(call: Call) -> Response:
                 if wait_s:  # What changed while waiting is worth telling.
                     task, attempts = await services.reads.find(task_id)
                 break
-    cluster = await services.cache.cluster() if task.state in _LOOKED_AT else NOBODY
+    cluster = NOBODY if task.state in TERMINAL else await services.cache.cluster()
     view = task_view(task, attempts, cluster, now=services.clock.now(), with_payload=query.payload)
     return answer(seen_as(call.key, task, view))
-
-
-#: States in which the workers say something about a task.
-_LOOKED_AT = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 
 
 def checked_wait(call: Call, wait_s: float) -> float:

@@ -144,7 +144,7 @@ function standing(task) {
 
 const COMMAND = new RegExp(
   "hcna task retry task-\\w+|hcna task cancel task-\\w+|hcna task task-\\w+|hcna why task-\\w+" +
-    "|hcna (?:task retry|workers(?: uncordon NAME)?|status|up)|POST /admin/queues/\\S+/resume",
+    "|hcna (?:task retry|workers(?: uncordon [\\w-]+)?|status|up|down)|POST /admin/queues/\\S+/resume",
   "g",
 );
 

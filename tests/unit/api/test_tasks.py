@@ -8,6 +8,7 @@ import pytest
 
 from hcna_ray.api.schemas import SubmitOut, TaskOut, TasksOut
 from hcna_ray.api.submission import Sender, Submissions
+from hcna_ray.api.views import iso
 from hcna_ray.config import Settings
 from hcna_ray.core.errors import (
     DiskFull,
@@ -117,6 +118,44 @@ async def test_a_running_task_says_where_and_whether_it_is_heard_of(c1: Composit
     assert (silent["code"], "suspect" in silent["message"]) == ("worker_silent", True)
     assert unseen["code"] == "running_unseen"
     assert seen["code"] != "running_unseen", "that nobody answered is not remembered"
+
+
+async def test_a_granted_task_says_what_keeps_its_worker_from_starting_it(c1: Composite) -> None:
+    worker = c1.moderator.join()
+    task_id = await c1.submit()
+    worker.granted()
+    about_to = (await c1.task(task_id))["pending_reason"]
+    for _ in range(15):
+        c1.moderator.desk.tick(1.0)
+    silent = (await c1.task(task_id))["pending_reason"]
+    assert (await c1.http.delete(f"/tasks/{task_id}")).status_code == 202
+    cancelled = (await c1.task(task_id))["pending_reason"]
+
+    assert {one["code"] for one in (about_to, silent, cancelled)} == {"granted"}
+    assert about_to["fix"] == "wait"
+    assert "W1, to which it is granted, is told to drop it" in cancelled["message"]
+    assert silent["message"].startswith("granted to W1, which is suspect, last seen")
+    assert silent["message"].endswith("when its lease ends it is queued again")
+    assert "wake that machine" in silent["fix"]
+
+
+async def test_a_task_whose_time_comes_while_m1_is_away_says_so(c1: Composite) -> None:
+    clock = c1.moderator.desk.clock
+    soon = await c1.submit(run_at=iso(clock.now() + 60))
+    later = await c1.submit(run_at=FAR_FUTURE)
+    behind = await c1.submit(depends_on=[later])
+    clock.advance(600)
+    c1.services.cache.forget()
+    due = (await c1.task(soon))["pending_reason"]
+    c1.moderator.kill()
+    c1.services.cache.forget()
+
+    assert due["code"] == "due"
+    for view in (await c1.task(soon), (await c1.http.get("/tasks")).json()["tasks"][2]):
+        assert view["pending_reason"]["code"] == "moderator_unavailable"
+        assert "M1 is started again by itself" in view["pending_reason"]["fix"]
+    assert (await c1.task(later))["pending_reason"]["code"] == "scheduled"
+    assert (await c1.task(behind))["pending_reason"]["code"] == "waiting_dependencies"
 
 
 async def test_a_need_nobody_has_is_named(c1: Composite) -> None:

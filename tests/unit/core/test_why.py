@@ -26,6 +26,7 @@ from hcna_ray.core.models import (
     OnDisconnect,
     Outcome,
     Progress,
+    RetryPolicy,
     Task,
     TaskError,
     TaskState,
@@ -146,6 +147,22 @@ def test_a_task_on_a_worker_that_is_silent(state: WorkerState) -> None:
     assert "is not on record" in told(waiting, workers=()).message
 
 
+@pytest.mark.parametrize("policy", list(OnDisconnect))
+def test_a_task_that_fails_if_its_silent_worker_does_not_return(policy: OnDisconnect) -> None:
+    worker = a_worker(state=WorkerState.SUSPECT, last_seen_age_s=30.0)
+    task = a_running_task(max_losses=2, on_disconnect=policy)
+    assert "fails" not in told(task, workers=(worker,)).message
+    last = dataclasses.replace(task, losses=1)
+    answer = told(last, workers=(worker,))
+    assert answer.code == "worker_silent"
+    assert answer.message.endswith("when its lease ends it fails: that is loss 2 of 2 (max_losses)")
+    assert f"hcna task retry {task.id}" in answer.fix
+    lost = AttemptLost(
+        at=NOW, token=token_of(last), kind=FailureKind.LOST, message="", worker_gone=True
+    )
+    assert advance(last, lost).task.state is TaskState.FAILED, "it was true"
+
+
 def test_a_task_while_nobody_can_see_it() -> None:
     assert told(a_running_task(), workers=None).code == "running_unseen"
 
@@ -218,6 +235,25 @@ def test_a_task_that_was_cancelled_or_came_too_late() -> None:
     for reason, message in (("no", "was cancelled: no"), ("", "was cancelled")):
         task = advance(waiting, CancelRequested(at=NOW, reason=reason)).task
         assert told(task).message == message
+
+
+def test_a_task_that_came_too_late_for_another_attempt_says_how_the_last_one_went() -> None:
+    error = TaskError(kind=FailureKind.ERROR, message="boom")
+    running = a_running_task(expires_at=NOW + 5, retry=RetryPolicy(max_attempts=3, backoff_s=60.0))
+    event = AttemptFailed(at=NOW + 2, token=token_of(running), started_at=NOW, error=error)
+    waiting = advance(running, event).task
+    assert waiting.state is TaskState.SCHEDULED
+    expired = advance(waiting, TimePassed(at=NOW + 6)).task
+    answer = told(expired, an_attempt(running, Outcome.ERRORED, error=error))
+    assert answer == Why(
+        "expired",
+        "expired: its expires_at passed before the next attempt; attempt 1 failed on W1: boom",
+        f"hcna task {expired.id} shows the error; mend the cause, then submit it again with a "
+        "later expires_at",
+    )
+    lost = told(expired, an_attempt(running, Outcome.LOST, error=error))
+    assert lost.message.endswith("attempt 1 was lost on W1: boom")
+    assert "hcna workers" in lost.fix, "the task is not to blame"
 
 
 # -- the tables ------------------------------------------------------------------------------------
