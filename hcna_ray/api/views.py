@@ -219,7 +219,7 @@ def pending_reason(task: Task, cluster: Cluster, now: float) -> PendingReason | 
     queue = task.spec.queue
     if queue in cluster.paused:
         return PendingReason(
-            "queue_paused", f"the queue {queue!r} is paused", f"POST /admin/queues/{queue}/resume"
+            "queue_paused", f"the queue {queue!r} is paused", f"hcna queues resume {queue}"
         )
     if not cluster.moderator_answers:
         return _MODERATOR_AWAY

@@ -23,6 +23,7 @@ from hcna_ray.cli import (
     machines,
     measure,
     observe,
+    queues,
     schedules,
     service,
     store,
@@ -57,6 +58,7 @@ watch.register(app)
 schedules.register(app)
 webhooks.register(app)
 workers.register(app)
+queues.register(app)
 top.register(app)
 demo.register(app)
 measure.register(app)

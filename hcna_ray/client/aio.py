@@ -417,6 +417,14 @@ class AsyncClient:
         """As `Client.forget_worker`."""
         return await self._run(self._plans.forget_worker(name, force=force))
 
+    async def pause_queue(self, name: str) -> Json:
+        """As `Client.pause_queue`."""
+        return await self._run(self._plans.hold(name, "pause"))
+
+    async def resume_queue(self, name: str) -> Json:
+        """As `Client.resume_queue`."""
+        return await self._run(self._plans.hold(name, "resume"))
+
     async def send_intent(
         self, dst: str, intent: str, payload: JsonObject | None = None
     ) -> IntentAnswer:

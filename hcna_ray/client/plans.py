@@ -895,6 +895,10 @@ class Planner:
         raw = yield from self._ask("DELETE", f"/workers/{quote(name, safe='')}", params=params)
         return self._parse(Worker.from_json, raw)
 
+    def hold(self, queue: str, verb: str) -> Plan[Json]:
+        """``POST /admin/queues/{name}/{verb}``: pause or resume."""
+        return (yield from self._ask("POST", f"/admin/queues/{quote(queue, safe='')}/{verb}"))
+
     def send_intent(self, dst: str, intent: str, payload: JsonObject | None) -> Plan[IntentAnswer]:
         """``POST /admin/send-intent``."""
         body = {"dst": dst, "intent": intent, "payload": dict(payload or {})}

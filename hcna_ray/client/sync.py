@@ -477,7 +477,7 @@ class Client:
         """Reports that have not been taken to their webhooks yet; for admins."""
         return self._run(self._plans.webhooks())
 
-    # -- workers, intents, health ----------------------------------------------------------------
+    # -- workers, queues, intents, health --------------------------------------------------------
 
     def workers(self) -> list[Worker]:
         """Every worker the moderator knows."""
@@ -510,6 +510,14 @@ class Client:
             Conflict: it is in contact, and ``force`` was not given.
         """
         return self._run(self._plans.forget_worker(name, force=force))
+
+    def pause_queue(self, name: str) -> Json:
+        """Start nothing more from the queue; tasks are still accepted into it (operator key)."""
+        return self._run(self._plans.hold(name, "pause"))
+
+    def resume_queue(self, name: str) -> Json:
+        """Start tasks from the queue again (operator key)."""
+        return self._run(self._plans.hold(name, "resume"))
 
     def send_intent(self, dst: str, intent: str, payload: JsonObject | None = None) -> IntentAnswer:
         """Send a worker an intent such as ``test.ping`` and return its answer (admin key)."""

@@ -39,7 +39,7 @@ WAITING: Mapping[str, Advice] = {
         "As many tasks of the same concurrency key run as are allowed.",
         "wait, or raise moderator.scheduling.concurrency_limits for this key",
     ),
-    "queue_paused": Advice("Its queue is paused.", "POST /admin/queues/NAME/resume"),
+    "queue_paused": Advice("Its queue is paused.", "hcna queues resume NAME"),
     "moderator_unavailable": Advice(
         "M1 does not answer, so nothing is placed now.",
         "wait: M1 is started again by itself (hcna status shows it)",
@@ -136,7 +136,7 @@ ENDED: Mapping[str, Advice] = {
     ),
     "dependency_failed": Advice(
         "A task it depends on did not complete.",
-        "hcna task retry that one, then hcna task retry ID",
+        "run that one again first, then hcna task retry ID",
     ),
     "cancelled": Advice("Somebody cancelled it.", "submit it again if it is wanted after all"),
     "expired": Advice(
@@ -193,11 +193,11 @@ REFUSAL: Mapping[str, Advice] = {
     ),
     "forbidden": Advice(
         "The key's role is lower than the route needs.",
-        "hcna keys create on M1 makes a key that may do this",
+        "hcna keys create NAME --role ROLE, on M1, makes a key that may do this",
     ),
     "out_of_scope": Advice(
         "The key is not for this task type or queue.",
-        "ask for a key with that scope: hcna keys create on M1",
+        "ask for a key with that scope: hcna keys create NAME, on M1",
     ),
     "not_found": Advice("There is nothing at this path.", "GET /docs lists the paths"),
     "task_not_found": Advice(
@@ -333,7 +333,7 @@ REFUSAL: Mapping[str, Advice] = {
     ),
     "store_damaged": Advice(
         "The store's file is not what was written: keep it, and restore a backup.",
-        "hcna down on M1, keep its files, then hcna restore",
+        "hcna down on M1, keep its files, then hcna restore FILE",
     ),
     "store_full": Advice(
         "There is no space left where the store lies.",

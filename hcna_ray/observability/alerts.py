@@ -53,7 +53,7 @@ ALERTS: tuple[Alert, ...] = (
         for_s=60,
         severity="critical",
         summary="M1's moderator does not answer: tasks are kept, none is accepted or handed out.",
-        then="hcna doctor and hcna logs on M1.",
+        then="hcna doctor on M1; see logs/supervisor.log and logs/moderator.log in HCNA_HOME.",
     ),
     Alert(
         name="HcnaStoreUnreadable",
@@ -78,7 +78,7 @@ ALERTS: tuple[Alert, ...] = (
         for_s=120,
         severity="warning",
         summary="In queue {{ $labels.queue }} a task has been ready for more than ten minutes.",
-        then="hcna task list --status queued, and hcna why of the first one.",
+        then="hcna task list --status queued, then hcna why ID of the first one.",
     ),
     Alert(
         name="HcnaTasksFail",
@@ -92,7 +92,7 @@ ALERTS: tuple[Alert, ...] = (
         for_s=60,
         severity="warning",
         summary="More than one in ten tasks of type {{ $labels.task_type }} has failed lately.",
-        then="hcna task list --status failed; hcna retry runs them again.",
+        then="hcna task list --status failed; hcna why ID of one, then hcna task retry ID.",
     ),
     Alert(
         name="HcnaStoreDiskLow",

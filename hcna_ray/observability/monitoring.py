@@ -103,7 +103,9 @@ def prometheus_config(
         every_s: Seconds between two looks.
     """
     scheme = urlsplit(c1_url).scheme
-    access = {"authorization": {"credentials_file": key_file}} if key_file else {}
+    # Bearer is the default, but not of discovery: there Debian's Prometheus (2.42) sends no type.
+    bearer = {"type": "Bearer", "credentials_file": key_file}
+    access = {"authorization": bearer} if key_file else {}
 
     def discovery(job: str) -> list[dict[str, Any]]:
         url = f"{c1_url.rstrip('/')}/metrics/targets?job={job}"

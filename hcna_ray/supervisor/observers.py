@@ -1,7 +1,8 @@
 """Prometheus, Alertmanager and Grafana beside a cluster: found, started where installed, stopped.
 
 They are no part of the cluster and outlive it, or nobody would see that it is down. What was
-started here is in ``processes.json`` of their folder, and nothing else is ever stopped.
+started here is in ``processes.json`` of their folder, and nothing else is ever stopped; what was
+asked for is in ``options.json``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
 
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.durable import make_private_dir, write_private
+from hcna_ray.observability import monitoring
 from hcna_ray.supervisor.processes import (
     ProcessRef,
     identify,
@@ -37,19 +39,22 @@ READY_S = 90.0
 #: How much of the disk Prometheus may take; the oldest goes first.
 PROMETHEUS_KEEPS = "2GB"
 _ANSWER_S = 3.0
+#: C1 waits for Ray before it says what to scrape.
+_TARGETS_S = 10.0
 _END_S = 20.0
 _LOOK_S = 0.1
 _RECORD = "processes.json"
+_OPTIONS, _OPTIONS_VERSION = "options.json", 1
 #: Where packages put programs and shells of users do not look.
 _MORE_PATH = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/usr/share/grafana/bin")
 #: Variables that would make a program one of the cluster's, or tell it a key that it need not know.
 _NOT_HANDED_ON = ("HCNA_", "RAY_", "GRAFANA_", "GF_")
 
-Outcome = Literal["started", "running", "found", "foreign", "missing"]
+Outcome = Literal["started", "running", "found", "foreign", "missing", "stopped"]
 
 
 class ObserverFailed(HcnaError):
-    """A program that is installed does not come up, or does not end."""
+    """A program that is installed does not come up or end, or a file of ours cannot be read."""
 
     code = "observer_failed"
 
@@ -99,7 +104,8 @@ class Observer:
     """One program at one address, and what became of it.
 
     ``started`` just now, ``running`` since an earlier time, ``found`` though not started here,
-    ``foreign`` if it knows nothing of this cluster, ``missing`` if it is not installed.
+    ``foreign`` if it knows nothing of this cluster, ``missing`` if it is not installed,
+    ``stopped`` because it is not asked for any more.
     """
 
     name: str
@@ -107,6 +113,32 @@ class Observer:
     outcome: Outcome
     #: What to type, if something is left to do.
     then: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What ``hcna observe up`` is asked for: its options, each at its default unless told."""
+
+    grafana: str = "http://127.0.0.1:3000"
+    prometheus: str = monitoring.PROMETHEUS_URL
+    alertmanager: str = monitoring.ALERTMANAGER_URL
+    #: Who is told of alerts; empty: nobody.
+    webhook: str = ""
+    #: Where Grafana reaches Loki; empty: there is none.
+    loki: str = ""
+    #: Where Prometheus reaches C1; empty: where C1 is on this machine.
+    c1: str = ""
+    #: Path of a file with a key for C1, never the key; empty: C1 asks for none.
+    key_file: str = ""
+    every: int = monitoring.EVERY_S
+    #: Grafana's.
+    user: str = "admin"
+    without_grafana: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """Return what is not at its default."""
+        usual = asdict(Wanted())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
 
 
 class Observers:
@@ -128,6 +160,36 @@ class Observers:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, "utf-8")
         return changed
+
+    def remember(self, wanted: Wanted) -> None:
+        """Write down what was asked for, for the next run."""
+        told = {"version": _OPTIONS_VERSION, "options": wanted.told()}
+        write_private(self.folder / _OPTIONS, json.dumps(told, indent=2) + "\n")
+
+    def remembered(self) -> Wanted:
+        """Return what the last run was asked for.
+
+        Raises:
+            ObserverFailed: That is written down, and cannot be read: to go on would drop it.
+        """
+        path = self.folder / _OPTIONS
+        try:
+            told = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return Wanted()
+        except (OSError, ValueError):
+            told = None
+        options = told.get("options") if isinstance(told, dict) else None
+        kinds = {name: type(value) for name, value in asdict(Wanted()).items()}
+        if (
+            not isinstance(options, dict)
+            or told.get("version") != _OPTIONS_VERSION
+            or any(kinds.get(name) is not type(value) for name, value in options.items())
+        ):
+            raise ObserverFailed(
+                str(path), "does not hold what was asked for last: delete it, and name every option"
+            )
+        return Wanted(**options)
 
     def prometheus(self, url: str, *, changed: bool) -> Observer:
         """Have Prometheus scrape the cluster.
@@ -195,20 +257,26 @@ class Observers:
         path = self.folder / "grafana.password"
         return path.read_text("utf-8").strip() if path.is_file() else None
 
-    def down(self) -> list[str]:
-        """Stop what was started here; return what it was.
+    def down(self, *only: Program) -> list[str]:
+        """Stop what was started here, or ``only`` these of it; return the names of what it was.
 
         Raises:
             ObserverFailed: Something does not end.
         """
+        recorded = self._recorded()
+        names = {one.name for one in only} or set(recorded)
         stopped = []
-        for name, (process, _) in self._recorded().items():
+        for name in [one for one in recorded if one in names]:
+            process, _ = recorded.pop(name)
             if not is_alive(process):
                 continue
             if stop([process], term_s=_END_S):
                 raise ObserverFailed(name, f"(process {process.pid}) does not end")
             stopped.append(name)
-        (self.folder / _RECORD).unlink(missing_ok=True)
+        if recorded:
+            self._write_record(recorded)
+        else:
+            (self.folder / _RECORD).unlink(missing_ok=True)
         return stopped
 
     # -- one program -------------------------------------------------------------------------------
@@ -234,7 +302,7 @@ class Observers:
         if _answers(url, program.ready):
             return Observer(name=program.name, url=url, outcome="found")
         found = _installed(program)
-        if found is None or not _is_here(url):
+        if found is None or not is_here(url):
             then = program.install if found is None else f"start it there: {url} does not answer"
             return Observer(name=program.name, url=url, outcome="missing", then=then)
         arguments = command(found)
@@ -297,7 +365,9 @@ class Observers:
             return {}  # Nobody knows what was started: it is found by its address.
 
     def _record(self, name: str, process: ProcessRef, url: str) -> None:
-        every = {**self._recorded(), name: (process, url)}
+        self._write_record({**self._recorded(), name: (process, url)})
+
+    def _write_record(self, every: Mapping[str, tuple[ProcessRef, str]]) -> None:
         told = {known: asdict(ref) | {"url": at} for known, (ref, at) in every.items()}
         write_private(self.folder / _RECORD, json.dumps(told, indent=2) + "\n")
 
@@ -309,6 +379,31 @@ class Observers:
         made = secrets.token_urlsafe(18)
         write_private(self.folder / "grafana.password", made + "\n")
         return made
+
+
+def shows_figures(c1_url: str, key: str) -> bool | None:
+    """Whether C1 tells Prometheus what to scrape; ``None`` if it answers neither yes nor no.
+
+    Args:
+        c1_url: Where Prometheus reaches C1.
+        key: What Prometheus would show it; empty if it has none.
+    """
+    try:
+        reply = httpx.get(
+            f"{c1_url.rstrip('/')}/metrics/targets?job=hcna",
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=_TARGETS_S,
+            trust_env=False,
+        )
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return None
+    return {200: True, 401: False, 403: False}.get(reply.status_code)
+
+
+def is_here(url: str) -> bool:
+    """Whether a program of that address may be started on this machine."""
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def _answers(url: str, path: str) -> bool:
@@ -333,11 +428,6 @@ def _scrapes_us(url: str) -> bool:
 def _installed(program: Program) -> str | None:
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *_MORE_PATH))
     return next(filter(None, (shutil.which(one, path=path) for one in program.commands)), None)
-
-
-def _is_here(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def _listens(url: str) -> str:

@@ -125,6 +125,16 @@ def test_prometheus_and_alertmanager_are_started_once_and_stopped(home: Path, sa
         {"targets": [alertmanager.removeprefix("http://")]}
     ]
 
+    # Nobody is told of alerts any more: Alertmanager would, from what it has read.
+    code, told, _ = say("up", "--webhook", "")
+    assert (code, outcomes(told)) == (0, {"Prometheus": "running", "Alertmanager": "stopped"})
+    assert set(told["kept"]) == {"prometheus", "alertmanager", "without_grafana", "every"}
+    assert not is_alive(first["Alertmanager"])
+    assert started(home) == {"Prometheus": first["Prometheus"]}
+    code, told, _ = say("up", "--webhook", "http://127.0.0.1:9/alerts")
+    assert (code, outcomes(told)["Alertmanager"]) == (0, "started")
+    first = started(home)
+
     # Somebody who does not know that it was started here finds it, and leaves it alone.
     stranger = Observers(home / "elsewhere")
     assert stranger.prometheus(prometheus, changed=False).outcome == "found"

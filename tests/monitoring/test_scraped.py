@@ -7,10 +7,12 @@ the rest, on two hosts (`tests.rig.test_observed`).
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,8 +31,9 @@ NOT_HERE = ("ray_", "haproxy_", "hcna_worker_memory", "hcna_worker_disk")
 READY_S, DATA_S = 90.0, 90.0
 
 
-@pytest.fixture
-def c1(tmp_path: Path) -> Iterator[httpx.Client]:
+@contextmanager
+def a_c1(tmp_path: Path, **environment: str) -> Iterator[httpx.Client]:
+    """Have a C1 of these settings; yield what opens it."""
     url, home = free_url(), tmp_path / "home"
     home.mkdir()
     with (tmp_path / "log").open("w") as log:
@@ -38,6 +41,7 @@ def c1(tmp_path: Path) -> Iterator[httpx.Client]:
             [sys.executable, "-m", "tests.monitoring.stage_process", home, str(urlsplit(url).port)],
             stdout=log,
             stderr=log,
+            env=os.environ | environment,
         )
     try:
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
@@ -56,6 +60,12 @@ def c1(tmp_path: Path) -> Iterator[httpx.Client]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture
+def c1(tmp_path: Path) -> Iterator[httpx.Client]:
+    with a_c1(tmp_path) as found:
+        yield found
 
 
 @pytest.fixture
@@ -102,3 +112,31 @@ def test_every_query_of_ours_finds_data_while_tasks_are_done(
     reply = prometheus.get("/api/v1/rules").json()
     (group,) = reply["data"]["groups"]
     assert {one["health"] for one in group["rules"]} == {"ok"}, json.dumps(group)
+
+
+def test_a_c1_that_others_can_reach_is_scraped_with_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HCNA_HOME", str(tmp_path))
+    public = {
+        "HCNA_COMPOSITE__LISTEN_ADDRESS": "0.0.0.0",
+        "HCNA_COMPOSITE__SECURITY__ENABLE_TLS": "true",
+    }
+    with a_c1(tmp_path, **public) as c1:
+        url = free_url()
+        where = ["--c1", str(c1.base_url).rstrip("/"), "--prometheus", url, "--every", "1"]
+        up = ["observe", "up", "--without-grafana", *where]
+        assert main(up) == 4
+        assert "hcna keys create" in capsys.readouterr().err
+        assert not (tmp_path / "observe").exists()
+
+        key = tmp_path / "key"
+        key.write_text(c1.headers["Authorization"].removeprefix("Bearer "))
+        try:
+            assert main([*up, "--key-file", str(key)]) == 0
+            with httpx.Client(base_url=url, timeout=30, trust_env=False) as prometheus:
+                eventually(
+                    lambda: found(prometheus, 'up{job="hcna"} == 1'), DATA_S, "C1 is scraped"
+                )
+        finally:
+            Observers(tmp_path / "observe").down()

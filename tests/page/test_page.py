@@ -184,7 +184,7 @@ def test_a_queue_is_paused_and_resumed(browser: Browser, house: House) -> None:
     task_id = submit(house, queue="night")
     browser.open(f"#/tasks/{task_id}")
     browser.see("The queue 'night' is paused", ".story .why")
-    browser.press("POST /admin/queues/night/resume", ".story .fix a")  # It leads to the button.
+    browser.press("hcna queues resume night", ".story .fix a")  # It leads to the button.
     browser.press("Resume queue night")
     browser.see("open", "tr[data-row=night]")
     runs(house, task_id)

@@ -87,6 +87,7 @@ class FakeC1:
         self.artifacts: dict[str, bytes] = {}
         self.partial: dict[str, bytearray] = {}
         self.worker_state = "online"
+        self.paused: set[str] = set()
         self.requests: list[Seen] = []
         self.script: list[Scripted] = []
         #: Applied after a request was carried out: raise here to lose the answer.
@@ -207,6 +208,8 @@ class FakeC1:
         match seen.method, *seen.path.strip("/").split("/"):
             case "GET", "status":
                 return json_reply(200, self.status())
+            case "GET", "metrics", "targets":  # As of a C1 that others can reach.
+                return json_reply(200, [])
             case "POST", "tasks":
                 return self._submit(seen)
             case "POST", "tasks", "batch":
@@ -249,6 +252,9 @@ class FakeC1:
                 if self.worker_state == "online" and seen.query.get("force") != "true":
                     return problem(409, "worker_online", "worker W1 is online")
                 return json_reply(200, self.worker())
+            case "POST", "admin", "queues", name, ("pause" | "resume") as verb:
+                (self.paused.add if verb == "pause" else self.paused.discard)(name)
+                return json_reply(200, {"queue": name, "paused": verb == "pause"})
             case "POST", "admin", "send-intent":
                 body = seen.json
                 answer = {"pong": True, "node": NODE_ID}
@@ -273,7 +279,7 @@ class FakeC1:
             "workers": [self.worker()],
             "queues": queues,
             "totals": totals,
-            "paused": [],
+            "paused": sorted(self.paused),
         }
 
     def worker(self) -> Json:

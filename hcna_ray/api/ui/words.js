@@ -144,7 +144,7 @@ function standing(task) {
 
 const COMMAND = new RegExp(
   "hcna task retry task-\\w+|hcna task cancel task-\\w+|hcna task task-\\w+|hcna why task-\\w+" +
-    "|hcna (?:task retry|workers(?: uncordon [\\w-]+)?|status|up|down)|POST /admin/queues/\\S+/resume",
+    "|hcna queues resume \\S+|hcna (?:task retry|workers(?: uncordon [\\w-]+)?|status|up|down)",
   "g",
 );
 
@@ -152,7 +152,7 @@ const COMMAND = new RegExp(
 const ON_PAGE = [
   [/^hcna task retry task-/, (id) => ({ act: `replay ${id}` })],
   [/^hcna task cancel task-/, (id) => ({ act: `cancel ${id}` })],
-  [/^(hcna (workers|status)|POST )/, () => ({ href: "#/" })],
+  [/^hcna (workers|status|queues)/, () => ({ href: "#/" })],
 ];
 
 /**

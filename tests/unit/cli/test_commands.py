@@ -237,8 +237,8 @@ def test_a_wrong_key_is_exit_code_4(hcna: Hcna, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("status", "code", "then"),
     [
-        (403, "forbidden", "hcna keys create on M1"),
-        (403, "out_of_scope", "ask for a key with that scope: hcna keys create on M1"),
+        (403, "forbidden", "hcna keys create NAME --role ROLE, on M1"),
+        (403, "out_of_scope", "ask for a key with that scope: hcna keys create NAME, on M1"),
         (429, "quota", "wait for some to end (hcna task list --status queued)"),
         (429, "rate_limited", "wait for Retry-After"),
         (418, "of_a_newer_c1", "hcna status"),

@@ -92,6 +92,8 @@ def test_the_rest(async_client: AsyncClient, c1: FakeC1) -> None:
         assert (await client.drain("W1")).state == "draining"
         assert (await client.cordon("W1")).state == "cordoned"
         assert (await client.uncordon("W1")).state == "online"
+        assert (await client.pause_queue("night"))["paused"] is True
+        assert (await client.resume_queue("night"))["paused"] is False
         assert (await client.send_intent("W1", "test.ping")).answer["pong"]
         assert (await client.snapshot()).trouble == ""
         assert "AsyncClient" in repr(client)

@@ -329,6 +329,13 @@ def test_a_worker_can_be_forgotten(client: Client, c1: FakeC1) -> None:
     assert client.forget_worker("W1").state == "gone"
 
 
+def test_a_queue_is_held_and_let_go(client: Client, c1: FakeC1) -> None:
+    assert client.pause_queue("night") == {"queue": "night", "paused": True}
+    assert client.status().paused == ("night",)
+    assert client.resume_queue("night") == {"queue": "night", "paused": False}
+    assert client.status().paused == ()
+
+
 def test_an_intent_is_answered(client: Client) -> None:
     answer = client.send_intent("HCNA-W1--prod--home--v1.0", "test.ping")
     assert answer.answer["pong"] is True
