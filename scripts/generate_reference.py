@@ -567,6 +567,11 @@ def metrics() -> list[str]:
         each process; while M1 does not answer its figures are left out. Ids of tasks are never
         labels. `/metrics/targets` lists what to scrape; [how to monitor](../how-to/monitor.md).
 
+        At most 200 queues have figures by name. `hcna_tasks_accepted_total` counts by name the
+        first 200 that ever had a task, and all others together under `queue="(other)"`. Of the
+        gauges of queues `(other)` is all but the 200 that are paused or have the most open tasks:
+        the sum of their depths, the age of the oldest. `GET /status` has each queue's own depth.
+
         ## C1
         """)
     rows = []

@@ -7,8 +7,10 @@ for. Names, kinds and labels stand here and nowhere else; ids of tasks never bec
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -20,8 +22,8 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from hcna_ray.core.models import WorkerState
-from hcna_ray.observability.figures import Histogram
+from hcna_ray.core.models import TERMINAL, WorkerState
+from hcna_ray.observability.figures import OTHER_QUEUES, QUEUES_NAMED_MAX, Histogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -166,7 +168,51 @@ def families(sample: Sample) -> Iterator[Metric]:
     yield from _of_composite(sample)
 
 
-def _of_store(sample: Sample) -> Iterator[Metric]:
+def _with_few_queues(sample: Sample) -> Sample:
+    """Return a sample with no more queues in its gauges than may be shown by name.
+
+    Those that are paused and those with most open tasks keep their names. The others are one: its
+    depths are their sums, its age is that of the oldest, and it is paused if all of them are.
+    """
+    depth, age, paused = sample.depth, sample.queue_age, sample.queue_paused
+    queues = {key[0] for figures in (depth, age, paused) for key in figures}
+    if len(queues) <= QUEUES_NAMED_MAX:
+        return sample
+    weights = {queue: [paused.get((queue,), 0), 0, 0] for queue in queues}
+    for (queue, state), count in depth.items():
+        weights[queue][1] += 0 if state in _ENDED else count
+        weights[queue][2] += count
+    order = sorted(queues, key=lambda queue: ([-weight for weight in weights[queue]], queue))
+    named = frozenset(order[:QUEUES_NAMED_MAX])
+
+    def shown(queue: str) -> str:
+        return queue if queue in named else OTHER_QUEUES
+
+    depths: Tally[Labels] = Tally()
+    for (queue, state), count in depth.items():
+        depths[shown(queue), state] += count
+    return replace(
+        sample,
+        depth=depths,
+        queue_age=_one_of_each(max, ((shown(queue), value) for (queue,), value in age.items())),
+        queue_paused=_one_of_each(min, ((shown(queue), one) for (queue,), one in paused.items())),
+    )
+
+
+_ENDED = frozenset(state.value for state in TERMINAL)
+
+V = TypeVar("V", int, float)
+
+
+def _one_of_each(pick: Callable[[V, V], V], values: Iterable[tuple[str, V]]) -> dict[Labels, V]:
+    found: dict[Labels, V] = {}
+    for queue, value in values:
+        found[queue,] = pick(value, found.get((queue,), value))
+    return found
+
+
+def _of_store(whole: Sample) -> Iterator[Metric]:
+    sample = _with_few_queues(whole)
     by_state: dict[Labels, int] = {
         (state,): 0 for state in ("completed", "failed", "cancelled", "expired")
     }

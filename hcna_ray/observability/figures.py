@@ -29,6 +29,12 @@ WAITED, RAN = "waited", "ran"
 SUM = "sum_us"
 _ENDLESS = "+Inf"
 
+#: So many queues are counted and shown by name: anybody who submits may name a new one for each
+#: task, and every name is rows in the store and series in Prometheus for ever.
+QUEUES_NAMED_MAX = 200
+#: Label of all the others; no queue can have that name.
+OTHER_QUEUES = "(other)"
+
 
 @dataclass(slots=True)
 class Histogram:

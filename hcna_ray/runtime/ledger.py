@@ -17,7 +17,13 @@ from hcna_ray.core.events import Command, Event
 from hcna_ray.core.machine import Step, advance
 from hcna_ray.core.models import Attempt, AuditEntry, Fact, LaneKey, Outcome, Task, Token
 from hcna_ray.core.schedules import Schedule
-from hcna_ray.observability.figures import RAN, WAITED, stored_deltas
+from hcna_ray.observability.figures import (
+    OTHER_QUEUES,
+    QUEUES_NAMED_MAX,
+    RAN,
+    WAITED,
+    stored_deltas,
+)
 from hcna_ray.runtime.reported import delivery_of
 from hcna_ray.store.base import Counter, Delivery, KeyClaim, TaskStore
 
@@ -46,11 +52,39 @@ class Lanes:
         return lane
 
 
+class QueueLabels:
+    """Says under which label a queue's accepted tasks are counted.
+
+    A counter has a row for ever, and anybody who submits may name a queue of his own for each task:
+    the first `QUEUES_NAMED_MAX` queues are counted by name, the others together.
+    """
+
+    def __init__(self) -> None:
+        """Know no queue; `reset` says which have a row."""
+        self._named: set[str] = set()
+
+    def reset(self, stored: Iterable[str]) -> None:
+        """Go on with the labels that the store has: whatever has a row keeps it."""
+        self._named = set(stored) - {OTHER_QUEUES}
+
+    def of(self, queue: str) -> str:
+        """Return a queue's label; a new queue gets its own while there is room."""
+        if queue not in self._named:
+            if len(self._named) >= QUEUES_NAMED_MAX:
+                return OTHER_QUEUES
+            self._named.add(queue)
+        return queue
+
+
 class Ledger:
     """Reads, decisions and pending writes of one batch."""
 
     def __init__(
-        self, store: TaskStore, live: Mapping[str, Task], node_ids: Mapping[str, str]
+        self,
+        store: TaskStore,
+        live: Mapping[str, Task],
+        node_ids: Mapping[str, str],
+        queue_labels: QueueLabels | None = None,
     ) -> None:
         """Open an empty working set.
 
@@ -58,7 +92,9 @@ class Ledger:
             store: Where tasks are read from, and written to by `flush`.
             live: Tasks that hold a lease as committed; saves reading them again.
             node_ids: Node id by worker name, noted on attempts.
+            queue_labels: For the counters of accepted tasks; ``None`` begins anew.
         """
+        self._queue_labels = queue_labels or QueueLabels()
         self._store, self._live, self._node_ids = store, live, node_ids
         self._tasks: dict[str, Task] = {}
         #: Ids that were looked for and are not stored.
@@ -297,7 +333,8 @@ class Ledger:
         if self.changed_schedules:
             self._flush_schedules()
         for (task_type, queue), count in self.accepted.items():
-            self.counts[Counter("accepted", task_type, queue)] += count
+            label = self._queue_labels.of(queue)
+            self.counts[Counter("accepted", task_type, label)] += count
         for (figure, task_type), seconds in self.seconds.items():
             for label, count in stored_deltas(seconds).items():
                 self.counts[Counter(figure, task_type, label)] += count

@@ -25,7 +25,7 @@ from hcna_ray.runtime.aftermath import Aftermath
 from hcna_ray.runtime.clockwatch import ClockWatch
 from hcna_ray.runtime.dispatcher import Dispatcher
 from hcna_ray.runtime.intake import Intake
-from hcna_ray.runtime.ledger import Ledger
+from hcna_ray.runtime.ledger import Ledger, QueueLabels
 from hcna_ray.runtime.live import LiveTable
 from hcna_ray.runtime.messages import (
     Exchange,
@@ -128,6 +128,7 @@ class Moderator:
         self._commit_s = Histogram()
         self._refusals = 0
         self._live = LiveTable()
+        self._queue_labels = QueueLabels()
         self._dispatcher = Dispatcher(store, policy, self._live)
         starts = StartWatch(policy.start_s)
         self._workforce = Workforce(
@@ -169,7 +170,12 @@ class Moderator:
             if trouble is not None:
                 return self._refused(batch, trouble)
         turn = Turn(
-            Ledger(self._store, self._live.tasks, self._workforce.sessions.node_ids()),
+            Ledger(
+                self._store,
+                self._live.tasks,
+                self._workforce.sessions.node_ids(),
+                self._queue_labels,
+            ),
             self._clock.now(),
             elapsed,
         )
@@ -291,6 +297,7 @@ class Moderator:
         leased = self._store.leased()
         failpoints.hit("moderator.rebuild.begun")
         self._paused = self._store.paused()
+        self._queue_labels.reset(self._store.counted_queues())
         self._clocks.hold = self._store.clock_hold()
         self._live.reset(leased)
         self._dispatcher.reset()

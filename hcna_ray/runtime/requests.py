@@ -148,6 +148,8 @@ class MarkSchedule:
     by: str
     #: On a resume by its owner: digest of the key on whose authority it goes on.
     key_sha256: str | None = None
+    #: Whether that key does not see everything: then the schedule's tasks do not either, for good.
+    confined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -370,7 +370,11 @@ class ScheduleDesk:
                 cron = parsed(before.cron, before.timezone)
                 after = rules.resume(before, cron, turn.now)
                 if request.key_sha256 is not None:
-                    after = after.evolve(key_sha256=request.key_sha256)
+                    # A lesser key lends less. A greater one lends nothing: it says nothing of what
+                    # the task is, and that may be from somebody with a lesser key.
+                    confined = after.spec.confined or request.confined
+                    spec = dataclasses.replace(after.spec, confined=confined)
+                    after = after.evolve(key_sha256=request.key_sha256, spec=spec)
         self._set(turn, before.key, None if request.action == "delete" else after)
         turn.note(request.by, f"schedule.{request.action}", _named(before), "done")
         return after

@@ -342,6 +342,10 @@ class TaskStore(Protocol):
         """Add to counters."""
         ...
 
+    def counted_queues(self) -> frozenset[str]:
+        """Return the labels that accepted tasks are counted under, by queue."""
+        ...
+
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
         """Add audit lines, each chained to the one before it (`hcna_ray.core.audit`)."""
         ...

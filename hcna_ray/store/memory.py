@@ -535,6 +535,10 @@ class MemoryTaskStore:
         for counter, delta in deltas.items():
             self._counters.put(counter, self._counters.now.get(counter, 0) + delta)
 
+    def counted_queues(self) -> frozenset[str]:
+        """Return the labels that accepted tasks are counted under, by queue."""
+        return frozenset(one.label for one in self._counters.now if one.name == "accepted")
+
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
         """Add audit lines, each chained to the one before it."""
         self._must_write()

@@ -841,6 +841,11 @@ class PostgresTaskStore(Bookkeeper):
         """Return the names of paused queues."""
         return frozenset(queue for (queue,) in self._run(_PAUSED))
 
+    def counted_queues(self) -> frozenset[str]:
+        """Return the labels that accepted tasks are counted under, by queue."""
+        sql = "SELECT DISTINCT label FROM counter WHERE name = 'accepted'"
+        return frozenset(label for (label,) in self._run(sql))
+
     def append_audit(self, entries: Sequence[AuditEntry]) -> None:
         """Add audit lines, each chained to the one before it."""
         self._must_write()

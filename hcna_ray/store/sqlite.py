@@ -136,6 +136,11 @@ class _Connection:
         """Return the names of paused queues."""
         return frozenset(queue for (queue,) in self._run("SELECT queue FROM paused_queue"))
 
+    def counted_queues(self) -> frozenset[str]:
+        """Return the labels that accepted tasks are counted under, by queue."""
+        sql = "SELECT DISTINCT label FROM counter WHERE name = 'accepted'"
+        return frozenset(label for (label,) in self._run(sql))
+
     def get_schedule(self, key: tuple[str, str]) -> Schedule | None:
         """Return the schedule of ``(principal, name)``, if there is one."""
         found = self._run(_SCHEDULE_BY_KEY, key)

@@ -178,6 +178,13 @@ class TestTransaction:
         assert reader.counters() == {Counter("accepted", "echo", ""): 1}
         assert reader.open_count(ids=["t1"]) == 1
 
+    def test_the_queues_that_are_counted_are_known(self, store: TaskStore) -> None:
+        assert store.counted_queues() == frozenset()
+        with store.transaction():
+            store.bump({Counter("accepted", one, "q"): 1 for one in ("echo", "sleep")})
+            store.bump({Counter("accepted", "echo", "r"): 1, Counter("ended", "echo", "failed"): 1})
+        assert store.counted_queues() == {"q", "r"}
+
     def test_readers_see_the_old_task_until_the_new_one_is_committed(
         self, store: TaskStore, reader: TaskReader
     ) -> None:

@@ -265,6 +265,7 @@ async def _mark(call: Call, action: str) -> Response:
         action=action,
         by=call.principal,
         key_sha256=call.key.sha256 if own else None,
+        confined=not call.key.sees_all,
     )
     return _shown(call, await call.services.moderator.change_schedule(order))
 

@@ -196,6 +196,27 @@ class TestOwners:
         assert stored is not None
         assert stored.key_sha256 == new.sha256
 
+    @pytest.mark.parametrize(
+        ("creates", "resumes", "confined"),
+        [
+            ("operator", "operator", False),
+            ("operator", "submitter", True),
+            ("submitter", "operator", True),
+        ],
+    )
+    async def test_the_lesser_of_two_keys_says_what_its_tasks_may_read(
+        self, c1: Composite, creates: str, resumes: str, confined: bool
+    ) -> None:
+        c1.keys.add("hcna_first", name="alice-1", role=creates, owner="alice")
+        c1.keys.add("hcna_second", name="alice-2", role=resumes, owner="alice")
+        async with c1.client("hcna_first") as http:
+            await http.post("/schedules", json=GOOD)
+        async with c1.client("hcna_second") as http:
+            assert (await http.post("/schedules/nightly/resume")).status_code == 200
+        stored = c1.moderator.desk.store.get_schedule(("alice", "nightly"))
+        assert stored is not None
+        assert stored.spec.confined is confined
+
     async def test_a_viewer_sees_an_outline_of_others(self, c1: Composite) -> None:
         await create(c1, task={"task_type": "echo", "payload": {"secret": "x"}})
         c1.keys.add("hcna_eve", name="eve", role="viewer")

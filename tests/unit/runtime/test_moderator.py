@@ -32,8 +32,8 @@ from hcna_ray.core.models import (
     Token,
     WorkerState,
 )
-from hcna_ray.observability.figures import RAN, SUM, WAITED, stored_histogram
-from hcna_ray.runtime import reports
+from hcna_ray.observability.figures import OTHER_QUEUES, RAN, SUM, WAITED, stored_histogram
+from hcna_ray.runtime import ledger, reports
 from hcna_ray.runtime.messages import Accepted, Grant, Offer, Refused, ReportKind, SubmitBatch
 from hcna_ray.runtime.moderator import PRUNE_MAX, PRUNE_PERIOD_S
 from hcna_ray.runtime.policy import Policy
@@ -46,6 +46,7 @@ from hcna_ray.runtime.requests import (
     Retry,
     SendIntent,
 )
+from hcna_ray.store.base import Counter
 from hcna_ray.store.memory import MemoryTaskStore
 from tests.support.builders import a_spec
 from tests.support.paper_worker import WAITING, Desk, PaperWorker
@@ -1268,6 +1269,34 @@ def test_counters_say_what_happened(desk: Desk, w1: PaperWorker) -> None:
         ("ended", "echo", "completed"): 1,
         ("ended", "echo", "failed"): 1,
     }
+
+
+def accepted_by_queue(desk: Desk) -> dict[str, int]:
+    assert isinstance(desk.store, MemoryTaskStore)
+    stored = desk.store.reader().counters()
+    return {one.label: value for one, value in stored.items() if one.name == "accepted"}
+
+
+def test_so_many_queues_are_counted_by_name_and_the_others_together(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "QUEUES_NAMED_MAX", 3)
+    desk.submit(*(a_spec(f"t{number}", queue=f"job-{number}") for number in range(5)))
+    desk.submit(a_spec("t5", queue="job-0"), a_spec("t6", queue="job-9"))
+    assert accepted_by_queue(desk) == {"job-0": 2, "job-1": 1, "job-2": 1, OTHER_QUEUES: 3}
+
+    desk.restart()
+    desk.submit(a_spec("t7", queue="job-2"), a_spec("t8", queue="job-4"))
+    assert accepted_by_queue(desk) == {"job-0": 2, "job-1": 1, "job-2": 2, OTHER_QUEUES: 4}
+
+    # What an older version has counted by name goes on under that name.
+    with desk.store.transaction():
+        desk.store.bump({Counter("accepted", "echo", f"old-{number}"): 7 for number in range(9)})
+    desk.restart()
+    desk.submit(a_spec("t9", queue="old-8"), a_spec("t10", queue="new"))
+    found = accepted_by_queue(desk)
+    assert (found["old-8"], found[OTHER_QUEUES]) == (8, 5)
+    assert "new" not in found
 
 
 def histogram_of(desk: Desk, figure: str) -> list[tuple[str, float]]:
