@@ -526,7 +526,7 @@ class TestOneWriter:
         polling.start()
         try:
             with pytest.raises(StoreInUse):
-                PostgresTaskStore(postgres_url, takeover_s=1.0, open_wait_s=2.5)
+                PostgresTaskStore(postgres_url, takeover_s=5.0, open_wait_s=7.0)
         finally:
             done.set()
             polling.join()
@@ -675,7 +675,7 @@ class TestReconnection:
         put(store, a_task())
         server.execute("ALTER SYSTEM SET synchronous_standby_names = 'ghost'")
         server.execute("SELECT pg_reload_conf()")
-        time.sleep(0.3)
+        time.sleep(2)  # Its checkpointer tells the others, and nobody tells when it has.
         try:
             with pytest.raises(OSError, match="not known"):
                 put(store, a_task("t2", seq=2))

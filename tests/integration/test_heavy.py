@@ -216,7 +216,7 @@ def test_a_checkpoint_is_handed_to_the_next_attempt(client: Client) -> None:
 
 
 def test_progress_is_seen_while_it_runs(client: Client) -> None:
-    task = client.submit("sleep", {"seconds": 3, "steps": 30}, requires={"cpu": 1})
+    task = client.submit("sleep", {"seconds": 6, "steps": 60}, requires={"cpu": 1})
 
     seen = set()
     while not task.refresh().ended:
@@ -224,7 +224,7 @@ def test_progress_is_seen_while_it_runs(client: Client) -> None:
             seen.add(round(task.progress.percent))
         time.sleep(0.1)
 
-    assert task.result()["slept_s"] == pytest.approx(3)
+    assert task.result()["slept_s"] == pytest.approx(6)
     assert len(seen) >= 5
     assert seen <= set(range(101))
     assert task.progress is not None

@@ -87,7 +87,7 @@ def test_the_first_notebook_shows_what_it_promises(run: Callable[[Path], Any]) -
     assert "Hello from a notebook" in result
     assert "HCNA-W1--prod--home--v1.0" in result
     assert outputs(notebook, "map", "text/plain")[-1] == "([0, 1, 4, 9, 16], 9801)"
-    assert outputs(notebook, "unordered", "text/plain") == ["[0.1, 0.3, 0.6]"]
+    assert outputs(notebook, "unordered", "text/plain") == ["[0.1, 1.2, 2.5]"]
     assert "completed" in outputs(notebook, "watch", "text/html")[-1]
     assert "W9" in outputs(notebook, "why", "text/html")[-1]
     assert outputs(notebook, "cancel", "text/plain")[-1].count("cancelled") >= 2

@@ -493,8 +493,12 @@ async def run(
         async with composite(home, store, links[2]) as http:
             load = Load(folder, http, seed, tasks // 6)
             clients = [asyncio.create_task(load.client(number)) for number in range(6)]
-            while len(load.ids) < 0.4 * tasks:  # noqa: ASYNC110 - clients set no events
+            load.patient = True  # Workers begin late, and the queue is small.
+            while len(load.ids) < 0.4 * tasks:
+                if all(client.done() for client in clients):
+                    raise RuntimeError(f"only {len(load.ids)} tasks were accepted of {tasks}")
                 await asyncio.sleep(0.01)
+            load.patient = False
             faults += await trouble(process, load)
             await asyncio.gather(*clients)
             await load.meddle()

@@ -23,6 +23,8 @@ FAR_FUTURE = "2099-01-01T00:00:00Z"
 CLOSED = 0
 #: An answer is shorter than this.
 _BYTES_MAX = 4 * 1024 * 1024
+#: How long an answer may take that must come.
+_ANSWERED_S = 60.0
 
 
 class Door(Protocol):
@@ -688,10 +690,22 @@ def words_for(door: Door) -> Words:
     return Words(door.host.encode(), door.key.encode(), uuid.uuid4().hex[:12])
 
 
-def exchange(door: Door, sent: bytes, *, head_first: bool = False) -> Answered:
-    """Send bytes on a connection of their own and read until its end, or until it is quiet."""
+def exchange(
+    door: Door, sent: bytes, *, head_first: bool = False, is_answered: bool = False
+) -> Answered:
+    """Send bytes on a connection of their own and read until its end, or until it is quiet.
+
+    Args:
+        door: Where to.
+        sent: The bytes.
+        head_first: Whether the first request is a HEAD.
+        is_answered: Whether an answer must come, for which to wait however long it takes.
+    """
     raw = b""
     with door.connect() as connection:
+        quiet_s = connection.gettimeout()
+        if is_answered:
+            connection.settimeout(_ANSWERED_S)
         try:
             connection.sendall(sent)
         except OSError:
@@ -704,6 +718,7 @@ def exchange(door: Door, sent: bytes, *, head_first: bool = False) -> Answered:
             if not piece:
                 break
             raw += piece
+            connection.settimeout(quiet_s)
     return read_answers(raw, head_first=head_first)
 
 
@@ -738,6 +753,7 @@ def tasks_in(door: Door, queue: str) -> int:
     )
     raw = b""
     with door.connect() as connection:
+        connection.settimeout(_ANSWERED_S)
         connection.sendall(request.encode())
         while piece := connection.recv(65536):
             raw += piece
@@ -757,7 +773,8 @@ def check(one: Case, door: Door, *, statuses: frozenset[int] | None = None) -> A
         statuses: What the first answer may be; None: anything but a fault of the server.
     """
     words = words_for(door)
-    answered = exchange(door, one.made(words), head_first=one.head_first)
+    accepted = one.outer[0] + one.inner[0] > 0
+    answered = exchange(door, one.made(words), head_first=one.head_first, is_answered=accepted)
 
     first = answered.statuses[0] if answered.statuses else CLOSED
     if statuses is None:
@@ -768,6 +785,6 @@ def check(one: Case, door: Door, *, statuses: frozenset[int] | None = None) -> A
     for queue, (least, most) in (("outer", one.outer), ("inner", one.inner)):
         count = tasks_in(door, f"{queue}-{words.nonce}")
         assert least <= count <= most, (queue, count, answered)
-    after = exchange(door, words.get(b"/live", b"Connection: close"))
+    after = exchange(door, words.get(b"/live", b"Connection: close"), is_answered=True)
     assert after.statuses == (200,), after
     return answered

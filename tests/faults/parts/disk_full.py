@@ -22,6 +22,9 @@ LINE = "disk errors (ENOSPC, EIO)"
 BYTES = 6 * 1024 * 1024
 ACCEPTING_S = 30.0
 START_S = 30.0
+#: How long a disk stays full, and how soon it refuses something.
+HELD_S = 1.5
+REFUSED_WITHIN_S = 30.0
 
 
 class DiskFull:
@@ -70,6 +73,17 @@ def _fill(disk: Path) -> Path:
     return ballast
 
 
+def _refused(stack: Stack, before: Counter[tuple[str, int]]) -> Counter[int]:
+    """Return how many submits the disk has refused, by status."""
+    return Counter(
+        {
+            status: count
+            for (asked, status), count in (stack.statuses - before).items()
+            if asked == "submit" and status in (503, 507)
+        }
+    )
+
+
 async def _store(case: Case, folder: Path, disk: Path) -> Outcome:
     """Fill the disk of the store (or of temporary files), with or without a reserve."""
     what = case.options["what"]
@@ -85,14 +99,12 @@ async def _store(case: Case, folder: Path, disk: Path) -> Outcome:
         for number in range(int(case.options["times"])):
             ballast = _fill(disk)
             before = Counter(stack.statuses)
-            await asyncio.sleep(1.5)
-            refused = Counter(
-                {
-                    status: count
-                    for (asked, status), count in (stack.statuses - before).items()
-                    if asked == "submit" and status in (503, 507)
-                }
-            )
+            if what == "temporary":
+                await asyncio.sleep(HELD_S)
+            else:  # The log may have room for a while.
+                await until(lambda: _refused(stack, before), REFUSED_WITHIN_S)  # noqa: B023
+                await asyncio.sleep(HELD_S)
+            refused = _refused(stack, before)
             if what == "temporary" and refused:
                 outcome.violations.append(f"full temporary files: submits refused {refused}")
             elif what != "temporary" and not refused:

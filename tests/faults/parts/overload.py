@@ -387,8 +387,11 @@ async def without_ray(case: Case, folder: Path) -> Outcome:
     try:
         async with checked_run.composite(home, store, links[1]) as http:
             caller = Caller(http, History(folder / "history.jsonl", "source", "owner"))
-            await burst(caller, bodies, 50)
-            rate = await asyncio.to_thread(drained, store, 50)
+            rates = []
+            for _ in range(2):  # A machine that stood still for a moment has a low rate.
+                await burst(caller, bodies, 50)
+                rates.append(await asyncio.to_thread(drained, store, 50))
+            rate = max(rates)
             told = Told(began_at=time.time())
             answers: list[httpx.Response] = []
 
