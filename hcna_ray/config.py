@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import socket
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -1214,6 +1215,13 @@ class Settings(_Section):
 _SHARED = ("lease", "slots", "limits", "retry", "ports")
 #: What a machine takes of M1's traces unless it names a collector itself; files are each one's own.
 _SHARED_TRACING = ("endpoint", "sample_ratio", "spool_bytes")
+
+
+def names_here(settings: Settings) -> tuple[str, ...]:
+    """Return what this machine is called: its name, and those of M1 and C1, in the local domain."""
+    nodes = (settings.moderator.node_id, settings.composite.node_id)
+    plain = [socket.gethostname(), *(node.partition("--")[0].lower() for node in nodes)]
+    return tuple(dict.fromkeys(name for one in plain for name in (one, f"{one}.local")))
 
 
 def shared_part(settings: Settings) -> dict[str, Any]:

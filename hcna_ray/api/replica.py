@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import socket
 from pathlib import Path
 
 import ray
@@ -16,7 +15,7 @@ from hcna_ray.api.ids import UlidIds
 from hcna_ray.api.ray_moderator import RayModerator
 from hcna_ray.api.services import Services
 from hcna_ray.api.targets import nodes_alive
-from hcna_ray.config import Settings, load_settings
+from hcna_ray.config import Settings, load_settings, names_here
 from hcna_ray.core.clock import SystemClock
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.handlers import load_registry
@@ -88,13 +87,6 @@ def hosts_of(settings: Settings) -> tuple[str, ...]:
         # The supervisor has said so. By address and the names in the settings C1 can be reached.
         log.warning(str(error), extra={"action": "api.certificate_unreadable"})
         return names
-
-
-def names_here(settings: Settings) -> tuple[str, ...]:
-    """Return what this machine is called: its name, and those of M1 and C1, in the local domain."""
-    nodes = (settings.moderator.node_id, settings.composite.node_id)
-    plain = [socket.gethostname(), *(node.partition("--")[0].lower() for node in nodes)]
-    return tuple(dict.fromkeys(name for one in plain for name in (one, f"{one}.local")))
 
 
 async def check_replica(app: FastAPI, timeout_s: float) -> str | None:

@@ -213,16 +213,17 @@ class OrderVerifier:
 
 
 def known_authorities(cluster_dir: Path) -> list[x509.Certificate]:
-    """Return the authorities that this machine believes, none if it knows none.
+    """Return the cluster's authorities that this machine believes, none if it knows none.
 
-    M1's machine has them in ``trust.pem``. A machine that has joined has the authority of its join
-    code, and those that it was told of since.
+    A machine that has joined has them with its membership: that of its join code, then those that
+    each round of credentials names. ``trust.pem`` is not asked: in it is the owner's authority too,
+    which signs for nodes and not for M1.
     """
     from cryptography import x509
 
     found: list[x509.Certificate] = []
     joined = (cluster_dir / "membership.json").exists()
-    for read in (_of_membership, _of_trust) if joined else (_of_trust, _of_ca):
+    for read in (_of_membership,) if joined else (_of_old_ca, _of_ca):
         try:
             found += x509.load_pem_x509_certificates(read(cluster_dir))
         except (OSError, ValueError, KeyError, TypeError):
@@ -230,13 +231,13 @@ def known_authorities(cluster_dir: Path) -> list[x509.Certificate]:
     return found
 
 
-def _of_trust(cluster_dir: Path) -> bytes:
-    return (cluster_dir / "trust.pem").read_bytes()
-
-
 def _of_membership(cluster_dir: Path) -> bytes:
     known = json.loads((cluster_dir / "membership.json").read_bytes())
     return str(known["ca_pem"]).encode("ascii")
+
+
+def _of_old_ca(cluster_dir: Path) -> bytes:
+    return (cluster_dir / "ca.old.pem").read_bytes()
 
 
 def _of_ca(cluster_dir: Path) -> bytes:

@@ -7,6 +7,7 @@ cluster is up; a member that goes is drained first. Nothing about tasks passes h
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import ssl
 import threading
@@ -15,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from logging import Logger
+from pathlib import Path
 from typing import Any
 
 from hcna_ray import failpoints
-from hcna_ray.config import LOOPBACK, Settings, shared_part
+from hcna_ray.config import LOOPBACK, Settings, names_here, shared_part
 from hcna_ray.core.errors import HcnaError
 from hcna_ray.runtime.refusals import RefusalBook
 from hcna_ray.security.acts import leave
@@ -34,6 +36,7 @@ from hcna_ray.security.authority import (
 )
 from hcna_ray.security.certs import ensure_server, fingerprint, known_by, serial_and_end
 from hcna_ray.security.keys import ensure_ray_token, load_keys, verify
+from hcna_ray.security.own_certs import OwnCertificateRefused, names_in
 from hcna_ray.supervisor.addresses import default_address, outward_addresses, own_addresses
 from hcna_ray.supervisor.c1_calls import drain_worker, forget_worker
 from hcna_ray.supervisor.gate_fields import (
@@ -100,6 +103,9 @@ _CERTIFICATES_MAX = 600
 _CERTIFICATES_A_DAY_MAX = 50
 #: Places on the list that members leave for M1 itself.
 _CERTIFICATES_SPARE = 500
+
+#: A certificate waits so long for the name services of the machine.
+_FQDN_S = 2.0
 
 _UNKNOWN_MEMBER = GateRefused(
     401,
@@ -218,6 +224,9 @@ class Gate:
         self._guests: dict[str, float] = {}
         #: Machines that are to get another certificate, and the one they have.
         self._renewing: dict[str, str] = {}
+        #: What name services call this machine, once that is known.
+        self._fqdn, self._fqdn_known = "", threading.Event()
+        self._fqdn_known.set()  # Nobody looks for it before `start`.
         self._refusals = RefusalBook(monotonic, keys_max=_REFUSALS_MAX)
         #: Credentials are given before a round is announced or after it, never in between.
         self._rotating = threading.Lock()
@@ -240,6 +249,8 @@ class Gate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._load_certificate(context)
+        self._fqdn_known.clear()
+        self._look_up_name()
         self._server = GateServer((self._host, self._wanted_port), self, context)
         self._thread = threading.Thread(
             target=self._server.serve_forever,
@@ -504,11 +515,12 @@ class Gate:
             *texts_of(body, "addresses", ADDRESSES_MAX),
         }
         others = [one for one in read_members(self.settings.cluster_dir) if one != member]
-        taken = {GATE_NAME, socket.gethostname().lower(), *(one.hostname.lower() for one in others)}
+        m1s, edges = self._own_hosts(), self._edge_hosts()
+        taken = {*m1s, *edges, *(one.hostname.lower() for one in others)}
         taken.discard("localhost")
         # Where it was seen it is, whoever was there before.
-        theirs = {one.address for one in others} - {peer}
-        theirs |= {*self._addresses(), *(own.address for own in own_addresses())}
+        theirs = {*edges, *(one.address for one in others)} - {peer}
+        theirs |= {*m1s, *self._addresses(), *(own.address for own in own_addresses())}
         try:
             cert_pem = sign_request(
                 self.settings.cluster_dir,
@@ -544,6 +556,34 @@ class Gate:
         )
         trust = ensure_trust(self.settings.cluster_dir, now=self._utc())
         return {"cert_pem": cert_pem, "trust_pem": trust.read_text(encoding="ascii")}
+
+    def _own_hosts(self) -> set[str]:
+        """Return the names and addresses that are M1's and C1's, whoever asks for them."""
+        settings = self.settings
+        composite = settings.composite
+        found = [GATE_NAME, *names_here(settings), *composite.hosts]
+        found += [composite.listen_address, settings.moderator.listen_address]
+        self._fqdn_known.wait(timeout=_FQDN_S)
+        for whole in (self._fqdn, socket.gethostname()):
+            found += [whole, whole.partition(".")[0]]
+        cert_path = composite.security.cert_path
+        found += _names_in(cert_path) if cert_path is not None else ()
+        return {_normal(one) for one in found if one}
+
+    def _edge_hosts(self) -> set[str]:
+        """Return what the cluster's own certificate of C1 is for, as far as it is of now."""
+        if not self.settings.has_edge:
+            return set()
+        return {_normal(one) for one in _names_in(self.settings.cluster_dir / "edge.pem")}
+
+    def _look_up_name(self) -> None:
+        """Find out what name services call this machine, in the background: they may be slow."""
+
+        def look() -> None:
+            self._fqdn = socket.getfqdn()
+            self._fqdn_known.set()
+
+        threading.Thread(target=look, name="gate-name", daemon=True).start()
 
     def _credentials(self, member: Member, body: Json, peer: str) -> Json:
         """Give a member all that it needs for this round."""
@@ -942,6 +982,7 @@ class Gate:
 
     def renew(self, context: ssl.SSLContext) -> None:
         """Make the certificate anew if it nears its end; new connections get the new one."""
+        self._look_up_name()
         try:
             self._load_certificate(context)
         except (HcnaError, OSError) as error:
@@ -949,3 +990,18 @@ class Gate:
 
     def _utc(self) -> datetime:
         return datetime.fromtimestamp(self.now(), UTC)
+
+
+def _names_in(cert: Path) -> tuple[str, ...]:
+    try:
+        return names_in(cert)
+    except OwnCertificateRefused:
+        return ()  # There is none yet, or the edge says what is wrong with it.
+
+
+def _normal(host: str) -> str:
+    """Return a name or an address as it is compared."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.lower().rstrip(".")

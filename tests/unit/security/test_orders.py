@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hcna_ray.security.authority import begin_rollover, finish_rollover, sign_request
+from hcna_ray.security.authority import (
+    begin_rollover,
+    ensure_trust,
+    finish_rollover,
+    gate_trust,
+    sign_request,
+)
 from hcna_ray.security.certs import (
     CertificateBroken,
     ensure_ca,
@@ -59,7 +65,8 @@ def w1(tmp_path: Path, m1: Path) -> Path:
 
 
 def join(directory: Path, m1: Path) -> None:
-    ca_pem = (m1 / "ca.pem").read_text()
+    """Write down what M1 says at a join, and with each round of credentials."""
+    ca_pem = gate_trust(m1)
     (directory / "membership.json").write_text(json.dumps({"schema": 1, "ca_pem": ca_pem}))
 
 
@@ -102,6 +109,20 @@ def test_another_authority_is_not_believed(w1: Path, tmp_path: Path) -> None:
     ensure_ca(tmp_path / "other", now=NOW)
     with pytest.raises(OrderRefused, match="does not know"):
         check(w1, signed(tmp_path / "other"))
+
+
+def test_the_owners_own_authority_does_not_speak_for_m1(m1: Path, w1: Path, tmp_path: Path) -> None:
+    """It signs for nodes: whoever it serves in the house is not M1."""
+    house = tmp_path / "house"
+    ensure_ca(house, now=NOW)
+    (m1 / "own-ca.pem").write_bytes((house / "ca.pem").read_bytes())
+    trust = ensure_trust(m1, now=NOW)
+    (w1 / "trust.pem").write_bytes(trust.read_bytes())
+    assert (house / "ca.pem").read_text() in trust.read_text()
+    for directory in (w1, m1):
+        with pytest.raises(OrderRefused, match="does not know"):
+            check(directory, signed(house))
+        check(directory, signed(m1))
 
 
 def forged(m1: Path, names: tuple[str, ...], kind: str = "server") -> bytes:
@@ -177,7 +198,7 @@ def test_a_change_of_the_authority_is_followed(m1: Path, w1: Path) -> None:
     sign(signer)
     begin_rollover(m1, now=NOW)
     check(w1, sign(signer))  # It has not heard of the new one yet.
-    (w1 / "trust.pem").write_bytes((m1 / "trust.pem").read_bytes())
+    join(w1, m1)
     finish_rollover(m1, now=NOW)
     check(w1, sign(signer))
     check(m1, sign(signer))

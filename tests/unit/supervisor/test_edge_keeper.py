@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from hcna_ray.api.replica import hosts_of, names_here
-from hcna_ray.config import CompositeSecuritySettings, CompositeSettings, Settings
+from hcna_ray.api.replica import hosts_of
+from hcna_ray.config import CompositeSecuritySettings, CompositeSettings, Settings, names_here
 from hcna_ray.durable import write_private
 from hcna_ray.security.authority import (
     begin_rollover,

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from cryptography import x509
 from hcna_ray.config import load_settings
 from hcna_ray.runtime.refusals import DAY_MAX
 from hcna_ray.security.acts import waiting
-from hcna_ray.security.authority import install_node, list_issued, request_node
+from hcna_ray.security.authority import (
+    ensure_server,
+    install_node,
+    list_issued,
+    request_node,
+)
 from hcna_ray.security.certs import load_cert, make_request, new_key
 from hcna_ray.security.keys import create_key, ensure_owner_key, revoke_key
 from hcna_ray.supervisor import c1_calls, gate_server
@@ -142,6 +148,43 @@ def test_a_member_renews_its_certificate_and_gets_nobody_elses_names(rig: GateRi
     }
     assert "gate.hcna.internal" not in names_in(m1s["cert_pem"])
     assert "10.0.0.8" not in names_in(m1s["cert_pem"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("c1.lab.example.org", "C1.Lab.Example.org", "hcna-c1.local", "hcna-m1", "hcna-m1.local"),
+        *("m1.lab.example.org", "m1", "edge.example.org", f"{socket.gethostname()}.local"),
+        *("203.0.113.5", "2001:db8::5", "203.0.113.6"),
+    ],
+)
+def test_a_member_gets_no_name_or_address_of_c1_or_m1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: "M1.lab.example.org")
+    (tmp_path / "hcna.yaml").write_text(
+        "composite:\n  hosts: [c1.lab.example.org, 203.0.113.5, '2001:DB8:0::5']\n"
+        "  security: {enable_tls: true}\n"
+    )
+    with serving(tmp_path) as rig:
+        # As it was made before composite.hosts was changed.
+        ensure_server(
+            rig.settings.cluster_dir,
+            rig.settings.cluster_dir / "edge.pem",
+            "C1",
+            names=["edge.example.org"],
+            addresses=["203.0.113.6"],
+            now=datetime.now(UTC),
+        )
+        answer = rig.join(hostname="host-a", address="10.0.0.7")
+        csr = make_request(new_key(), "W1")
+        asked = {"csr": csr, "address": "10.0.0.7", "addresses": [name]}
+        got = rig.post("/v1/certificate", member(answer), hostname=name, **asked)
+        own = rig.post("/v1/certificate", member(answer), hostname="host-a", **asked)
+
+    nothing_else = {"127.0.0.1", "::1", "localhost", "w1.hcna.internal", "10.0.0.7"}
+    assert names_in(got["cert_pem"]) == nothing_else
+    assert names_in(own["cert_pem"]) == nothing_else | {"host-a"}
 
 
 @pytest.mark.parametrize(
