@@ -325,12 +325,10 @@ def connected_anew(edge: RunningEdge, before: object) -> ssl.SSLSocket:
 
 
 class TestReadingAnew:
-    @pytest.fixture(scope="class")
-    def edge(
-        self, behind: tuple[int, Recorder], tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[RunningEdge]:
+    @pytest.fixture
+    def edge(self, behind: tuple[int, Recorder], tmp_path: Path) -> Iterator[RunningEdge]:
         # Time enough between the two halves of a request.
-        with running_edge(tmp_path_factory.mktemp("anew"), behind[0]) as running:
+        with running_edge(tmp_path, behind[0]) as running:
             yield running
 
     def test_nobody_is_cut_off(self, edge: RunningEdge) -> None:
