@@ -294,7 +294,8 @@ async def test_a_new_agent_ends_what_the_old_one_left_running_and_tells_of_it(
     *lost, running = outcomes(shop, "t1")
     assert set(lost) == {Outcome.LOST}
     assert running is None
-    assert len(shop.starts()) > len(lost)  # Of a start that it could not report nobody knows.
+    # Of a start that it could not report nobody knows; that of now is told before it happens.
+    await shop.until(lambda: len(shop.starts()) > len(lost))
 
 
 async def test_a_heavy_attempt_runs_in_a_process_of_its_own(shop: Workshop) -> None:
