@@ -28,8 +28,9 @@ AT_ONCE = 50
 #: Behind so many tasks the moderator is killed.
 KILLED_AFTER = TASKS // 2
 DRAIN_S = 90
-#: Tasks whose history does not fit into the buffers between C1 and a client that does not read.
-HISTORY = 12_000
+#: Tasks whose history does not fit into the buffers between C1 and a client that does not read: the
+#: kernel lets them grow as it likes, and they have held that of 9 250.
+HISTORY = 20_000
 PAGE = 5000
 
 
@@ -81,7 +82,7 @@ async def test_a_client_that_does_not_read_is_cut_and_goes_on_where_it_was(
     assert head.startswith(b"HTTP/1.1 200 ")
     follower.take(dechunked(body))
     before = len(follower.numbers)
-    assert 0 < before < 3 * HISTORY
+    assert 0 < before < upto - begin
     follower.connections = 1
 
     async with _following([follower]):
