@@ -206,7 +206,7 @@ def _first_other(
 ) -> _Parting | None:
     store: Iterator[StoredAudit] | None = None
     there: StoredAudit | None = None
-    shares, anchor, name = False, AuditPoint(), ""
+    shares, anchor = False, AuditPoint()
     for name, line in chain.from_iterable(map(_named, files)):
         if store is None:
             store = _lines_behind(reader, line.number - 1)
@@ -241,9 +241,9 @@ def _judge(parting: _Parting, reasons: Collection[int]) -> tuple[bool, str]:
     else:
         # They may be of a log that had itself begun with a restore, or begin behind the reason.
         own = parting.line.entry.action in _REASONS
-        later = [each for each in reasons if (own and each > number)]
-        earlier = [each for each in reasons if not parting.shares and each <= number]
-        told = min([*later, *earlier], default=0)
+        told = min(
+            (each for each in reasons if (own if each > number else not parting.shares)), default=0
+        )
     if told:
         return True, f"{parting.name} is of another log from line {number} on, as line {told} tells"
     has = "none" if there is None or there.number != number else "another"

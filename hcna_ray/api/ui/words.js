@@ -144,7 +144,7 @@ function standing(task) {
 
 const COMMAND = new RegExp(
   "hcna task retry task-\\w+|hcna task cancel task-\\w+|hcna task task-\\w+|hcna why task-\\w+" +
-    "|hcna queues resume \\S+|hcna (?:task retry|workers(?: uncordon [\\w-]+)?|status|up|down)",
+    "|hcna queues resume \\S+|hcna (?:workers(?: uncordon [\\w-]+)?|status|up|down)",
   "g",
 );
 
